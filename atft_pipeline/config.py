@@ -1,0 +1,457 @@
+"""One frozen dataclass per stage of the pipeline, and the only code that turns text into configuration.
+
+Every field changes behaviour. Fields are set in Dagster's run config, by `atft train --set model.hidden_size=512`, or
+by the variables of the validation report (`SHARPE_WEIGHT`, ...); all three end in `with_overrides`, so an unknown name
+is refused in one place.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from atft_pipeline.errors import InputError
+
+HORIZONS: tuple[int, ...] = (1, 5, 10, 20)
+"""Forecast horizons in sessions; the columns `target_{h}d` and the outputs of the prediction head, in this order."""
+
+LOSS_TERMS: tuple[str, ...] = ("mse", "ic", "rank_ic", "sharpe", "variance_penalty")
+
+Execution = Literal["next_open", "next_close", "same_close"]
+EXECUTION_DELAY_SESSIONS: dict[str, int] = {"next_open": 1, "next_close": 1, "same_close": 0}
+Slice = Literal["all", "liquid"]
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise InputError(message)
+
+
+@dataclass(frozen=True)
+class DatasetConfig:
+    """Which market, which rows are investable, and at which price a position is entered."""
+
+    market: str = "tokyo"
+    execution: Execution = "next_open"
+    min_history_sessions: int = 60
+    """A stock is investable from its n-th traded session on."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.execution in EXECUTION_DELAY_SESSIONS,
+            f"dataset.execution: expected one of {sorted(EXECUTION_DELAY_SESSIONS)}, found {self.execution!r}",
+        )
+        _require(self.min_history_sessions >= 1, "dataset.min_history_sessions: expected at least 1")
+
+
+@dataclass(frozen=True)
+class GraphConfig:
+    """Trailing-correlation k-NN graph. 250 sessions find twice as many true peers as 60 (DESIGN.md, Graph)."""
+
+    lookback_sessions: int = 250
+    neighbours: int = 10
+    refresh_sessions: int = 5
+    """Sessions between two graphs; a session uses the newest graph at or before it."""
+    sector_demeaned: bool = True
+    shrinkage: float = 0.1
+    """Weight of the zero matrix: edge_attr corr = (1 - shrinkage) * sample correlation."""
+    universe: Slice = "liquid"
+
+    def __post_init__(self) -> None:
+        _require(self.lookback_sessions >= 20, "graph.lookback_sessions: expected at least 20")
+        _require(self.neighbours >= 1, "graph.neighbours: expected at least 1")
+        _require(self.refresh_sessions >= 1, "graph.refresh_sessions: expected at least 1")
+        _require(0.0 <= self.shrinkage < 1.0, "graph.shrinkage: expected 0 <= value < 1")
+        _require(self.universe in ("all", "liquid"), "graph.universe: expected 'all' or 'liquid'")
+
+
+@dataclass(frozen=True)
+class SplitConfig:
+    """Calendar split into train, validation and test, purged by the longest horizon plus the execution delay.
+
+    `fraction` cuts the sessions by share; `sessions` takes the last `test_sessions` as test and the
+    `validation_sessions` before them as validation; `dates` uses ISO dates (train_start <= train < validation_start <=
+    validation < test_start <= test <= test_end).
+    """
+
+    scheme: Literal["fraction", "sessions", "dates"] = "fraction"
+    train_fraction: float = 0.6
+    validation_fraction: float = 0.2
+    validation_sessions: int = 250
+    test_sessions: int = 250
+    train_start: str | None = None
+    validation_start: str | None = None
+    test_start: str | None = None
+    test_end: str | None = None
+    embargo_sessions: int = 0
+    """Sessions left out after the purge, on top of it."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.scheme in ("fraction", "sessions", "dates"),
+            f"split.scheme: expected fraction, sessions or dates, found {self.scheme!r}",
+        )
+        _require(
+            self.train_fraction > 0
+            and self.validation_fraction > 0
+            and self.train_fraction + self.validation_fraction < 1,
+            "split: train_fraction and validation_fraction must be positive and leave something for test",
+        )
+        _require(
+            self.validation_sessions >= 2 and self.test_sessions >= 2,
+            "split: validation_sessions and test_sessions must be at least 2",
+        )
+        _require(self.embargo_sessions >= 0, "split.embargo_sessions: expected at least 0")
+        if self.scheme == "dates":
+            _require(
+                self.validation_start is not None and self.test_start is not None,
+                "split.scheme=dates needs validation_start and test_start",
+            )
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    hidden_size: int = 32
+    window_sessions: int = 20
+    """Sessions of history one score may see, W: the temporal encoder's bands sum to it."""
+    encoder_layers: int = 1
+    attention_heads: int = 4
+    normalisation: Literal["san", "none"] = "san"
+    normalisation_window_sessions: int = 20
+    """Trailing sessions of `san`'s statistics; they lengthen the receptive field."""
+    skip: bool = True
+    """MLP of the session's own features straight into the fusion, beside the temporal path."""
+    graph: bool = True
+    """False leaves the `gat` component out."""
+    gat_heads: int = 2
+    dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        _require(
+            self.hidden_size >= 4
+            and self.hidden_size % self.attention_heads == 0
+            and self.hidden_size % self.gat_heads == 0,
+            f"model.hidden_size: expected a multiple of attention_heads ({self.attention_heads}) and gat_heads"
+            f" ({self.gat_heads}), found {self.hidden_size}",
+        )
+        _require(self.window_sessions >= 2, "model.window_sessions: expected at least 2")
+        _require(
+            1 <= self.encoder_layers < self.window_sessions,
+            "model.encoder_layers: expected at least 1 and fewer than window_sessions",
+        )
+        _require(
+            self.normalisation in ("san", "none"),
+            f"model.normalisation: expected 'san' or 'none', found {self.normalisation!r}",
+        )
+        _require(self.normalisation_window_sessions >= 2, "model.normalisation_window_sessions: expected at least 2")
+        _require(0.0 <= self.dropout < 1.0, "model.dropout: expected 0 <= value < 1")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW. `clip_norm` bounds the global gradient l2 norm."""
+
+    lr: float = 1e-3
+    weight_decay: float = 1e-2
+    clip_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require(self.lr >= 0.0, "train.optimizer.lr: expected at least 0")
+        _require(self.weight_decay >= 0.0, "train.optimizer.weight_decay: expected at least 0")
+        _require(self.clip_norm > 0.0, "train.optimizer.clip_norm: expected a positive value")
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """`cosine`: linear warm-up, then cosine to `min_lr_ratio`. `plateau`: lr *= factor after `patience` epochs without
+    a better validation loss. `constant`: the warm-up, then flat."""
+
+    name: Literal["cosine", "plateau", "constant"] = "cosine"
+    warmup_fraction: float = 0.05
+    min_lr_ratio: float = 0.01
+    patience: int = 5
+    factor: float = 0.5
+
+    def __post_init__(self) -> None:
+        _require(
+            self.name in ("cosine", "plateau", "constant"),
+            f"train.schedule.name: expected cosine, plateau or constant, found {self.name!r}",
+        )
+        _require(0.0 <= self.warmup_fraction < 1.0, "train.schedule.warmup_fraction: expected 0 <= value < 1")
+        _require(0.0 <= self.min_lr_ratio <= 1.0, "train.schedule.min_lr_ratio: expected 0 <= value <= 1")
+        _require(self.patience >= 0, "train.schedule.patience: expected at least 0")
+        _require(0.0 < self.factor < 1.0, "train.schedule.factor: expected 0 < value < 1")
+
+
+@dataclass(frozen=True)
+class LossPhase:
+    """Weights that replace the base weights from `first_epoch` to `last_epoch`, both included, counted from 1."""
+
+    first_epoch: int
+    last_epoch: int
+    weights: Mapping[str, float]
+
+    def __post_init__(self) -> None:
+        _require(
+            1 <= self.first_epoch <= self.last_epoch,
+            f"train.loss.phases: expected 1 <= first <= last epoch, found {self.first_epoch}-{self.last_epoch}",
+        )
+        unknown = sorted(set(self.weights) - set(LOSS_TERMS))
+        _require(not unknown, f"train.loss.phases: unknown loss terms {unknown}; expected some of {list(LOSS_TERMS)}")
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Weights of the five terms, of the horizons, and the phases that override the former."""
+
+    mse: float = 1.0
+    ic: float = 0.0
+    rank_ic: float = 0.0
+    sharpe: float = 0.0
+    variance_penalty: float = 0.0
+    horizon_weights: tuple[float, ...] = (1.0, 0.5, 0.25, 0.25)
+    phases: tuple[LossPhase, ...] = ()
+
+    def __post_init__(self) -> None:
+        weights = [self.mse, self.ic, self.rank_ic, self.sharpe, self.variance_penalty]
+        _require(all(w >= 0.0 for w in weights), "train.loss: weights must not be negative")
+        _require(any(w > 0.0 for w in weights) or bool(self.phases), "train.loss: at least one weight must be positive")
+        _require(
+            len(self.horizon_weights) == len(HORIZONS) and all(w >= 0 for w in self.horizon_weights),
+            f"train.loss.horizon_weights: expected {len(HORIZONS)} values, none negative, for horizons {HORIZONS}",
+        )
+        _require(
+            self.horizon_weights[0] > 0,
+            "train.loss.horizon_weights: horizon 1 decides the verdict, its weight must be positive",
+        )
+        spans = sorted((p.first_epoch, p.last_epoch) for p in self.phases)
+        _require(
+            all(earlier[1] < later[0] for earlier, later in itertools.pairwise(spans)),
+            "train.loss.phases: two phases cover the same epoch",
+        )
+
+    def weights_at(self, epoch: int) -> dict[str, float]:
+        """Weight of each term in `epoch`, from 1. A phase sets the terms it names; the others keep theirs."""
+        weights = {term: float(getattr(self, term)) for term in LOSS_TERMS}
+        for phase in self.phases:
+            if phase.first_epoch <= epoch <= phase.last_epoch:
+                weights.update(phase.weights)
+        return weights
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    """Degeneracy guard: within-session std of predictions under `dispersion_ratio` of the target's for `patience`
+    checks (one per epoch) in a row after `warmup_epochs` re-draws the head's last layer. Healthy is 0.014 to 0.1."""
+
+    dispersion_ratio: float = 1e-3
+    patience: int = 3
+    warmup_epochs: int = 1
+
+    def __post_init__(self) -> None:
+        _require(self.dispersion_ratio > 0.0, "train.guard.dispersion_ratio: expected a positive value")
+        _require(self.patience >= 1, "train.guard.patience: expected at least 1")
+        _require(self.warmup_epochs >= 0, "train.guard.warmup_epochs: expected at least 0")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    epochs: int = 20
+    seed: int = 1
+    batch_size: int = 4096
+    """Stock-session samples per batch: the most whole sessions that fit, at least one."""
+    universe: Slice = "liquid"
+    precision: Literal["float32", "bf16-mixed"] = "float32"
+    weight_ema: float = 0.995
+    """Decay of the averaged weights that are evaluated and kept; 0 evaluates the raw weights."""
+    loader_workers: int = 0
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
+
+    def __post_init__(self) -> None:
+        _require(self.epochs >= 1, "train.epochs: expected at least 1")
+        _require(self.batch_size >= 1, "train.batch_size: expected at least 1")
+        _require(self.seed >= 0, "train.seed: expected at least 0")
+        _require(self.universe in ("all", "liquid"), "train.universe: expected 'all' or 'liquid'")
+        _require(
+            self.precision in ("float32", "bf16-mixed"),
+            f"train.precision: expected float32 or bf16-mixed, found {self.precision!r}",
+        )
+        _require(0.0 <= self.weight_ema < 1.0, "train.weight_ema: expected 0 <= value < 1")
+        _require(self.loader_workers >= 0, "train.loader_workers: expected at least 0")
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Definition of the reported Sharpe and of the criterion it is held against (DESIGN.md, Evaluation)."""
+
+    cost_bps: float = 10.0
+    quantile: float = 0.2
+    """Share of the stocks in each leg: floor(n * quantile)."""
+    universe: Slice = "liquid"
+    criterion_sharpe: float = 0.10
+    criterion_epoch: int = 20
+    bootstrap_samples: int = 1000
+
+    def __post_init__(self) -> None:
+        _require(self.cost_bps >= 0.0, "evaluation.cost_bps: expected at least 0")
+        _require(0.0 < self.quantile <= 0.5, "evaluation.quantile: expected 0 < value <= 0.5")
+        _require(self.universe in ("all", "liquid"), "evaluation.universe: expected 'all' or 'liquid'")
+        _require(self.criterion_epoch >= 1, "evaluation.criterion_epoch: expected at least 1")
+        _require(self.bootstrap_samples >= 1, "evaluation.bootstrap_samples: expected at least 1")
+
+
+@dataclass(frozen=True)
+class PipelineConfig:
+    """Everything that decides a run, stage by stage."""
+
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    graph: GraphConfig = field(default_factory=GraphConfig)
+    split: SplitConfig = field(default_factory=SplitConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The dataclass as plain JSON types, tuples as lists."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_dict(values: Mapping[str, Any]) -> PipelineConfig:
+    """The configuration that `to_dict` wrote, validated again."""
+    return _build(PipelineConfig, values, "")
+
+
+def _build(kind: Any, values: Mapping[str, Any], where: str) -> Any:
+    hints = typing.get_type_hints(kind)
+    unknown = sorted(set(values) - set(hints))
+    _require(
+        not unknown,
+        f"configuration: unknown field {where}{unknown[0] if unknown else ''}; expected one of {', '.join(hints)}",
+    )
+    return kind(**{name: _coerce(hints[name], value, f"{where}{name}") for name, value in values.items()})
+
+
+def _coerce(kind: Any, value: Any, where: str) -> Any:
+    """`value`, a JSON value, as the type a field declares; refuses rather than guesses."""
+    origin = typing.get_origin(kind)
+    try:
+        if dataclasses.is_dataclass(kind):
+            return _build(kind, value, f"{where}.")
+        if origin is Literal:
+            _require(
+                value in typing.get_args(kind),
+                f"configuration: {where}: expected one of {list(typing.get_args(kind))}, found {value!r}",
+            )
+            return value
+        if origin is tuple:
+            return tuple(_coerce(typing.get_args(kind)[0], item, where) for item in value)
+        if origin in (types.UnionType, typing.Union):
+            inner = next(k for k in typing.get_args(kind) if k is not type(None))
+            return None if value is None else _coerce(inner, value, where)
+        if origin is not None and issubclass(origin, Mapping):
+            return {str(k): float(v) for k, v in value.items()}
+        if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+        if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+            return value
+    except (TypeError, AttributeError) as error:
+        raise InputError(f"configuration: {where}: cannot use {value!r}") from error
+    raise InputError(f"configuration: {where}: expected {getattr(kind, '__name__', kind)}, found {value!r}")
+
+
+def with_overrides(config: PipelineConfig, overrides: Mapping[str, Any]) -> PipelineConfig:
+    """`config` with dotted fields replaced, e.g. `{"model.hidden_size": 512}`.
+
+    Raises InputError for a field that does not exist and for a value of another type.
+    """
+    values = to_dict(config)
+    for dotted, value in overrides.items():
+        *stages, leaf = dotted.split(".")
+        target = values
+        for depth, stage in enumerate(stages):
+            inner = target.get(stage)
+            _require(
+                isinstance(inner, dict),
+                f"configuration: no section {'.'.join(stages[: depth + 1])!r} in {dotted!r};"
+                f" sections: {_sections(values)}",
+            )
+            target = typing.cast(dict[str, Any], inner)
+        _require(
+            leaf in target, f"configuration: unknown field {dotted!r}; expected one of {', '.join(sorted(target))}"
+        )
+        target[leaf] = value
+    return from_dict(values)
+
+
+def _sections(values: Mapping[str, Any]) -> str:
+    return ", ".join(sorted(name for name, value in values.items() if isinstance(value, dict)))
+
+
+def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
+    """`["train.optimizer.lr=1e-3"]` as `{"train.optimizer.lr": 0.001}`; a value that is not JSON stays a string."""
+    overrides: dict[str, Any] = {}
+    for assignment in assignments:
+        name, separator, text = assignment.partition("=")
+        _require(bool(separator) and bool(name), f"--set: expected FIELD=VALUE, found {assignment!r}")
+        overrides[name.strip()] = _parse_value(text.strip())
+    return overrides
+
+
+def _parse_value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+REPORT_VARIABLES: dict[str, str] = {
+    "SHARPE_WEIGHT": "train.loss.sharpe",
+    "CS_IC_WEIGHT": "train.loss.ic",
+    "RANKIC_WEIGHT": "train.loss.rank_ic",
+    "VARIANCE_PENALTY_WEIGHT": "train.loss.variance_penalty",
+    "PHASE_LOSS_WEIGHTS": "train.loss.phases",
+    "PLATEAU_PATIENCE": "train.schedule.patience",
+    "PLATEAU_FACTOR": "train.schedule.factor",
+}
+"""Variables of the validation report and the field each one sets."""
+
+
+def report_overrides(environment: Mapping[str, str]) -> dict[str, Any]:
+    """Overrides that the report's variables in `environment` ask for.
+
+    `PHASE_LOSS_WEIGHTS` is a JSON object of epoch ranges, e.g. `{"1-5": {"mse": 1.0}, "6-50": {"sharpe": 0.3}}`.
+    A `PLATEAU_*` variable also selects the plateau schedule, which alone reads it.
+    """
+    overrides: dict[str, Any] = {}
+    for variable, dotted in REPORT_VARIABLES.items():
+        text = environment.get(variable)
+        if text is None or text == "":
+            continue
+        value = _parse_value(text)
+        overrides[dotted] = _parse_phases(value) if variable == "PHASE_LOSS_WEIGHTS" else value
+        if variable.startswith("PLATEAU_"):
+            overrides["train.schedule.name"] = "plateau"
+    return overrides
+
+
+def _parse_phases(value: Any) -> list[dict[str, Any]]:
+    _require(isinstance(value, dict), 'PHASE_LOSS_WEIGHTS: expected JSON like {"1-5": {"mse": 1.0}}')
+    phases = []
+    for span, weights in value.items():
+        first, _, last = str(span).partition("-")
+        _require(
+            first.isdigit() and (last.isdigit() or not last),
+            f"PHASE_LOSS_WEIGHTS: expected an epoch range like '1-5', found {span!r}",
+        )
+        phases.append({"first_epoch": int(first), "last_epoch": int(last or first), "weights": weights})
+    return phases

@@ -1,0 +1,9 @@
+"""The two ways a command may end badly, kept apart because their exit codes differ."""
+
+
+class InputError(ValueError):
+    """Input that cannot be used: one sentence naming table, column, file and what to do. `atft` exits 2."""
+
+
+class RunFailure(RuntimeError):
+    """A run that started and could not finish with a result, e.g. a loss that is not finite. `atft` exits 1."""

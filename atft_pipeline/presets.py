@@ -1,0 +1,58 @@
+"""Run sizes as functions. A preset is a whole configuration; what it does not name keeps the stage's default."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from atft_pipeline.config import (
+    GraphConfig,
+    LossConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PipelineConfig,
+    SplitConfig,
+    TrainConfig,
+)
+from atft_pipeline.errors import InputError
+
+
+def quick() -> PipelineConfig:
+    """The embedded synthetic market in minutes on two cores."""
+    return PipelineConfig(
+        split=SplitConfig(scheme="fraction", train_fraction=0.6, validation_fraction=0.2),
+        train=TrainConfig(batch_size=200 * 16),
+    )
+
+
+def cpu() -> PipelineConfig:
+    """Real quotes on a laptop; the settings of the trial on the real decade (DESIGN.md)."""
+    return PipelineConfig(
+        split=SplitConfig(scheme="sessions", validation_sessions=250, test_sessions=250),
+        train=TrainConfig(batch_size=420 * 16),
+    )
+
+
+def production() -> PipelineConfig:
+    """Full universe on a CUDA device, bf16-mixed."""
+    return PipelineConfig(
+        graph=GraphConfig(neighbours=20),
+        split=SplitConfig(scheme="sessions", validation_sessions=250, test_sessions=250),
+        model=ModelConfig(hidden_size=256, window_sessions=60, encoder_layers=2, attention_heads=8, gat_heads=4),
+        train=TrainConfig(
+            batch_size=8192,
+            precision="bf16-mixed",
+            loader_workers=8,
+            optimizer=OptimizerConfig(lr=5e-4),
+            loss=LossConfig(mse=1.0, ic=0.1, rank_ic=0.1, sharpe=0.1, variance_penalty=0.01),
+        ),
+    )
+
+
+PRESETS: dict[str, Callable[[], PipelineConfig]] = {"quick": quick, "cpu": cpu, "production": production}
+
+
+def preset(name: str) -> PipelineConfig:
+    """The preset called `name`; raises InputError that lists the known ones."""
+    if name not in PRESETS:
+        raise InputError(f"preset: expected one of {', '.join(sorted(PRESETS))}, found {name!r}")
+    return PRESETS[name]()
