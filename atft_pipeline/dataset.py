@@ -1,0 +1,210 @@
+"""`ml_dataset` on disk: 82 features and targets, its membership table and its manifest, written whole or not at all.
+
+The training path reads a dataset through this module alone, so it needs pyarrow and nothing else. `PATH` is a parquet
+file, or a folder of one part per month; beside it lie `PATH.membership.parquet` (same rows, same order) and
+`PATH.manifest.json`, which is written last: a dataset without a manifest is not a dataset. The sidecar helpers serve
+any other product with a manifest, the stock graph included.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from atft_pipeline.config import HORIZONS
+from atft_pipeline.errors import InputError
+
+KEYS: tuple[str, ...] = ("Date", "Code")
+TARGETS: tuple[str, ...] = tuple(f"target_{h}d" for h in HORIZONS)
+MEMBERSHIP_COLUMNS: tuple[str, ...] = (
+    *KEYS,
+    "is_traded",
+    "is_investable",
+    "is_liquid",
+    "return_1d",
+    "Open",
+    "Close",
+    "Sector33Code",
+    "MarketCode",
+)
+
+
+def resolved(path: Path) -> Path:
+    """`path` with every link followed: sidecars lie beside the data, not beside a link to it."""
+    return Path(path).resolve()
+
+
+def manifest_path(path: Path) -> Path:
+    """Where the manifest of the product at `path` lies."""
+    data = resolved(path)
+    return data.with_name(f"{data.name}.manifest.json")
+
+
+def membership_path(path: Path) -> Path:
+    """Where the membership table of the dataset at `path` lies."""
+    data = resolved(path)
+    return data.with_name(f"{data.name}.membership.parquet")
+
+
+def sha256_of(value: Any) -> str:
+    """Hash of a JSON value that does not depend on key order. Raises TypeError for what JSON cannot hold."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_manifest(path: Path, kind: str | None = None) -> dict[str, Any]:
+    """The manifest of the product at `path`.
+
+    Raises: InputError when there is none, when it is not a JSON object, or when its `kind` is not the one asked for.
+    """
+    file = manifest_path(path)
+    if not file.is_file():
+        raise InputError(f"{path}: no manifest {file}; build it again, an interrupted or foreign file has none")
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: not a readable JSON manifest ({error}); build {path} again") from error
+    if not isinstance(manifest, dict):
+        raise InputError(f"{file}: expected a JSON object, found {type(manifest).__name__}; build {path} again")
+    if kind is not None and manifest.get("kind") != kind:
+        raise InputError(f"{file}: expected kind {kind!r}, found {manifest.get('kind')!r}; give the path of a {kind}")
+    return manifest
+
+
+def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
+    """Writes the manifest of the product at `path`, whole or not at all."""
+    text = json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    _replace(manifest_path(path), lambda temporary: _write_text(temporary, text))
+
+
+def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """Rows of the product at `path` (a file, or a folder of parts in name order), `columns` in the order asked for.
+
+    Raises: InputError when it is missing, not parquet, or lacks a column.
+    """
+    data = resolved(path)
+    files = sorted(data.glob("*.parquet")) if data.is_dir() else [data]
+    if not files or not files[0].exists():
+        raise InputError(f"{path}: no such parquet file or folder of parquet parts; build it first")
+    wanted = None if columns is None else list(columns)
+    return pa.concat_tables([_read_part(file, wanted) for file in files])
+
+
+def read_membership(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """The membership table of the dataset at `path`: same rows, same order as its features."""
+    return read_table(membership_path(path), columns)
+
+
+def write_dataset(
+    path: Path, features: pa.Table, membership: pa.Table, manifest: dict[str, Any], *, by_month: bool
+) -> None:
+    """Writes features, membership and manifest under temporary names beside `path`, then renames.
+
+    features: `Date`, `Code`, the manifest's features float32 and the targets float32, sorted by Date, Code.
+    membership: `MEMBERSHIP_COLUMNS`, same rows, same order. by_month: a folder of `YYYY-MM.parquet` parts instead of
+    one file. An earlier dataset at `path` is replaced only once everything new is written.
+
+    Raises: InputError when the two tables differ in their keys, or the columns are not the manifest's.
+    """
+    _require_consistent(features, membership, manifest)
+    data = resolved(path)
+    data.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary(data)
+    temporary_membership = _temporary(membership_path(data))
+    try:
+        if by_month:
+            _write_months(temporary, features)
+        else:
+            _write_parquet(temporary, features)
+        _write_parquet(temporary_membership, membership)
+        # From here on only renames: the old manifest goes first, so no moment pairs it with new data.
+        manifest_path(data).unlink(missing_ok=True)
+        _remove(data)
+        temporary.rename(data)
+        temporary_membership.replace(membership_path(data))
+    finally:
+        _remove(temporary)
+        _remove(temporary_membership)
+    write_manifest(data, manifest)
+
+
+def _require_consistent(features: pa.Table, membership: pa.Table, manifest: dict[str, Any]) -> None:
+    expected = [*KEYS, *manifest["features"], *TARGETS]
+    if features.column_names != expected:
+        missing = sorted(set(expected) - set(features.column_names))
+        raise InputError(
+            f"ml_dataset: expected {len(expected)} columns in the registry's order, found {features.num_columns};"
+            f" missing {missing or 'none'}"
+        )
+    if membership.column_names != list(MEMBERSHIP_COLUMNS):
+        raise InputError(f"membership: expected columns {list(MEMBERSHIP_COLUMNS)}, found {membership.column_names}")
+    if any(not features[key].equals(membership[key]) for key in KEYS):
+        raise InputError("membership: its Date and Code differ from those of the features; build both from one panel")
+
+
+def _write_months(folder: Path, features: pa.Table) -> None:
+    """One part per calendar month. Rows are sorted by Date, so a month is a slice and nothing is copied."""
+    folder.mkdir(parents=True)
+    if features.num_rows == 0:
+        _write_parquet(folder / "empty.parquet", features)
+        return
+    months = pc.strftime(features["Date"].cast(pa.timestamp("s")), format="%Y-%m").to_numpy(zero_copy_only=False)
+    starts = np.flatnonzero(np.concatenate([[True], months[1:] != months[:-1]]))
+    for start, stop in zip(starts, [*starts[1:], features.num_rows], strict=True):
+        _write_parquet(folder / f"{months[start]}.parquet", features.slice(start, stop - start))
+
+
+def _write_parquet(path: Path, table: pa.Table) -> None:
+    # Float columns are close to incompressible noise: dictionaries only cost time, Date and Code shrink a lot.
+    pq.write_table(table, path, compression="zstd", compression_level=1, use_dictionary=_repetitive(table))
+
+
+def _repetitive(table: pa.Table) -> list[str]:
+    return [column.name for column in table.schema if not pa.types.is_floating(column.type)]
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _read_part(file: Path, columns: list[str] | None) -> pa.Table:
+    try:
+        table = pq.ParquetFile(file)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise InputError(f"{file}: not a readable parquet file ({error}); build it again") from error
+    missing = sorted(set(columns or ()) - set(table.schema_arrow.names))
+    if missing:
+        raise InputError(f"{file}: column {missing[0]} is missing; build the file again")
+    return table.read(columns=columns).select(columns or table.schema_arrow.names)
+
+
+def _temporary(path: Path) -> Path:
+    """A name beside `path`, on the same file system, so that renaming it is atomic. The dot hides it from globs."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def _replace(path: Path, write: Callable[[Path], None]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary(path)
+    try:
+        write(temporary)
+        temporary.replace(path)
+    finally:
+        _remove(temporary)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
