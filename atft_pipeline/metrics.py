@@ -1,0 +1,208 @@
+"""Statistics of daily returns and of scores against returns.
+
+Standard deviations have ddof 1. NaN is a session without a value and is skipped; a statistic that cannot be computed
+from what is left (fewer than two values, no dispersion) is NaN, never 0. Sharpe ratios are per session unless the name
+says annualised. T sessions, N stocks.
+"""
+
+from __future__ import annotations
+
+import math
+from statistics import NormalDist
+
+import numpy as np
+from numpy.typing import NDArray
+
+_NORMAL = NormalDist()
+_EULER_MASCHERONI = 0.5772156649015329
+_NO_DISPERSION = 1e-12  # relative to the largest value: a constant series has a rounding std, not 0
+_MIN_BOOTSTRAP_SESSIONS = 20
+
+Series = NDArray[np.floating]
+
+
+def _finite(values: Series) -> NDArray[np.float64]:
+    wide: NDArray[np.float64] = np.asarray(values, np.float64)
+    return wide[np.isfinite(wide)]
+
+
+def information_coefficient(scores: Series, targets: Series) -> NDArray[np.float64]:
+    """Pearson correlation of score and target across stocks, per session: [T, N], [T, N] -> [T].
+
+    Pairs with a missing side are left out; NaN with fewer than two pairs or without dispersion on either side.
+    """
+    usable = np.isfinite(scores) & np.isfinite(targets)
+    return _row_correlation(np.asarray(scores, np.float64), np.asarray(targets, np.float64), usable)
+
+
+def rank_information_coefficient(scores: Series, targets: Series) -> NDArray[np.float64]:
+    """Spearman correlation per session: Pearson correlation of average ranks. [T, N], [T, N] -> [T]; NaN as for IC."""
+    usable = np.isfinite(scores) & np.isfinite(targets)
+    return _row_correlation(average_ranks(scores, usable), average_ranks(targets, usable), usable)
+
+
+def average_ranks(values: Series, usable: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Ranks [T, N] from 1 within each session, equal values sharing their mean rank; NaN where not usable."""
+    T, N = values.shape
+    keys = np.where(usable, np.asarray(values, np.float64), np.inf)
+    order = np.argsort(keys, axis=1, kind="stable")
+    ordered = np.take_along_axis(keys, order, axis=1)
+    starts = np.ones((T, N), bool)
+    starts[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    group = np.cumsum(starts.ravel()) - 1  # a row always opens a group, so none spans two sessions
+    position = np.broadcast_to(np.arange(1.0, N + 1.0), (T, N)).ravel()
+    mean = np.bincount(group, weights=position) / np.bincount(group)
+    ranks = np.empty((T, N))
+    np.put_along_axis(ranks, order, mean[group].reshape(T, N), axis=1)
+    return np.where(usable, ranks, np.nan)
+
+
+def _row_correlation(a: Series, b: Series, usable: NDArray[np.bool_]) -> NDArray[np.float64]:
+    count = usable.sum(axis=1, keepdims=True)
+    a, b = np.where(usable, a, 0.0), np.where(usable, b, 0.0)
+    scale_a, scale_b = np.abs(a).max(axis=1, initial=0.0), np.abs(b).max(axis=1, initial=0.0)
+    divisor = np.maximum(count, 1)
+    a = np.where(usable, a - a.sum(axis=1, keepdims=True) / divisor, 0.0)
+    b = np.where(usable, b - b.sum(axis=1, keepdims=True) / divisor, 0.0)
+    norm_a, norm_b = np.sqrt((a * a).sum(axis=1)), np.sqrt((b * b).sum(axis=1))
+    defined = (count[:, 0] >= 2) & (norm_a > _NO_DISPERSION * scale_a) & (norm_b > _NO_DISPERSION * scale_b)
+    correlation = np.full(len(a), np.nan)
+    # Divided one by one: the product of two small norms underflows.
+    correlation[defined] = ((a[defined] / norm_a[defined, None]) * (b[defined] / norm_b[defined, None])).sum(axis=1)
+    return np.clip(correlation, -1.0, 1.0)
+
+
+def mean_and_error(values: Series) -> tuple[float, float]:
+    """Mean over sessions and its standard error, std (ddof 1) / sqrt(n), which takes sessions as independent."""
+    values = _finite(values)
+    if len(values) == 0:
+        return math.nan, math.nan
+    return float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
+
+
+def sharpe(returns: Series) -> float:
+    """Mean / std (ddof 1) over sessions, not annualised; NaN with fewer than two sessions or without dispersion.
+
+    The same ratio of a daily IC is its ICIR.
+    """
+    returns = _finite(returns)
+    if len(returns) < 2 or np.ptp(returns) <= _NO_DISPERSION * np.abs(returns).max():
+        return math.nan
+    return float(returns.mean() / returns.std(ddof=1))
+
+
+def _skew_and_kurtosis(returns: NDArray[np.float64]) -> tuple[float, float]:
+    centred = returns - returns.mean()
+    variance = (centred**2).mean()
+    return float((centred**3).mean() / variance**1.5), float((centred**4).mean() / variance**2)
+
+
+def _error_numerator(returns: NDArray[np.float64], ratio: float) -> float:
+    """1 - skew * SR + (kurtosis - 1) / 4 * SR^2; moment ratios without correction, kurtosis 3 for a normal law."""
+    skew, kurtosis = _skew_and_kurtosis(returns)
+    return max(1.0 - skew * ratio + 0.25 * (kurtosis - 1.0) * ratio * ratio, 0.0)
+
+
+def sharpe_standard_error(returns: Series) -> float:
+    """Standard error of `sharpe`, allowing for skew and fat tails: sqrt((1 - g3 SR + (g4 - 1)/4 SR^2) / (n - 1)).
+
+    With normal returns it is Lo's sqrt((1 + SR^2/2) / (n - 1)): 0.063 at 250 sessions.
+    Source: Mertens (2002); Bailey and Lopez de Prado (2012), eq. 4; Lo (2002) for the normal case.
+    """
+    returns, ratio = _finite(returns), sharpe(returns)
+    return math.sqrt(_error_numerator(returns, ratio) / (len(returns) - 1)) if math.isfinite(ratio) else math.nan
+
+
+def lo_annualised_sharpe(returns: Series, days_per_year: int, lags: int | None = None) -> float:
+    """Annualised Sharpe corrected for autocorrelation: SR * q / sqrt(q + 2 sum_k (q - k) rho_k), q days per year.
+
+    Lo sums k to q - 1; here to `lags`, by default floor(4 (n/100)^(2/9)), the Newey-West rule, because 244
+    autocorrelations cannot be estimated from a few hundred sessions. NaN where the estimated variance is not positive.
+    Source: Lo (2002), eq. 20 and 21.
+    """
+    returns, ratio = _finite(returns), sharpe(returns)
+    if not math.isfinite(ratio):
+        return math.nan
+    chosen = math.floor(4.0 * (len(returns) / 100.0) ** (2.0 / 9.0)) if lags is None else lags
+    centred = returns - returns.mean()
+    total = float(centred @ centred)
+    variance = float(days_per_year)
+    for k in range(1, min(chosen, len(returns) - 1, days_per_year - 1) + 1):
+        variance += 2.0 * (days_per_year - k) * float(centred[k:] @ centred[:-k]) / total
+    return ratio * days_per_year / math.sqrt(variance) if variance > 0.0 else math.nan
+
+
+def probabilistic_sharpe(returns: Series, benchmark: float = 0.0) -> float:
+    """Probability that the true per-session Sharpe exceeds `benchmark`, PSR.
+
+    Source: Bailey and Lopez de Prado (2012), eq. 8.
+    """
+    error = sharpe_standard_error(returns)
+    if not error > 0.0:
+        return math.nan
+    return _NORMAL.cdf((sharpe(returns) - benchmark) / error)
+
+
+def expected_maximum_sharpe(trials: int, sharpe_std: float) -> float:
+    """Expected largest Sharpe among independent `trials` of no skill whose Sharpes have std `sharpe_std`; 0 for one.
+
+    Source: Bailey and Lopez de Prado (2014), eq. 5 (False Strategy theorem).
+    """
+    if trials <= 1:
+        return 0.0
+    first = _NORMAL.inv_cdf(1.0 - 1.0 / trials)
+    second = _NORMAL.inv_cdf(1.0 - 1.0 / (trials * math.e))
+    return sharpe_std * ((1.0 - _EULER_MASCHERONI) * first + _EULER_MASCHERONI * second)
+
+
+def deflated_sharpe(returns: Series, trials: int, sharpe_std: float | None = None) -> float:
+    """PSR against the Sharpe that the best of `trials` worthless attempts would show; PSR(0) for one trial.
+
+    `sharpe_std` is the std of the Sharpes of the trials, by default what chance alone gives, 1 / sqrt(n - 1).
+    Source: Bailey and Lopez de Prado (2014).
+    """
+    count = len(_finite(returns))
+    if count < 2:
+        return math.nan
+    spread = 1.0 / math.sqrt(count - 1) if sharpe_std is None else sharpe_std
+    return probabilistic_sharpe(returns, expected_maximum_sharpe(trials, spread))
+
+
+def minimum_track_record(returns: Series, benchmark: float = 0.0, confidence: float = 0.95) -> float:
+    """Sessions needed for PSR(`benchmark`) to reach `confidence` if the moments stay; NaN when the Sharpe is not above.
+
+    Source: Bailey and Lopez de Prado (2012), eq. 11.
+    """
+    returns, ratio = _finite(returns), sharpe(returns)
+    if not ratio > benchmark:
+        return math.nan
+    return 1.0 + _error_numerator(returns, ratio) * (_NORMAL.inv_cdf(confidence) / (ratio - benchmark)) ** 2
+
+
+def max_drawdown(returns: Series) -> float:
+    """Largest loss from a peak of compounded wealth, the start included: between -1 and 0; NaN without a session."""
+    returns = _finite(returns)
+    if len(returns) == 0:
+        return math.nan
+    wealth = np.concatenate([[1.0], np.cumprod(np.maximum(1.0 + returns, 0.0))])
+    return float((wealth / np.maximum.accumulate(wealth) - 1.0).min())
+
+
+def bootstrap_interval(returns: Series, *, samples: int, seed: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Percentile interval of `sharpe` under the stationary bootstrap with the data-driven mean block length.
+
+    NaN below 20 sessions. Imports `arch` only when called: the training path lives without it.
+    Source: Politis and Romano (1994); block length: Politis and White (2004), Patton et al. (2009).
+    """
+    returns = _finite(returns)
+    if len(returns) < _MIN_BOOTSTRAP_SESSIONS or not math.isfinite(sharpe(returns)):
+        return math.nan, math.nan
+    from arch.bootstrap import StationaryBootstrap, optimal_block_length
+
+    block = float(optimal_block_length(returns)["stationary"].iloc[0])
+    sessions = max(round(block), 1) if math.isfinite(block) else 1
+    bootstrap = StationaryBootstrap(sessions, returns, seed=seed)
+    draws = _finite(bootstrap.apply(sharpe, samples)[:, 0])
+    tail = (1.0 - confidence) / 2.0
+    low, high = np.quantile(draws, [tail, 1.0 - tail])
+    return float(low), float(high)
