@@ -1,0 +1,271 @@
+"""Dense panel of a dataset, and the session blocks the model trains on.
+
+Shapes: T sessions and N stocks of the panel, F features, H horizons; S target sessions and n stocks of a block, R the
+model's receptive field, E edges.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from atft_pipeline.config import Slice
+from atft_pipeline.dataset import KEYS, TARGETS, read_manifest, read_membership, resolved
+from atft_pipeline.errors import InputError
+from atft_pipeline.graph import UNIVERSE_COLUMNS, StockGraph
+
+ROWS_PER_READ: int = 65_536
+"""Rows of the dataset held beside the panel while it is filled: about 20 MB."""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A dataset as dense arrays over all its sessions and the stocks that are in the universe at least once."""
+
+    sessions: NDArray[np.datetime64]
+    """[T] ascending."""
+    codes: NDArray[np.str_]
+    """[N] ascending."""
+    features: NDArray[np.float32]
+    """[T, N, F], NaN where missing or without a row."""
+    targets: NDArray[np.float32]
+    """[T, N, H] raw forward returns, NaN where missing."""
+    member: NDArray[np.bool_]
+    """[T, N] in the training universe at that session."""
+    investable: NDArray[np.bool_]
+    liquid: NDArray[np.bool_]
+    manifest: dict[str, Any]
+
+
+def load_panel(dataset: Path, universe: Slice) -> Panel:
+    """The dataset at `dataset`, a parquet file or a folder of parts, for the stocks of `universe`.
+
+    Read part by part, so that the peak is the panel itself plus one read.
+
+    Raises InputError when a column is not where the manifest's registry has it, when the membership table has other
+    rows than the features, and when the universe is empty.
+    """
+    manifest = read_manifest(dataset, "ml_dataset")
+    names = [*manifest["features"], *TARGETS]
+    membership = read_membership(dataset, [*KEYS, "is_investable", "is_liquid"])
+    sessions, t = np.unique(membership["Date"].to_numpy().astype("datetime64[D]"), return_inverse=True)
+    flags = {name: membership[name].to_numpy().astype(bool) for name in ("is_investable", "is_liquid")}
+    in_universe = flags[UNIVERSE_COLUMNS[universe]]
+    if not in_universe.any():
+        raise InputError(
+            f"{dataset}: no row of {len(in_universe)} is in the universe {universe!r}"
+            f" ({UNIVERSE_COLUMNS[universe]}); give more history or set train.universe"
+        )
+    codes, column = _universe_codes(membership["Code"], in_universe)
+    shape = (len(sessions), len(codes))
+    row_to_cell = np.where(column >= 0, t * len(codes) + column, -1)
+
+    values = np.full((shape[0] * shape[1], len(names)), np.nan, dtype=np.float32)
+    start = 0
+    for rows in _read_rows(dataset, names, membership):
+        cells = row_to_cell[start : start + len(rows)]
+        values[cells[cells >= 0]] = rows[cells >= 0]
+        start += len(rows)
+    if start != membership.num_rows:
+        raise InputError(f"{dataset}: {start} rows, its membership table has {membership.num_rows}; build it again")
+
+    kept = row_to_cell >= 0
+    dense = {name: np.zeros(shape, dtype=bool) for name in flags}
+    for name, flag in flags.items():
+        dense[name].reshape(-1)[row_to_cell[kept]] = flag[kept]
+    cells_by_name = values.reshape(*shape, len(names))
+    return Panel(
+        sessions=sessions,
+        codes=codes,
+        # Views of one array: a copy of the features would double the peak.
+        features=cells_by_name[..., : -len(TARGETS)],
+        targets=cells_by_name[..., -len(TARGETS) :],
+        member=dense[UNIVERSE_COLUMNS[universe]],
+        investable=dense["is_investable"],
+        liquid=dense["is_liquid"],
+        manifest=manifest,
+    )
+
+
+def _universe_codes(
+    code: pa.ChunkedArray, in_universe: NDArray[np.bool_]
+) -> tuple[NDArray[np.str_], NDArray[np.int64]]:
+    """Codes in the universe at least once, ascending, and each row's position among them or -1."""
+    encoded = code.combine_chunks().dictionary_encode()
+    index = encoded.indices.to_numpy()
+    distinct = np.array(encoded.dictionary.to_pylist(), dtype=np.str_)
+    used = np.flatnonzero(np.bincount(index[in_universe], minlength=len(distinct)))
+    used = used[np.argsort(distinct[used])]
+    position = np.full(len(distinct), -1, dtype=np.int64)
+    position[used] = np.arange(len(used))
+    return distinct[used], position[index]
+
+
+def _read_rows(dataset: Path, names: list[str], membership: pa.Table) -> Iterator[NDArray[np.float32]]:
+    """Rows of the dataset `[rows, F + H]` in order, null as NaN; refuses other columns or other keys."""
+    data = resolved(dataset)
+    expected = [*KEYS, *names]
+    start = 0
+    for file in sorted(data.glob("*.parquet")) if data.is_dir() else [data]:
+        try:
+            part = pq.ParquetFile(file)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise InputError(f"{file}: not a readable parquet file ({error}); build the dataset again") from error
+        if part.schema_arrow.names != expected:
+            raise InputError(_column_difference(file, expected, part.schema_arrow.names))
+        for batch in part.iter_batches(batch_size=ROWS_PER_READ):
+            keys = membership.select(list(KEYS)).slice(start, batch.num_rows)
+            if not pa.Table.from_batches([batch]).select(list(KEYS)).cast(keys.schema).equals(keys):
+                raise InputError(f"{file}: its Date and Code are not those of the membership table; build both again")
+            start += batch.num_rows
+            rows = np.empty((batch.num_rows, len(names)), dtype=np.float32)
+            for j in range(len(names)):
+                rows[:, j] = batch.column(j + len(KEYS)).to_numpy(zero_copy_only=False)
+            yield rows
+
+
+def _column_difference(file: Path, expected: list[str], found: list[str]) -> str:
+    place = next(
+        (j for j, (want, have) in enumerate(zip(expected, found, strict=False)) if want != have),
+        min(len(expected), len(found)),
+    )
+    want = repr(expected[place]) if place < len(expected) else "no further column"
+    have = repr(found[place]) if place < len(found) else "no further column"
+    return (
+        f"{file}: expected the {len(expected)} columns of its manifest's registry, found {len(found)}: column"
+        f" {place} is {have} instead of {want}; build the dataset again"
+    )
+
+
+@dataclass(frozen=True)
+class Block:
+    """S contiguous target sessions, the n stocks that are members at one of them, and the sessions before them."""
+
+    session_index: Tensor
+    """[S] int64 into the panel's sessions."""
+    stock_index: Tensor
+    """[n] int64 into the panel's codes, ascending."""
+    x: Tensor
+    """[n, S + R - 1, F] float32, warm-up sessions first, 0 where missing."""
+    missing: Tensor
+    """[n, S + R - 1, F] bool; True too for sessions before the panel's first."""
+    member: Tensor
+    """[n, S] bool."""
+    target: Tensor
+    """[n, S, H] float32 raw forward returns, NaN where missing."""
+    edge_index: Tensor
+    """[2, E] int64 source and target over nodes s * n + i."""
+    edge_attr: Tensor
+    """[E, 3] float32 corr, same_sector, same_market."""
+
+
+class BlockDataset:
+    """Cuts blocks out of a panel that lies on `device` once.
+
+    A session's graph is the newest refresh at or before it, restricted to the session's members; sessions before the
+    first refresh have no edges. `graph` None gives blocks without edges.
+    """
+
+    def __init__(
+        self, panel: Panel, graph: StockGraph | None, receptive_field: int, device: torch.device | str = "cpu"
+    ) -> None:
+        self.panel = panel
+        self.receptive_field = receptive_field
+        self.device = torch.device(device)
+        self._features = torch.from_numpy(panel.features).to(self.device)
+        self._targets = torch.from_numpy(panel.targets).to(self.device)
+        self._member = torch.from_numpy(panel.member).to(self.device)
+        self._members_at = panel.member.sum(axis=1)
+        self._edges = [] if graph is None else self._panel_edges(graph)
+        self._refresh_at = (
+            np.full(len(panel.sessions), -1)
+            if graph is None
+            else np.searchsorted(graph.refreshes, panel.sessions, side="right") - 1
+        )
+
+    def sessions_per_block(self, session_indices: NDArray[np.integer], batch_size: int) -> list[NDArray[np.int64]]:
+        """`session_indices` cut into contiguous runs of at most `batch_size` member samples, at least one session.
+
+        Sessions without a member are left out: there is nothing to score.
+        """
+        blocks: list[list[int]] = []
+        samples = 0
+        for session in np.sort(np.asarray(session_indices, dtype=np.int64)).tolist():
+            members = int(self._members_at[session])
+            if members == 0:
+                continue
+            samples += members
+            if blocks and session == blocks[-1][-1] + 1 and samples <= batch_size:
+                blocks[-1].append(session)
+            else:
+                blocks.append([session])
+                samples = members
+        return [np.array(block, dtype=np.int64) for block in blocks]
+
+    def block(self, session_indices: NDArray[np.integer]) -> Block:
+        """The block whose target sessions are the contiguous, ascending `session_indices: [S]`."""
+        first, last = int(session_indices[0]), int(session_indices[-1])
+        if last - first + 1 != len(session_indices):
+            raise ValueError(f"a block's sessions are contiguous, found {session_indices}")
+        member = self._member[first : last + 1]  # [S, N]
+        stocks = member.any(dim=0).nonzero().squeeze(1)  # [n]
+        begin = first - self.receptive_field + 1
+        values = self._features[max(begin, 0) : last + 1].transpose(0, 1).index_select(0, stocks)
+        values = functional.pad(values, (0, 0, max(-begin, 0), 0), value=torch.nan)  # [n, S+R-1, F]
+        missing = ~values.isfinite()
+        edge_index, edge_attr = self._session_edges(first, last, stocks)
+        return Block(
+            session_index=torch.arange(first, last + 1, device=self.device),
+            stock_index=stocks,
+            x=values.masked_fill(missing, 0.0),
+            missing=missing,
+            member=member[:, stocks].T.contiguous(),
+            target=self._targets[first : last + 1, stocks].transpose(0, 1).contiguous(),
+            edge_index=edge_index,
+            edge_attr=edge_attr,
+        )
+
+    def _panel_edges(self, graph: StockGraph) -> list[tuple[Tensor, Tensor]]:
+        """Per refresh, edges `[2, E]` as positions in the panel's codes and `[E, 3]` attributes; others are dropped."""
+        codes = self.panel.codes
+        place = np.searchsorted(codes, graph.codes)
+        known = codes[np.minimum(place, len(codes) - 1)] == graph.codes
+        to_panel = np.where(known, place, -1)
+        ends = np.stack([to_panel[graph.source], to_panel[graph.target]]).astype(np.int64)
+        edges = []
+        for g in range(len(graph.refreshes)):
+            rows = slice(graph.offsets[g], graph.offsets[g + 1])
+            kept = (ends[:, rows] >= 0).all(axis=0)
+            edges.append(
+                (
+                    torch.from_numpy(ends[:, rows][:, kept]).to(self.device),
+                    torch.from_numpy(graph.edge_attr[rows][kept]).to(self.device),
+                )
+            )
+        return edges
+
+    def _session_edges(self, first: int, last: int, stocks: Tensor) -> tuple[Tensor, Tensor]:
+        """Edges among the members of each session, as nodes s * n + i, and their attributes."""
+        position = torch.full((len(self.panel.codes),), -1, dtype=torch.int64, device=self.device)
+        position[stocks] = torch.arange(len(stocks), device=self.device)
+        indices = [torch.empty((2, 0), dtype=torch.int64, device=self.device)]
+        attributes = [torch.empty((0, 3), device=self.device)]
+        for s, session in enumerate(range(first, last + 1)):
+            refresh = int(self._refresh_at[session])
+            if refresh < 0:
+                continue
+            ends, attr = self._edges[refresh]
+            between_members = self._member[session][ends].all(dim=0)
+            indices.append(position[ends[:, between_members]] + s * len(stocks))
+            attributes.append(attr[between_members])
+        return torch.cat(indices, dim=1), torch.cat(attributes)

@@ -1,0 +1,75 @@
+"""ATFT-GAT-FAN: gated features, trailing normalisation, banded attention, graph attention, four horizons.
+
+Shapes: N stocks, S target sessions, R receptive field, C channels, F features, D width, E edges, H horizons.
+
+Two laws hold by construction (DESIGN.md, "encode each session once"): a stock's score for a session is the same
+whatever block it is computed in, and no later session changes it. Stocks meet nowhere but on the edges of the graph.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from atft_pipeline.blocks import Block
+from atft_pipeline.config import HORIZONS, ModelConfig
+from atft_pipeline.model.adaptive_norm import NORMALISATIONS
+from atft_pipeline.model.backbone_projection import BackboneProjection
+from atft_pipeline.model.fusion import Fusion
+from atft_pipeline.model.gat import GraphAttention
+from atft_pipeline.model.prediction_head import PredictionHead
+from atft_pipeline.model.temporal_encoder import TemporalEncoder
+from atft_pipeline.model.variable_selection import VariableSelection
+
+
+class ATFTGATFAN(nn.Module):
+    """Scores of every stock of a block at its target sessions.
+
+    `live: [F]` bool marks the features that have any value in the dataset; the others have no effect.
+    """
+
+    live: Tensor
+
+    def __init__(self, config: ModelConfig, num_features: int, live: Tensor) -> None:
+        super().__init__()
+        width, dropout = config.hidden_size, config.dropout
+        live = torch.as_tensor(live, dtype=torch.bool).clone()
+        self.register_buffer("live", live, persistent=False)
+        self.adaptive_norm = NORMALISATIONS[config.normalisation](
+            num_features, width, config.normalisation_window_sessions
+        )
+        channels = self.adaptive_norm.channels
+        self.variable_selection = VariableSelection(channels, num_features, width, dropout, live)
+        self.temporal_encoder = TemporalEncoder(
+            width, config.attention_heads, config.window_sessions, config.encoder_layers, dropout
+        )
+        self.backbone_projection = BackboneProjection(width, dropout)
+        if config.graph:
+            self.gat = GraphAttention(width, config.gat_heads, dropout)
+        self.fusion = Fusion(channels * num_features, width, 1 + config.graph, dropout, skip=config.skip)
+        self.prediction_head = PredictionHead(width, len(HORIZONS), dropout)
+        self.config = config
+
+    @property
+    def receptive_field(self) -> int:
+        """Sessions, the scored one included, that a score depends on; blocks carry one fewer as warm-up."""
+        return self.config.window_sessions + self.adaptive_norm.window_sessions - 1
+
+    def forward(self, block: Block) -> Tensor:
+        """Scores `[N, S, H]` of the block's S target sessions, float32 under autocast too.
+
+        Every stock of the block is scored at each of the S sessions, member or not; `block.member` says which count.
+        """
+        sessions = block.x.shape[1] - self.receptive_field + 1
+        present = (self.live & ~block.missing).to(block.x.dtype)  # [N, S+R-1, F]
+        inputs, removed = self.adaptive_norm(block.x * present, present)  # [N, S+W-1, C, F]
+        observed = (inputs[:, :, -1] == 0).any(dim=-1)  # [N, S+W-1]
+
+        h = self.variable_selection(inputs)  # [N, S+W-1, D]
+        h = self.temporal_encoder(h, observed)  # [N, S, D]
+        h = self.adaptive_norm.restore(h, removed)
+        states = [self.backbone_projection(h)]
+        if self.config.graph:
+            states.append(self.gat(states[0], block.edge_index, block.edge_attr))
+        h = self.fusion(states, inputs[:, -sessions:])  # [N, S, D]
+        return self.prediction_head(h).float()  # [N, S, H]
