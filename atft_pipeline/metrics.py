@@ -58,18 +58,21 @@ def average_ranks(values: Series, usable: NDArray[np.bool_]) -> NDArray[np.float
 
 
 def _row_correlation(a: Series, b: Series, usable: NDArray[np.bool_]) -> NDArray[np.float64]:
-    count = usable.sum(axis=1, keepdims=True)
-    a, b = np.where(usable, a, 0.0), np.where(usable, b, 0.0)
-    scale_a, scale_b = np.abs(a).max(axis=1, initial=0.0), np.abs(b).max(axis=1, initial=0.0)
-    divisor = np.maximum(count, 1)
-    a = np.where(usable, a - a.sum(axis=1, keepdims=True) / divisor, 0.0)
-    b = np.where(usable, b - b.sum(axis=1, keepdims=True) / divisor, 0.0)
-    norm_a, norm_b = np.sqrt((a * a).sum(axis=1)), np.sqrt((b * b).sum(axis=1))
-    defined = (count[:, 0] >= 2) & (norm_a > _NO_DISPERSION * scale_a) & (norm_b > _NO_DISPERSION * scale_b)
-    correlation = np.full(len(a), np.nan)
-    # Divided one by one: the product of two small norms underflows.
-    correlation[defined] = ((a[defined] / norm_a[defined, None]) * (b[defined] / norm_b[defined, None])).sum(axis=1)
+    a, b = _standardised(a, usable), _standardised(b, usable)
+    defined = (usable.sum(axis=1) >= 2) & a.any(axis=1) & b.any(axis=1)
+    correlation = np.where(defined, (a * b).sum(axis=1), np.nan)
     return np.clip(correlation, -1.0, 1.0)
+
+
+def _standardised(values: Series, usable: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Rows centred on their usable cells and of length 1; all zero without dispersion."""
+    values = np.where(usable, values, 0.0)
+    size = np.abs(values).max(axis=1, keepdims=True, initial=0.0)
+    values = values / np.where(size > 0.0, size, 1.0)  # squares of tiny scores would underflow
+    mean = values.sum(axis=1, keepdims=True) / np.maximum(usable.sum(axis=1, keepdims=True), 1)
+    centred = np.where(usable, values - mean, 0.0)
+    length = np.sqrt((centred * centred).sum(axis=1, keepdims=True))
+    return np.where(length > _NO_DISPERSION, centred / np.where(length > 0.0, length, 1.0), 0.0)
 
 
 def mean_and_error(values: Series) -> tuple[float, float]:

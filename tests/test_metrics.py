@@ -1,0 +1,182 @@
+"""Statistics against scipy, pandas, loops and published numbers."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from atft_pipeline.metrics import (
+    bootstrap_interval,
+    deflated_sharpe,
+    expected_maximum_sharpe,
+    information_coefficient,
+    lo_annualised_sharpe,
+    max_drawdown,
+    mean_and_error,
+    minimum_track_record,
+    probabilistic_sharpe,
+    rank_information_coefficient,
+    sharpe,
+    sharpe_standard_error,
+)
+
+NAN = np.nan
+
+
+def returns(seed=1, n=250, mean=0.001, std=0.01):
+    return np.random.default_rng(seed).normal(mean, std, n)
+
+
+def panels(seed):
+    generator = np.random.default_rng(seed)
+    scores, targets = generator.integers(0, 5, (7, 11)).astype(float), generator.normal(size=(7, 11))
+    scores[generator.random((7, 11)) < 0.2] = NAN
+    targets[generator.random((7, 11)) < 0.2] = NAN
+    return scores, targets
+
+
+# Reference ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_correlations_equal_scipy_session_by_session(seed):
+    scores, targets = panels(seed)
+    ic, rank_ic = information_coefficient(scores, targets), rank_information_coefficient(scores, targets)
+    for t in range(len(scores)):
+        both = np.isfinite(scores[t]) & np.isfinite(targets[t])
+        assert ic[t] == pytest.approx(stats.pearsonr(scores[t, both], targets[t, both]).statistic, abs=1e-12)
+        assert rank_ic[t] == pytest.approx(stats.spearmanr(scores[t, both], targets[t, both]).statistic, abs=1e-12)
+
+
+def test_hand_computed_rank_ic_with_a_tie_and_a_null():
+    scores = np.array([[1.0, 2.0, 2.0, NAN, 3.0]])  # ranks 1, 2.5, 2.5, 4
+    targets = np.array([[0.4, 0.1, 0.2, 9.0, 0.3]])  # ranks 4, 1, 2, 3
+    # Deviations (-1.5, 0, 0, 1.5) and (1.5, -1.5, -0.5, 0.5): -1.5 / sqrt(4.5 * 5)
+    assert rank_information_coefficient(scores, targets) == pytest.approx([-1.5 / math.sqrt(22.5)])
+
+
+def test_sharpe_uses_ddof_1_and_skips_nan():
+    assert sharpe(np.array([0.01, NAN, 0.03])) == pytest.approx(0.02 / (0.02 / math.sqrt(2)))
+
+
+def test_mean_and_error():
+    assert mean_and_error(np.array([1.0, 3.0, NAN])) == pytest.approx((2.0, math.sqrt(2) / math.sqrt(2)))
+
+
+def test_standard_error_is_mertens_and_about_lo_for_normal_returns():
+    x = returns()
+    ratio, skew, kurtosis = sharpe(x), stats.skew(x), stats.kurtosis(x, fisher=False)
+    expected = math.sqrt((1 - skew * ratio + (kurtosis - 1) / 4 * ratio**2) / 249)
+    assert sharpe_standard_error(x) == pytest.approx(expected)
+    assert sharpe_standard_error(x) == pytest.approx(0.063, abs=0.001)
+
+
+def test_standard_error_agrees_with_the_spread_of_simulated_sharpes():
+    draws = np.random.default_rng(1).exponential(size=(2000, 250)) - 0.8  # skewed, so that the correction matters
+    assert np.std([sharpe(x) for x in draws], ddof=1) == pytest.approx(
+        np.mean([sharpe_standard_error(x) for x in draws]), rel=0.05
+    )
+
+
+def test_lo_correction_equals_the_formula_written_out():
+    x = returns(seed=3)
+    centred = x - x.mean()
+    rho = [float(centred[k:] @ centred[:-k] / (centred @ centred)) for k in range(1, 5)]  # 4 lags at 250 sessions
+    eta = 245 / math.sqrt(245 + 2 * sum((245 - k) * r for k, r in enumerate(rho, start=1)))
+    assert lo_annualised_sharpe(x, 245) == pytest.approx(eta * sharpe(x))
+
+
+def test_lo_correction_lowers_what_positive_autocorrelation_inflates():
+    noise = returns(n=600, mean=0.0)
+    smooth = 0.002 + np.convolve(noise, [0.5, 0.5], mode="valid")
+    assert lo_annualised_sharpe(smooth, 245) < 0.85 * sharpe(smooth) * math.sqrt(245)
+    assert lo_annualised_sharpe(smooth, 245, lags=0) == pytest.approx(sharpe(smooth) * math.sqrt(245))
+
+
+def test_psr_and_minimum_track_record_are_each_others_inverse():
+    x = returns()
+    needed = minimum_track_record(x)
+    z = (needed - 1) ** 0.5 * probabilistic_z(x)
+    assert stats.norm.cdf(z) == pytest.approx(0.95)
+    assert probabilistic_sharpe(x) == pytest.approx(stats.norm.cdf(sharpe(x) / sharpe_standard_error(x)))
+
+
+def probabilistic_z(x):
+    return sharpe(x) / (sharpe_standard_error(x) * math.sqrt(len(x) - 1))
+
+
+def test_minimum_track_record_of_the_paper():
+    # Bailey and Lopez de Prado (2012): annual Sharpe 2 against 1, normal, weekly-free case: about 2.73 years daily.
+    ratio, benchmark = 2 / math.sqrt(250), 1 / math.sqrt(250)
+    x = stats.norm.ppf((np.arange(20000) + 0.5) / 20000)
+    x = x / x.std(ddof=1) + ratio
+    assert minimum_track_record(x, benchmark) / 250 == pytest.approx(2.73, abs=0.02)
+
+
+def test_expected_maximum_of_trials_equals_simulation():
+    best = np.random.default_rng(1).normal(size=(4000, 100)).max(axis=1).mean()
+    assert expected_maximum_sharpe(100, 1.0) == pytest.approx(best, rel=0.02)
+
+
+def test_deflated_sharpe_falls_with_trials_and_is_psr_for_one():
+    x = returns()
+    values = [deflated_sharpe(x, trials) for trials in (1, 2, 10, 100)]
+    assert values[0] == probabilistic_sharpe(x)
+    assert values == sorted(values, reverse=True)
+    assert values[3] < values[0] - 0.1
+
+
+def test_drawdown_is_compounded_and_counts_a_loss_from_the_start():
+    assert max_drawdown(np.array([-0.1, 0.2, NAN, -0.5, -0.5])) == pytest.approx(-0.75)
+    assert max_drawdown(np.array([-0.1, -0.1])) == pytest.approx(-0.19)
+    assert max_drawdown(np.array([0.1, 0.0])) == 0.0
+    assert max_drawdown(np.array([0.1, -1.5, 3.0])) == -1.0
+
+
+def test_bootstrap_interval_holds_the_sharpe_and_repeats():
+    x = returns()
+    low, high = bootstrap_interval(x, samples=200, seed=1)
+    assert low < sharpe(x) < high
+    assert (high - low) / (2 * 1.96 * sharpe_standard_error(x)) == pytest.approx(1.0, abs=0.3)
+    assert (low, high) == bootstrap_interval(x, samples=200, seed=1)
+
+
+# Boundary -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("x", [[], [0.1], [0.1, NAN], [0.1, 0.1, 0.1], [0.0, 0.0], [NAN, NAN]])
+def test_what_has_no_dispersion_has_no_sharpe(x):
+    x = np.array(x, float)
+    assert math.isnan(sharpe(x))
+    for statistic in (sharpe_standard_error, probabilistic_sharpe, minimum_track_record):
+        assert math.isnan(statistic(x))
+    assert math.isnan(deflated_sharpe(x, 5))
+    assert math.isnan(lo_annualised_sharpe(x, 245))
+    assert np.isnan(bootstrap_interval(x, samples=10, seed=1)).all()
+
+
+def test_a_losing_record_has_no_minimum_length():
+    assert math.isnan(minimum_track_record(-np.abs(returns())))
+
+
+def test_correlation_without_pairs_or_dispersion_is_nan():
+    scores = np.array([[1.0, NAN, NAN], [1.0, 1.0, 1.0], [1.0, 2.0, 3.0], [0.1, 0.1, 0.1], [NAN, NAN, NAN]])
+    targets = np.array([[1.0, 2.0, 3.0], [1.0, 2.0, 3.0], [1.0, 1.0, NAN], [1.0, 2.0, 4.0], [1.0, 2.0, 3.0]])
+    assert np.isnan(information_coefficient(scores, targets)).all()
+    assert np.isnan(rank_information_coefficient(scores, targets)).all()
+
+
+def test_correlation_does_not_depend_on_scale():
+    scores, targets = panels(4)
+    np.testing.assert_allclose(
+        information_coefficient(scores * 1e-160, targets * 1e-160), information_coefficient(scores, targets), atol=1e-9
+    )
+
+
+def test_no_session_at_all():
+    assert len(information_coefficient(np.zeros((0, 3)), np.zeros((0, 3)))) == 0
+    assert len(rank_information_coefficient(np.zeros((0, 3)), np.zeros((0, 3)))) == 0
+    assert math.isnan(max_drawdown(np.array([])))
