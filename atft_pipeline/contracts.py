@@ -1,0 +1,233 @@
+"""What each table must satisfy where it crosses a boundary: pandera schemas on collected frames, and table-wide rules.
+
+A pandera schema on a LazyFrame checks no values, and its `unique` is slow on duplicates: frames are collected first and
+keys are counted in polars. A row-level fault of a single quote is no breach of contract: universe.py quarantines it.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import pandera.errors
+import pandera.polars as pa
+import polars as pl
+
+from atft_pipeline.errors import InputError
+from atft_pipeline.sources import RAW_TABLES, raw_schema
+
+KEYS: dict[str, tuple[str, ...]] = {
+    "prices": ("Date", "Code"),
+    "listed": ("Date", "Code"),
+    "index": ("Date", "Code"),
+    "investor_flows": ("PublishedDate", "EndDate", "Section"),
+    "statements": (
+        "DisclosedDate", "DisclosedTime", "LocalCode", "TypeOfDocument", "TypeOfCurrentPeriod", "CurrentPeriodEndDate",
+    ),
+}  # fmt: skip
+"""Columns that name one row. A company may file corrections of several periods at once, hence the period's end."""
+
+NEVER_NULL: dict[str, tuple[str, ...]] = {
+    "prices": ("Date", "Code"),
+    "listed": ("Date", "Code"),
+    "index": ("Date",),
+    "investor_flows": ("PublishedDate", "EndDate", "Section"),
+    "statements": ("DisclosedDate", "LocalCode"),
+}
+
+
+@dataclass(frozen=True)
+class ContractReport:
+    """Extent of a table and the sentences that say where it breaks its contract; none when it holds."""
+
+    table: str
+    rows: int
+    first_date: dt.date | None
+    last_date: dt.date | None
+    failures: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        return not self.failures
+
+    def require(self) -> ContractReport:
+        """Itself. Raises: InputError with the first failure and the number of further ones."""
+        if self.failures:
+            more = f" (and {len(self.failures) - 1} more)" if len(self.failures) > 1 else ""
+            raise InputError(self.failures[0] + more)
+        return self
+
+
+def check_table(name: str, frame: pl.DataFrame, *, min_sessions: int = 1, where: str = "") -> ContractReport:
+    """The report on raw table `name`; `where` is the file that messages name, `min_sessions` binds prices and index.
+
+    Raises: InputError for a name that is no raw table; broken contracts are in the report (`require()` raises them).
+    """
+    if name not in RAW_TABLES:
+        raise InputError(f"{name}: no raw table; expected one of {', '.join(RAW_TABLES)}")
+    subject = f"{name} in {where}" if where else name
+    date = RAW_TABLES[name].date
+    failures = _schema_failures(subject, RAW_SCHEMAS[name](), frame)
+    if not failures:
+        rules = [_no_rows, _duplicate_keys, _dates_in_order, _prices_present, _several_stocks]
+        failures = [text for rule in rules if (text := rule(name, frame))]
+        if name in ("prices", "index") and 0 < frame[date].n_unique() < min_sessions:
+            failures.append(
+                f"{frame[date].n_unique()} sessions in column {date}, expected at least {min_sessions};"
+                " provide a longer history or shorten the windows"
+            )
+        failures = [f"{subject}: {text}" for text in failures]
+    known = date in frame.columns and frame.schema[date] == pl.Date
+    first, last = (frame[date].min(), frame[date].max()) if known else (None, None)
+    assert first is None or isinstance(first, dt.date)
+    assert last is None or isinstance(last, dt.date)
+    return ContractReport(name, frame.height, first, last, tuple(failures))
+
+
+def _raw_schema(name: str) -> pa.DataFrameSchema:
+    spec = RAW_TABLES[name]
+    return pa.DataFrameSchema(
+        {
+            column: pa.Column(dtype, nullable=column not in NEVER_NULL[name], required=column in spec.columns)
+            for column, dtype in raw_schema(name).items()
+        }
+    )
+
+
+def _schema_of(name: str) -> Callable[[], pa.DataFrameSchema]:
+    return lambda: _raw_schema(name)
+
+
+RAW_SCHEMAS: dict[str, Callable[[], pa.DataFrameSchema]] = {name: _schema_of(name) for name in RAW_TABLES}
+"""pandera schema of each raw table as `Source.read` gives it: types, and keys that are never null."""
+
+
+def _schema_failures(subject: str, schema: pa.DataFrameSchema, frame: pl.DataFrame) -> list[str]:
+    try:
+        schema.validate(frame, lazy=True)
+    except pandera.errors.SchemaErrors as errors:
+        return [_sentence(subject, error) for error in errors.schema_errors]
+    return []
+
+
+def _sentence(subject: str, error: pandera.errors.SchemaError) -> str:
+    reason = error.reason_code.name if error.reason_code else ""
+    column = getattr(error.schema, "name", None) or error.failure_cases
+    if reason == "COLUMN_NOT_IN_DATAFRAME":
+        return f"{subject}: required column {error.failure_cases} is missing; add it"
+    if reason == "SERIES_CONTAINS_NULLS":
+        return f"{subject}: column {column} holds nulls; fill them or remove those rows"
+    if reason == "WRONG_DATATYPE":
+        return f"{subject}: column {column} has the wrong type, {error}; convert it"
+    return f"{subject}: column {column} fails {error.check}: {' '.join(str(error).split())[:200]}; correct the values"
+
+
+def _no_rows(_: str, frame: pl.DataFrame) -> str | None:
+    return "no rows; provide a table with data" if frame.is_empty() else None
+
+
+def _duplicate_keys(name: str, frame: pl.DataFrame) -> str | None:
+    keys = [key for key in KEYS[name] if key in frame.columns]
+    repeats = frame.height - frame.select(pl.struct(keys).n_unique()).item() if frame.height else 0
+    if not repeats:
+        return None
+    example = frame.filter(frame.select(keys).is_duplicated()).select(keys).row(0)
+    shown = ", ".join(f"{key}={value}" for key, value in zip(keys, example, strict=True))
+    return f"{repeats} duplicate keys ({', '.join(keys)}), e.g. {shown}; keep one row per key"
+
+
+def _dates_in_order(name: str, frame: pl.DataFrame) -> str | None:
+    date = RAW_TABLES[name].date
+    falls = frame[date].to_physical().diff() < 0
+    if not falls.any():
+        return None
+    row = falls.arg_max() or 0
+    return (
+        f"dates out of order in column {date}: {frame[date][row]} follows {frame[date][row - 1]} at row {row};"
+        f" sort the table by {date}"
+    )
+
+
+def _prices_present(name: str, frame: pl.DataFrame) -> str | None:
+    columns = {"prices": ("Open", "High", "Low", "Close"), "index": ("Close",)}.get(name, ())
+    empty = [column for column in columns if frame[column].null_count() == frame.height]
+    return f"column {', '.join(empty)} holds no value at all; provide prices" if empty and frame.height else None
+
+
+def _several_stocks(name: str, frame: pl.DataFrame) -> str | None:
+    if name != "prices" or frame.is_empty() or frame["Code"].n_unique() > 1:
+        return None
+    return f"one stock only (column Code holds {frame['Code'][0]!r} throughout); a cross-section needs several"
+
+
+def prices_schema() -> pa.DataFrameSchema:
+    """Contract of universe.build_prices: adjusted prices positive where traded, membership never without history."""
+    price = {name: pa.Column(pl.Float64, pa.Check.gt(0), nullable=True) for name in ("Open", "High", "Low", "Close")}
+    flag = {name: pa.Column(pl.Boolean) for name in ("is_traded", "is_investable", "is_liquid", "is_listed_backfilled")}
+    return pa.DataFrameSchema(
+        {"Date": pa.Column(pl.Date), "Code": pa.Column(pl.String)}
+        | price
+        | {name: pa.Column(pl.Float64, pa.Check.ge(0), nullable=True) for name in ("Volume", "TurnoverValue")}
+        | {"cumulative_factor": pa.Column(pl.Float64, pa.Check.gt(0))}
+        | flag
+        | {name: pa.Column(pl.String, nullable=True) for name in ("Sector33Code", "MarketCode")},
+        strict=True,
+        ordered=True,
+    )
+
+
+def check_prices(frame: pl.DataFrame) -> ContractReport:
+    """The report on the adjusted prices table: schema, unique sorted keys, prices exactly where traded."""
+    failures = _schema_failures("adjusted prices", prices_schema(), frame)
+    if not failures:
+        failures += _sorted_unique_failures("adjusted prices", frame)
+        halves = frame.filter(
+            pl.col("is_traded") != pl.all_horizontal(pl.col("Open", "High", "Low", "Close").is_not_null())
+        )
+        if halves.height:
+            failures.append(f"adjusted prices: {halves.height} rows whose is_traded disagrees with their prices")
+        if frame.filter(pl.col("is_liquid") & ~pl.col("is_investable")).height:
+            failures.append("adjusted prices: a row is liquid without being investable")
+    return _report("prices (adjusted)", frame, failures)
+
+
+def check_ml_dataset(frame: pl.DataFrame, features: Sequence[str], targets: Sequence[str]) -> ContractReport:
+    """The report on a feature table: exactly Date, Code, `features` and `targets` in order, float32, unique keys.
+
+    Infinite values break the contract; NaN does too, because missing is null on disk.
+    """
+    expected = ["Date", "Code", *features, *targets]
+    failures: list[str] = []
+    if frame.columns != expected:
+        missing = [name for name in expected if name not in frame.columns]
+        extra = [name for name in frame.columns if name not in expected]
+        failures.append(
+            f"ml_dataset: expected {len(expected)} columns in registry order, found {len(frame.columns)};"
+            f" missing {missing or 'none'}, unexpected {extra or 'none'}; rebuild the dataset"
+        )
+        return _report("ml_dataset", frame, failures)
+    finite = pa.Check(lambda data: data.lazyframe.select(pl.col(data.key).is_finite()), name="finite")
+    values = {name: pa.Column(pl.Float32, finite, nullable=True) for name in (*features, *targets)}
+    schema = pa.DataFrameSchema({"Date": pa.Column(pl.Date), "Code": pa.Column(pl.String)} | values)
+    failures = _schema_failures("ml_dataset", schema, frame) or _sorted_unique_failures("ml_dataset", frame)
+    return _report("ml_dataset", frame, failures)
+
+
+def _sorted_unique_failures(subject: str, frame: pl.DataFrame) -> list[str]:
+    """Keys that strictly rise are both sorted and unique."""
+    date, code = pl.col("Date"), pl.col("Code")
+    rises = (date > date.shift()) | ((date == date.shift()) & (code > code.shift()))
+    broken = frame.select((~rises).sum()).item()
+    return (
+        [f"{subject}: {broken} rows repeat or precede the (Date, Code) before them; sort and deduplicate"]
+        if broken
+        else []
+    )
+
+
+def _report(name: str, frame: pl.DataFrame, failures: list[str]) -> ContractReport:
+    first, last = (frame["Date"].min(), frame["Date"].max()) if "Date" in frame.columns else (None, None)
+    first = first if isinstance(first, dt.date) else None
+    last = last if isinstance(last, dt.date) else None
+    return ContractReport(name, frame.height, first, last, tuple(failures))
