@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from atft_pipeline.blocks import Block
 from atft_pipeline.config import HORIZONS, ModelConfig
+from atft_pipeline.errors import InputError
 from atft_pipeline.model.adaptive_norm import NORMALISATIONS
 from atft_pipeline.model.backbone_projection import BackboneProjection
 from atft_pipeline.model.fusion import Fusion
@@ -25,7 +26,8 @@ from atft_pipeline.model.variable_selection import VariableSelection
 class ATFTGATFAN(nn.Module):
     """Scores of every stock of a block at its target sessions.
 
-    `live: [F]` bool marks the features that have any value in the dataset; the others have no effect.
+    `live: [F]` bool marks the features that have any value in the dataset; the others have no effect. Raises InputError
+    when there is none.
     """
 
     live: Tensor
@@ -34,6 +36,8 @@ class ATFTGATFAN(nn.Module):
         super().__init__()
         width, dropout = config.hidden_size, config.dropout
         live = torch.as_tensor(live, dtype=torch.bool).clone()
+        if not live.any():
+            raise InputError(f"ml_dataset: no live feature among {num_features}; give a longer price history")
         self.register_buffer("live", live, persistent=False)
         self.adaptive_norm = NORMALISATIONS[config.normalisation](
             num_features, width, config.normalisation_window_sessions

@@ -1,0 +1,334 @@
+"""Laws of the model: one score per stock and session, whatever the block, and nobody else's business."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+import pytest
+import torch
+
+from atft_pipeline.blocks import Block
+from atft_pipeline.config import HORIZONS, LossConfig, ModelConfig
+from atft_pipeline.errors import InputError
+from atft_pipeline.losses import CompositeLoss
+from atft_pipeline.model import ATFTGATFAN
+from atft_pipeline.model.adaptive_norm import VARIANCE_FLOOR, TrailingSliceNorm
+from atft_pipeline.model.temporal_encoder import BandedAttention, bands
+
+N, F, SESSIONS = 6, 5, 60
+LIVE = torch.tensor([True, True, False, True, True])
+SMALL = ModelConfig(
+    hidden_size=8,
+    window_sessions=8,
+    encoder_layers=2,
+    attention_heads=2,
+    normalisation_window_sessions=5,
+    gat_heads=2,
+)
+CONFIGS = {
+    "small": SMALL,
+    "no graph": replace(SMALL, graph=False),
+    "no normalisation": replace(SMALL, normalisation="none"),
+    "no skip": replace(SMALL, skip=False),
+    "one layer": replace(SMALL, encoder_layers=1, window_sessions=20),
+    "three layers": replace(SMALL, encoder_layers=3, window_sessions=7),
+}
+NAMED_COMPONENTS = {
+    "variable_selection",
+    "adaptive_norm",
+    "temporal_encoder",
+    "backbone_projection",
+    "fusion",
+    "prediction_head",
+    "gat",
+}
+TOLERANCE = 1e-5  # float32, other order of summation
+
+
+class Market:
+    """A tiny panel of one graph, from which any block can be cut."""
+
+    def __init__(self, seed: int = 0) -> None:
+        g = torch.Generator().manual_seed(seed)
+        self.x = torch.randn(N, SESSIONS, F, generator=g)
+        self.missing = torch.rand(N, SESSIONS, F, generator=g) < 0.15
+        self.missing[..., 2] = True  # the dead feature
+        self.missing[2, :33] = True  # a stock that starts late
+        self.missing[4, 40:44] = True  # and one with a hole
+        self.target = 0.02 * torch.randn(N, SESSIONS, len(HORIZONS), generator=g)
+        self.edges = torch.tensor([[0, 1, 2, 3, 1], [1, 0, 0, 1, 2]])  # stocks 4 and 5 have none
+        self.attr = torch.rand(5, 3, generator=g)
+
+    def block(self, sessions: range, receptive_field: int, stocks: list[int] | None = None) -> Block:
+        stocks = list(range(N)) if stocks is None else stocks
+        begin = sessions[0] - receptive_field + 1
+        pad = max(-begin, 0)
+        rows = slice(max(begin, 0), sessions[-1] + 1)
+        missing = torch.nn.functional.pad(self.missing[stocks, rows], (0, 0, pad, 0), value=True)
+        x = torch.nn.functional.pad(self.x[stocks, rows], (0, 0, pad, 0)).masked_fill(missing, 0.0)
+        place = {stock: i for i, stock in enumerate(stocks)}
+        ends = [(place[a], place[b], e) for e, (a, b) in enumerate(self.edges.T.tolist()) if {a, b} <= set(stocks)]
+        index = [[end[side] + s * len(stocks) for s in range(len(sessions)) for end in ends] for side in (0, 1)]
+        return Block(
+            session_index=torch.tensor(sessions),
+            stock_index=torch.tensor(stocks),
+            x=x,
+            missing=missing,
+            member=torch.ones(len(stocks), len(sessions), dtype=torch.bool),
+            target=self.target[stocks, sessions[0] : sessions[-1] + 1],
+            edge_index=torch.tensor(index, dtype=torch.int64),
+            edge_attr=self.attr[[end[2] for _ in sessions for end in ends]],
+        )
+
+
+def model(config: ModelConfig = SMALL, seed: int = 1) -> ATFTGATFAN:
+    """A network whose every parameter matters: biases by lag start at zero and would hide an error."""
+    torch.manual_seed(seed)
+    network = ATFTGATFAN(config, F, LIVE).eval()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return network
+
+
+@torch.no_grad()
+def scores(network: ATFTGATFAN, market: Market, sessions: range, stocks: list[int] | None = None) -> torch.Tensor:
+    return network(market.block(sessions, network.receptive_field, stocks))
+
+
+def windowed(network: ATFTGATFAN, market: Market, sessions: range) -> torch.Tensor:
+    """The reference: every session scored alone, from its last R sessions."""
+    return torch.cat([scores(network, market, range(s, s + 1)) for s in sessions], dim=1)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("sessions", [range(0, 5), range(25, 26), range(20, 60)], ids=["start", "one", "many"])
+def test_block_equals_the_windowed_reference(config: ModelConfig, sessions: range) -> None:
+    network, market = model(config), Market()
+    together = scores(network, market, sessions)
+    assert together.shape == (N, len(sessions), len(HORIZONS))
+    torch.testing.assert_close(together, windowed(network, market, sessions), atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_score_is_the_same_in_every_block(config: ModelConfig) -> None:
+    network, market = model(config), Market()
+    one, other = scores(network, market, range(20, 37)), scores(network, market, range(29, 58))
+    torch.testing.assert_close(one[:, 9:], other[:, :8], atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_no_later_session_changes_a_score(config: ModelConfig) -> None:
+    network, market, changed = model(config), Market(), Market()
+    changed.x[:, 40:] = 7.0
+    changed.missing[:, 40:] = ~changed.missing[:, 40:]
+    before, after = scores(network, market, range(30, 45)), scores(network, changed, range(30, 45))
+    torch.testing.assert_close(before[:, :10], after[:, :10], atol=TOLERANCE, rtol=0)
+    assert (before[:, 10:] - after[:, 10:]).abs().amax() > 1e-2
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_receptive_field_is_exact(config: ModelConfig) -> None:
+    """Garbage before the last R sessions changes nothing; at the oldest of them it does."""
+    network, market, t = model(config), Market(), 50
+    oldest = t - network.receptive_field + 1
+    before = scores(network, market, range(t, t + 1))
+    for first_kept, same in [(oldest, True), (oldest + 1, False)]:
+        garbage = Market()
+        garbage.x[:, :first_kept] = 50.0
+        garbage.missing[:, :first_kept] = False
+        # Cut with more history than needed, so that only the network decides how far it looks back.
+        with torch.no_grad():
+            after = network(garbage.block(range(t - 9, t + 1), network.receptive_field))[:, -1:]
+        assert torch.allclose(before, after, atol=TOLERANCE, rtol=0) is same
+
+
+def test_receptive_field_formula() -> None:
+    for config in CONFIGS.values():
+        trailing = config.normalisation_window_sessions - 1 if config.normalisation == "san" else 0
+        layers = bands(config.window_sessions, config.encoder_layers)
+        assert 1 + sum(band - 1 for band in layers) == config.window_sessions
+        assert model(config).receptive_field == config.window_sessions + trailing
+
+
+def test_permuting_stocks_permutes_scores() -> None:
+    network, market = model(), Market()
+    order = [3, 0, 5, 1, 4, 2]
+    torch.testing.assert_close(
+        scores(network, market, range(40, 50), order),
+        scores(network, market, range(40, 50))[order],
+        atol=TOLERANCE,
+        rtol=0,
+    )
+
+
+def test_a_stock_changes_only_those_it_has_an_edge_to() -> None:
+    network, market = model(), Market()
+    before = scores(network, market, range(40, 50))
+    for stock, readers in [(3, {3, 1}), (5, {5}), (0, {0, 1})]:
+        changed = Market()
+        changed.x[stock] += 1.0
+        changed.missing[stock, :, 0] = True
+        moved = (scores(network, changed, range(40, 50)) - before).abs().amax(dim=(1, 2)) > TOLERANCE
+        assert set(moved.nonzero().flatten().tolist()) == readers
+
+
+def test_a_stock_without_edges_scores_as_if_it_were_alone() -> None:
+    network, market = model(), Market()
+    together = scores(network, market, range(40, 50))[4:]
+    torch.testing.assert_close(scores(network, market, range(40, 50), [4, 5]), together, atol=TOLERANCE, rtol=0)
+
+
+def test_what_lies_under_a_missing_value_or_in_a_dead_feature_changes_nothing() -> None:
+    network, market = model(), Market()
+    block = market.block(range(40, 50), network.receptive_field)
+    garbage = torch.where(block.missing, torch.full_like(block.x, 9.0), block.x)
+    alive = block.missing.clone()
+    alive[..., 2] = False
+    with torch.no_grad():
+        torch.testing.assert_close(network(replace(block, x=garbage)), network(block))
+        torch.testing.assert_close(network(replace(block, x=garbage, missing=alive)), network(block))
+    inputs, _ = network.adaptive_norm(block.x, (~block.missing).float())
+    weights = network.variable_selection.weights(inputs)
+    assert (weights[..., 2] == 0).all()
+    torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
+
+
+def test_a_missing_value_is_not_a_zero() -> None:
+    network, market = model(), Market()
+    market.x[0, 45, 0], market.missing[0, 45, 0] = 0.0, False
+    before = scores(network, market, range(45, 46))
+    market.missing[0, 45, 0] = True
+    assert (scores(network, market, range(45, 46))[0] - before[0]).abs().max() > 1e-4
+
+
+def test_trailing_norm_matches_its_definition() -> None:
+    market = Market()
+    norm = TrailingSliceNorm(F, 8, 5)
+    inputs, (mean, std) = norm(market.x.masked_fill(market.missing, 0.0), (~market.missing).float())
+    for i in range(N):
+        for t in range(4, SESSIONS):
+            for f in range(F):
+                kept = ~market.missing[i, t - 4 : t + 1, f]
+                values = market.x[i, t - 4 : t + 1, f][kept].double()
+                expected_mean = values.mean() if len(values) else torch.tensor(0.0)
+                variance = values.var(correction=0) if len(values) else torch.tensor(0.0)
+                expected_std = (variance + VARIANCE_FLOOR).sqrt()
+                found = inputs[i, t - 4, :, f]
+                raw = torch.tensor(0.0) if market.missing[i, t, f] else market.x[i, t, f]
+                normalised = 0.0 if market.missing[i, t, f] else (raw - expected_mean) / expected_std
+                assert found.tolist() == pytest.approx(
+                    [raw.item(), float(normalised), float(market.missing[i, t, f])], abs=1e-4
+                )
+                assert mean[i, t - 4, f].item() == pytest.approx(float(expected_mean), abs=1e-5)
+                assert std[i, t - 4, f].item() == pytest.approx(float(expected_std), abs=1e-5)
+
+
+@pytest.mark.parametrize(("band", "length"), [(2, 3), (5, 40), (20, 35), (20, 100), (7, 7)])
+def test_banded_attention_matches_the_dense_matrix(band: int, length: int) -> None:
+    torch.manual_seed(0)
+    attention = BandedAttention(8, 2, band)
+    torch.nn.init.normal_(attention.lag_bias)
+    h = torch.randn(3, length, 8)
+    observed = torch.rand(3, length) > 0.3
+    q, (k, v) = attention.query(h), attention.key_value(h).chunk(2, dim=-1)
+    q, k, v = (m.view(3, length, 2, 4).transpose(1, 2) for m in (q, k, v))
+    dense = torch.full((3, 2, length, length), -torch.inf)
+    for t in range(length):
+        for u in range(max(0, t - band + 1), t + 1):
+            seen = observed[:, u] | (t == u)
+            value = (q[:, :, t] * k[:, :, u]).sum(-1) / 2.0 + attention.lag_bias[:, t - u]
+            dense[:, :, t, u] = torch.where(seen[:, None], value, -torch.inf)
+    expected = attention.output((dense.softmax(-1) @ v).transpose(1, 2).reshape(3, length, 8))
+    torch.testing.assert_close(attention(h, observed), expected[:, band - 1 :], atol=TOLERANCE, rtol=0)
+
+
+def train_step(network: ATFTGATFAN, block: Block) -> None:
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
+    loss = CompositeLoss(LossConfig())(network(block), block.target, block.member, epoch=1)
+    loss.total.backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_every_component_gets_a_gradient_and_moves(config: ModelConfig) -> None:
+    torch.manual_seed(0)
+    network, market = ATFTGATFAN(config, F, LIVE), Market()
+    before = {name: p.detach().clone() for name, p in network.named_parameters()}
+    train_step(network, market.block(range(36, 52), network.receptive_field))
+    children = dict(network.named_children())
+    assert set(children) == (NAMED_COMPONENTS if config.graph else NAMED_COMPONENTS - {"gat"})
+    for component, child in children.items():
+        parameters = dict(child.named_parameters(prefix=component))
+        assert bool(parameters) is not (component == "adaptive_norm" and config.normalisation == "none")
+        for name, parameter in parameters.items():
+            assert parameter.grad is not None, name
+            assert parameter.grad.abs().max() > 1e-7, name
+            assert not torch.equal(parameter, before[name]), name
+
+
+CHANGED = {
+    "hidden_size": 16,
+    "window_sessions": 9,
+    "encoder_layers": 3,
+    "attention_heads": 4,
+    "normalisation": "none",
+    "normalisation_window_sessions": 6,
+    "skip": False,
+    "graph": False,
+    "gat_heads": 4,
+    "dropout": 0.5,
+}
+
+
+@pytest.mark.parametrize("field", [f.name for f in fields(ModelConfig)])
+def test_every_configuration_field_has_an_effect(field: str) -> None:
+    market, results = Market(), []
+    for config in (SMALL, replace(SMALL, **{field: CHANGED[field]})):
+        torch.manual_seed(0)
+        network = ATFTGATFAN(config, F, LIVE).train(field == "dropout")
+        torch.manual_seed(0)
+        results.append(scores(network, market, range(40, 50)))
+    assert (results[0] - results[1]).abs().max() > 1e-6
+
+
+def test_scores_are_float32_under_autocast() -> None:
+    network, market = model(), Market()
+    full = scores(network, market, range(40, 50))
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = scores(network, market, range(40, 50))
+    assert mixed.dtype == torch.float32
+    assert 0 < (mixed - full).abs().max() < 0.3  # bf16 keeps 8 bits
+
+
+def test_training_under_autocast_reaches_every_parameter() -> None:
+    torch.manual_seed(0)
+    network, market = ATFTGATFAN(SMALL, F, LIVE), Market()
+    with torch.autocast("cpu", torch.bfloat16):
+        result = network(market.block(range(36, 52), network.receptive_field))
+    result.square().mean().backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in network.parameters())
+
+
+def test_reset_output_redraws_the_last_layer_from_the_generator() -> None:
+    network = model()
+    inner = network.prediction_head.hidden[0].weight.clone()
+    draws = []
+    for seed in (5, 5, 6):
+        network.prediction_head.reset_output(torch.Generator().manual_seed(seed))
+        draws.append(network.prediction_head.output.weight.detach().clone())
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+    assert draws[0].abs().max() <= SMALL.hidden_size**-0.5
+    assert torch.equal(inner, network.prediction_head.hidden[0].weight)
+
+
+def test_a_block_without_edges_is_scored() -> None:
+    network, market = model(), Market()
+    market.edges, market.attr = market.edges[:, :0], market.attr[:0]
+    assert torch.isfinite(scores(network, market, range(0, 3))).all()
+
+
+def test_a_dataset_without_live_features_is_refused() -> None:
+    with pytest.raises(InputError, match="no live feature"):
+        ATFTGATFAN(SMALL, F, torch.zeros(F, dtype=torch.bool))
