@@ -1,0 +1,224 @@
+"""Panel and blocks against a row-by-row reading of the tables they come from."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from atft_pipeline.blocks import Block, BlockDataset, Panel, load_panel
+from atft_pipeline.dataset import MEMBERSHIP_COLUMNS, TARGETS, membership_path, write_dataset
+from atft_pipeline.errors import InputError
+from atft_pipeline.graph import StockGraph
+
+FEATURES = ["alpha", "beta", "gamma"]
+SESSIONS = np.datetime64("2020-01-20") + np.arange(20)  # two months
+CODES = ["1301", "1305", "1332", "13330", "9999"]  # 1305 is never liquid, 9999 never investable
+R = 4
+
+
+def rows() -> list[dict[str, Any]]:
+    """The dataset as rows; 1332 starts late, 13330 has no rows at sessions 8 to 10."""
+    rng = np.random.default_rng(0)
+    found = []
+    for t, date in enumerate(SESSIONS):
+        for i, code in enumerate(CODES):
+            if (code == "1332" and t < 6) or (code == "13330" and 8 <= t <= 10):
+                continue
+            investable = code != "9999" and rng.random() > 0.1
+            values = {name: None if rng.random() < 0.2 else float(np.float32(rng.normal())) for name in FEATURES}
+            targets = {name: None if t > 15 and i else float(np.float32(rng.normal())) for name in TARGETS}
+            found.append(
+                {
+                    "Date": date.item(),
+                    "Code": code,
+                    **values,
+                    **targets,
+                    "is_traded": True,
+                    "is_investable": investable,
+                    "is_liquid": investable and code != "1305" and t != 12,
+                    "return_1d": 0.0,
+                    "Open": 1.0,
+                    "Close": 1.0,
+                    "Sector33Code": "0050",
+                    "MarketCode": None,
+                }
+            )
+    return found
+
+
+def write(path: Path, rows: list[dict[str, Any]], *, by_month: bool = False) -> Path:
+    def column(name: str) -> pa.Array:
+        kinds = {"Date": pa.date32(), "Code": pa.string(), "Sector33Code": pa.string(), "MarketCode": pa.string()}
+        kinds |= dict.fromkeys((*FEATURES, *TARGETS), pa.float32())
+        return pa.array([row[name] for row in rows], kinds.get(name))
+
+    names = ["Date", "Code", *FEATURES, *TARGETS]
+    write_dataset(
+        path,
+        pa.table({name: column(name) for name in names}),
+        pa.table({name: column(name) for name in MEMBERSHIP_COLUMNS}),
+        {"kind": "ml_dataset", "fingerprint": "f00d", "features": FEATURES},
+        by_month=by_month,
+    )
+    return path
+
+
+GRAPH = StockGraph(
+    refreshes=SESSIONS[[5, 11]],
+    codes=np.array(["1301", "1305", "1332", "13330", "7777"]),
+    offsets=np.array([0, 4, 7]),
+    source=np.array([2, 3, 1, 4, 3, 0, 2], dtype=np.int32),
+    target=np.array([0, 0, 2, 3, 0, 2, 3], dtype=np.int32),
+    edge_attr=np.arange(21, dtype=np.float32).reshape(7, 3),
+)
+
+
+def same(a: float | None, b: float) -> bool:
+    return math.isnan(b) if a is None else a == b
+
+
+@pytest.mark.parametrize("by_month", [False, True])
+@pytest.mark.parametrize(("universe", "flag"), [("all", "is_investable"), ("liquid", "is_liquid")])
+def test_panel_holds_every_row_of_the_universe(tmp_path: Path, universe: Any, flag: str, by_month: bool) -> None:
+    table = rows()
+    panel = load_panel(write(tmp_path / "d.parquet", table, by_month=by_month), universe)
+    assert panel.codes.tolist() == sorted({row["Code"] for row in table if row[flag]})
+    assert (panel.sessions == SESSIONS).all()
+    by_key = {(row["Date"], row["Code"]): row for row in table}
+    absent = dict.fromkeys((*FEATURES, *TARGETS)) | dict.fromkeys(("is_investable", "is_liquid"), False)
+    for t, date in enumerate(SESSIONS):
+        for i, code in enumerate(panel.codes):
+            row = by_key.get((date.item(), code), absent)
+            assert all(same(row[name], panel.features[t, i, f]) for f, name in enumerate(FEATURES))
+            assert all(same(row[name], panel.targets[t, i, h]) for h, name in enumerate(TARGETS))
+            assert panel.member[t, i] == row[flag]
+            assert (panel.investable[t, i], panel.liquid[t, i]) == (row["is_investable"], row["is_liquid"])
+
+
+def panel_and_data(tmp_path: Path, graph: StockGraph | None = GRAPH) -> tuple[Panel, BlockDataset]:
+    panel = load_panel(write(tmp_path / "d.parquet", rows()), "liquid")
+    return panel, BlockDataset(panel, graph, R)
+
+
+def slow_edges(panel: Panel, block: Block) -> dict[tuple[int, int], list[float]]:
+    """Edges by node pair: the newest refresh at or before each session, members only."""
+    edges = {}
+    stocks = panel.codes[block.stock_index.numpy()].tolist()
+    for s, t in enumerate(block.session_index.tolist()):
+        known = [g for g in range(2) if GRAPH.refreshes[g] <= panel.sessions[t]]
+        for e in range(GRAPH.offsets[known[-1]], GRAPH.offsets[known[-1] + 1]) if known else ():
+            ends = [str(GRAPH.codes[GRAPH.source[e]]), str(GRAPH.codes[GRAPH.target[e]])]
+            places = [panel.codes.tolist().index(code) if code in panel.codes else -1 for code in ends]
+            if min(places) >= 0 and panel.member[t, places].all():
+                a, b = (s * len(stocks) + stocks.index(code) for code in ends)
+                edges[a, b] = GRAPH.edge_attr[e].tolist()
+    return edges
+
+
+@pytest.mark.parametrize("sessions", [range(0, 3), range(2, 9), range(7, 8), range(9, 20)])
+def test_block_is_cut_from_the_panel(tmp_path: Path, sessions: range) -> None:
+    panel, data = panel_and_data(tmp_path)
+    block = data.block(np.array(sessions))
+    members = panel.member[sessions[0] : sessions[-1] + 1]
+    assert block.session_index.tolist() == list(sessions)
+    assert block.stock_index.tolist() == np.flatnonzero(members.any(axis=0)).tolist()
+    assert block.x.shape == block.missing.shape == (len(block.stock_index), len(sessions) + R - 1, len(FEATURES))
+    assert block.x.dtype == torch.float32
+    for n, i in enumerate(block.stock_index.tolist()):
+        for step in range(len(sessions) + R - 1):
+            t = sessions[0] - R + 1 + step
+            for f in range(len(FEATURES)):
+                value = panel.features[t, i, f] if t >= 0 else math.nan
+                assert block.missing[n, step, f].item() is math.isnan(value)
+                assert block.x[n, step, f].item() == (0.0 if math.isnan(value) else value)
+        for s, t in enumerate(sessions):
+            assert block.member[n, s].item() == panel.member[t, i]
+            np.testing.assert_array_equal(block.target[n, s].numpy(), panel.targets[t, i])
+    expected = slow_edges(panel, block)
+    found = {(a, b): attr for (a, b), attr in zip(block.edge_index.T.tolist(), block.edge_attr.tolist(), strict=True)}
+    assert found == expected
+    assert bool(expected) is (sessions[-1] >= 5)
+
+
+def test_an_infinite_feature_is_missing(tmp_path: Path) -> None:
+    panel, _ = panel_and_data(tmp_path)
+    panel.features[3, 0, 0] = np.inf
+    block = BlockDataset(panel, None, R).block(np.array([3]))
+    n = block.stock_index.tolist().index(0)
+    assert block.missing[n, -1, 0]
+    assert block.x[n, -1, 0] == 0.0
+
+
+def test_without_a_graph_there_are_no_edges(tmp_path: Path) -> None:
+    _, data = panel_and_data(tmp_path, graph=None)
+    block = data.block(np.arange(10, 14))
+    assert block.edge_index.shape == (2, 0)
+    assert block.edge_attr.shape == (0, 3)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 7, 1000])
+def test_blocks_are_contiguous_whole_sessions_that_fit(tmp_path: Path, batch_size: int) -> None:
+    panel, data = panel_and_data(tmp_path)
+    wanted = np.concatenate([np.arange(0, 9), np.arange(10, 19)])
+    blocks = data.sessions_per_block(wanted, batch_size)
+    members = panel.member.sum(axis=1)
+    assert members[12] == 0
+    assert np.concatenate(blocks).tolist() == [t for t in wanted if members[t]]
+    for block in blocks:
+        assert (np.diff(block) == 1).all()
+        assert members[block].sum() <= batch_size or len(block) == 1
+    for block, following in itertools.pairwise(blocks):
+        # No block could have taken the next session too.
+        assert following[0] != block[-1] + 1 or members[block].sum() + members[following[0]] > batch_size
+
+
+def test_a_block_of_scattered_sessions_is_refused(tmp_path: Path) -> None:
+    _, data = panel_and_data(tmp_path)
+    with pytest.raises(ValueError, match="contiguous"):
+        data.block(np.array([3, 5]))
+
+
+def test_an_empty_universe_is_one_sentence(tmp_path: Path) -> None:
+    table = [{**row, "is_liquid": False} for row in rows()]
+    path = write(tmp_path / "d.parquet", table)
+    assert load_panel(path, "all").member.any()
+    with pytest.raises(InputError, match=r"d\.parquet: no row of \d+ is in the universe 'liquid'"):
+        load_panel(path, "liquid")
+
+
+def test_columns_that_are_not_the_registry_s_are_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "d.parquet", rows())
+    table = pq.read_table(path)
+    swapped = ["Date", "Code", "beta", "alpha", "gamma", *TARGETS]
+    pq.write_table(table.select(swapped), path)
+    with pytest.raises(InputError, match="column 2 is 'beta' instead of 'alpha'"):
+        load_panel(path, "all")
+    pq.write_table(table.drop_columns(["target_20d"]), path)
+    with pytest.raises(InputError, match="no further column instead of 'target_20d'"):
+        load_panel(path, "all")
+
+
+def test_a_membership_table_of_other_rows_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "d.parquet", rows())
+    members = pq.read_table(membership_path(path))
+    pq.write_table(members.slice(1), membership_path(path))
+    with pytest.raises(InputError, match="its Date and Code are not those of the membership table"):
+        load_panel(path, "all")
+    pq.write_table(pa.concat_tables([members, members.slice(0, 1)]), membership_path(path))
+    with pytest.raises(InputError, match="build it again"):
+        load_panel(path, "all")
+
+
+def test_an_unreadable_part_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "d.parquet", rows(), by_month=True)
+    (path / "2020-02.parquet").write_bytes(b"PAR1 cut short")
+    with pytest.raises(InputError, match=r"2020-02\.parquet: not a readable parquet file"):
+        load_panel(path, "all")
