@@ -1,0 +1,240 @@
+"""One run directory as it lies on disk, half-written ones included: tables in DuckDB, run.json, verdict.json.
+
+What cannot be read is named in `missing` instead of raised: a killed run leaves torn files, and needs a diagnosis most.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from atft_pipeline.errors import InputError
+from atft_pipeline.lineage import TABLES
+
+KEYS: dict[str, str] = {
+    "series": "step, epoch, split, component, term, metric",
+    "evals": "epoch, split, slice, metric",
+    "daily": "epoch, split, slice, date",
+}
+"""What names a row: of two rows with the same key (an epoch repeated after a restart) the later part counts."""
+
+Curve = dict[int, float]
+"""Epoch -> value, ascending, NaN and null left out."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """A run's own record. `missing` names every file that was expected and could not be used, and why."""
+
+    run_dir: Path
+    run: dict[str, Any]
+    verdict: dict[str, Any]
+    predictions: dict[int, Path]
+    missing: tuple[str, ...]
+    connection: duckdb.DuckDBPyConnection
+
+    def rows(self, query: str, *parameters: object) -> list[tuple[Any, ...]]:
+        return self.connection.execute(query, list(parameters)).fetchall()
+
+    def scalar(self, query: str, *parameters: object) -> float | None:
+        rows = self.rows(query, *parameters)
+        return None if not rows or rows[0][0] is None else float(rows[0][0])
+
+    def config(self, dotted: str) -> Any:
+        """The field of the run's configuration, or None where run.json does not have it."""
+        value: Any = self.run.get("config")
+        for name in dotted.split("."):
+            value = value.get(name) if isinstance(value, dict) else None
+        return value
+
+    def curve(self, metric: str, *, split: str | None = None, component: str | None = None, term: str = "") -> Curve:
+        """A per-epoch series; `split` and `component` None accept any."""
+        rows = self.rows(
+            """SELECT epoch, value FROM series
+               WHERE step IS NULL AND metric = ? AND coalesce(term, '') = ?
+                 AND (?::VARCHAR IS NULL OR split = ?) AND (?::VARCHAR IS NULL OR component = ?)
+                 AND isfinite(value)
+               ORDER BY epoch""",
+            metric,
+            term,
+            split,
+            split,
+            component,
+            component,
+        )
+        return {int(epoch): float(value) for epoch, value in rows}
+
+    def components(self, metric: str) -> list[str]:
+        rows = self.rows("SELECT DISTINCT component FROM series WHERE step IS NULL AND metric = ? ORDER BY 1", metric)
+        return [str(row[0]) for row in rows if row[0]]
+
+    def evaluation(self, metric: str, split: str = "validation") -> dict[int, tuple[float, float | None]]:
+        """Epoch -> (value, standard error or None) of a statistic in the criterion's slice."""
+        rows = self.rows(
+            """SELECT epoch, value, se FROM evals
+               WHERE metric = ? AND split = ? AND slice = ? AND isfinite(value) ORDER BY epoch""",
+            metric,
+            split,
+            self.slice,
+        )
+        return {int(e): (float(v), None if se is None or math.isnan(se) else float(se)) for e, v, se in rows}
+
+    @property
+    def slice(self) -> str:
+        """The slice the criterion is held against, by verdict, then configuration."""
+        recorded = _section(self.verdict, "criterion").get("slice") or self.config("evaluation.universe")
+        return str(recorded) if recorded else "liquid"
+
+    @property
+    def criterion_epoch(self) -> int:
+        return int(self.config("evaluation.criterion_epoch") or 20)
+
+    @property
+    def criterion_sharpe(self) -> float:
+        recorded = self.config("evaluation.criterion_sharpe")
+        return 0.10 if recorded is None else float(recorded)
+
+    @property
+    def is_locked(self) -> bool:
+        """Whether a process is writing this run right now: it holds `.lock`, which dies with it."""
+        try:
+            with (self.run_dir / ".lock").open() as handle:
+                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except BlockingIOError:
+            return True
+        return False
+
+    @property
+    def epochs_done(self) -> int:
+        """Epochs with a record; run.json may lag behind the tables of a killed run."""
+        recorded = self.scalar("SELECT max(epoch) FROM series WHERE step IS NULL")
+        evaluated = self.scalar("SELECT max(epoch) FROM evals")
+        return int(max(recorded or 0, evaluated or 0, self.run.get("epochs_done") or 0))
+
+    @property
+    def epochs_planned(self) -> int | None:
+        planned = self.run.get("epochs_planned") or self.config("train.epochs")
+        return int(planned) if planned else None
+
+
+def open_record(run_dir: Path) -> Record:
+    """Everything of `run_dir` that can be read, and nothing from outside it.
+
+    Raises InputError where the folder does not exist or holds nothing readable of a run.
+    """
+    run_dir = Path(run_dir)
+    if not run_dir.is_dir():
+        raise InputError(f"{run_dir}: no such run directory; give the folder that holds run.json, series/ and evals/")
+    missing: list[str] = []
+    run = _read_json(run_dir, "run.json", missing)
+    verdict = _read_json(run_dir, "verdict.json", missing)
+    connection = duckdb.connect(":memory:", config={"threads": 1})
+    rows = sum(_load_table(connection, run_dir, name, missing) for name in TABLES)
+    predictions = _find_predictions(run_dir, missing)
+    if not (run or verdict or rows or predictions):
+        connection.close()
+        raise InputError(
+            f"{run_dir}: nothing readable of a run (no run.json, verdict.json, series/, evals/, daily/ or predictions/"
+            " with content); give a directory written by `atft train` or by a training asset"
+        )
+    return Record(run_dir, run, verdict, predictions, tuple(missing), connection)
+
+
+def _section(values: dict[str, Any], name: str) -> dict[str, Any]:
+    section = values.get(name)
+    return section if isinstance(section, dict) else {}
+
+
+def _read_json(run_dir: Path, name: str, missing: list[str]) -> dict[str, Any]:
+    path = run_dir / name
+    problem = _outside(path, run_dir)
+    if problem is None:
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            if isinstance(values, dict):
+                return values
+            problem = "not a JSON object"
+        except FileNotFoundError:
+            problem = "not written"
+        except (OSError, ValueError) as error:
+            problem = f"unreadable ({_first_line(error)})"
+    missing.append(f"{name}: {problem}")
+    return {}
+
+
+def _load_table(connection: duckdb.DuckDBPyConnection, run_dir: Path, name: str, missing: list[str]) -> int:
+    """Creates table `name` from its readable parts; returns the number of rows."""
+    parts = []
+    paths = sorted((run_dir / name).glob("*.parquet"))
+    for number, path in enumerate(paths):
+        part = _read_part(path, run_dir, TABLES[name], missing)
+        if part is not None:
+            parts.append(part.append_column("part", pa.array([number] * part.num_rows, pa.int32())))
+    if not paths:
+        missing.append(f"{name}/: no parts written")
+    schema = TABLES[name].append(pa.field("part", pa.int32()))
+    loaded = pa.concat_tables(parts) if parts else schema.empty_table()
+    if parts and not loaded.num_rows:
+        missing.append(f"{name}/: parts without rows")
+    connection.register("loaded", loaded)
+    connection.execute(
+        f"""CREATE TABLE {name} AS SELECT * EXCLUDE (part) FROM loaded
+            QUALIFY row_number() OVER (PARTITION BY {KEYS[name]} ORDER BY part DESC) = 1"""
+    )
+    connection.unregister("loaded")
+    return loaded.num_rows
+
+
+def _read_part(path: Path, run_dir: Path, schema: pa.Schema, missing: list[str]) -> pa.Table | None:
+    problem = _outside(path, run_dir)
+    if problem is None:
+        try:
+            found = pq.ParquetFile(path).read()
+            lacking = [name for name in schema.names if name not in found.schema.names]
+            if not lacking:
+                return found.select(schema.names).cast(schema)
+            problem = f"column {lacking[0]} is missing"
+        except (OSError, pa.ArrowException) as error:
+            problem = f"torn or unreadable ({_first_line(error)})"
+    missing.append(f"{path.parent.name}/{path.name}: {problem}")
+    return None
+
+
+def _find_predictions(run_dir: Path, missing: list[str]) -> dict[int, Path]:
+    found: dict[int, Path] = {}
+    for path in sorted((run_dir / "predictions").glob("epoch_*.parquet")):
+        match = re.fullmatch(r"epoch_(\d+)", path.stem)
+        problem = _outside(path, run_dir)
+        if problem is None:
+            try:
+                pq.ParquetFile(path).close()
+            except (OSError, pa.ArrowException) as error:
+                problem = f"torn or unreadable ({_first_line(error)})"
+        if problem is not None:
+            missing.append(f"predictions/{path.name}: {problem}")
+        elif match:
+            found[int(match.group(1))] = path
+    if not found:
+        missing.append("predictions/: none readable")
+    return found
+
+
+def _outside(path: Path, run_dir: Path) -> str | None:
+    """A link that leaves the run is how a number of another run once came to be reported as this one's."""
+    inside = path.resolve().is_relative_to(run_dir.resolve())
+    return None if inside else "a link to a file outside this run, not read"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:120]
