@@ -100,6 +100,8 @@ def judge(
     evaluation.
     """
     status, why = _status(config, epochs_planned, epochs_done, evidence, validity)
+    if epochs_done < config.criterion_epoch:
+        evidence = None  # another epoch's figures must not stand under the criterion's name
     milestones = progress_milestones(progress, epochs_planned)
     return {
         "status": status,

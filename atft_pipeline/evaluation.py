@@ -7,10 +7,12 @@ ranked: the evaluation comes back invalid with its reason. What cannot be evalua
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from numpy.typing import NDArray
 
 from atft_pipeline import metrics
 from atft_pipeline.config import EvaluationConfig, Slice
+from atft_pipeline.dataset import read_table
 from atft_pipeline.errors import InputError
 from atft_pipeline.portfolio import DailyPortfolio, jpx_spread_returns, long_short, long_short_tranches
 
@@ -119,9 +122,13 @@ def evaluate(
     score: NDArray[np.float64] = np.asarray(scores, np.float64)
     target: NDArray[np.float64] = np.asarray(targets, np.float64)
     sessions, codes = np.asarray(sessions, "datetime64[D]"), np.asarray(codes)
+    shape = (len(sessions), len(codes))
+    for name, cells in (("scores", score), ("targets", target), ("members", member)):
+        if cells is not None and cells.shape != shape:
+            raise InputError(f"evaluation: expected {name} of shape {shape} (sessions, codes), found {cells.shape}")
     if member is None:
         member = ~np.isnan(score) | ~np.isnan(target)
-    _require_usable(score, target, sessions, codes, member)
+    _require_usable(target, sessions, codes, member)
     if horizon_sessions > 1 and returns_1d is None:
         raise InputError(
             f"evaluation: a horizon of {horizon_sessions} sessions overlaps and is held in tranches; it needs the"
@@ -154,18 +161,11 @@ def evaluate(
 
 
 def _require_usable(
-    scores: NDArray[np.float64],
     targets: NDArray[np.float64],
     sessions: NDArray[np.datetime64],
     codes: NDArray[Any],
     member: NDArray[np.bool_],
 ) -> None:
-    shape = (len(sessions), len(codes))
-    if not scores.shape == targets.shape == member.shape == shape:
-        raise InputError(
-            f"evaluation: expected scores, targets and members of shape {shape} (sessions, codes), found"
-            f" {scores.shape}, {targets.shape}, {member.shape}"
-        )
     if (codes[1:] <= codes[:-1]).any() or (sessions[1:] <= sessions[:-1]).any():
         raise InputError("evaluation: sessions and codes must be in ascending order, each once; sort the panel first")
     if np.isinf(targets[member]).any():
@@ -368,6 +368,45 @@ def evaluate_table(
         if universe is None and column in table.column_names
     }
     return TableEvaluation(overall, by_split, by_slice)
+
+
+def evaluate_file(
+    path: Path,
+    config: EvaluationConfig,
+    *,
+    score: str | None = None,
+    target: str | None = None,
+    split: str | None = None,
+    universe: Slice | None = None,
+    days_per_year: int = 245,
+    trials: int = 1,
+) -> dict[str, Any]:
+    """`evaluate_table` of a parquet file as plain JSON, with the columns used and, where `arch` is, the bootstrap.
+
+    Without `score` the column is `score`, else `score_1d`; without `target` it is `target`, else the one of the
+    score's horizon (`score_5d`, `target_5d`). Raises InputError, naming the file, as `evaluate_table` does.
+    """
+    table = read_table(path)
+    columns = set(table.column_names)
+    score = score or ("score_1d" if "score" not in columns and "score_1d" in columns else "score")
+    if target is None:
+        of_horizon = score.replace("score", "target", 1)
+        target = of_horizon if "target" not in columns and of_horizon in columns else "target"
+    try:
+        result = evaluate_table(
+            table,
+            score=score,
+            target=target,
+            config=config,
+            split=split,
+            universe=universe,
+            days_per_year=days_per_year,
+            bootstrap=importlib.util.find_spec("arch") is not None,
+            trials=trials,
+        )
+    except InputError as refusal:
+        raise InputError(f"{path}: {refusal}") from refusal
+    return {**result.as_dict(), "score": score, "target": target}
 
 
 def _or_refusal(evaluated: Callable[[NDArray[np.bool_]], Evaluation], rows: NDArray[np.bool_]) -> Evaluation:
