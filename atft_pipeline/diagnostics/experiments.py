@@ -38,7 +38,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         "loss weights: a heavier Sharpe term",
         ("sharpe_term_absent", "sharpe_term_light", "both_fall_sharpe_flat", "ic_rises_sharpe_flat"),
     ),
-    Experiment("C", f"capacity: hidden size {REPORTED_HIDDEN_SIZE}", ("both_losses_flat", "ic_flat")),
+    Experiment("C", f"capacity: hidden size {REPORTED_HIDDEN_SIZE}", ("both_losses_flat",)),
     Experiment(
         "D",
         f"learning rate {REPORTED_LR:g}",

@@ -50,7 +50,7 @@ def _losses(record: Record, axes: Axes) -> bool:
 def _learning_rate(record: Record, axes: Axes) -> bool:
     curve, plan = record.curve("lr"), planned_lr(record)
     if plan:
-        axes.plot(list(plan), list(plan.values()), color="grey", linestyle="--", label="planned")
+        axes.plot(list(plan), list(plan.values()), color="grey", linewidth=4, alpha=0.4, label="planned")
     axes.plot(list(curve), list(curve.values()), marker=".", label="recorded")
     if curve and min(curve.values()) > 0:
         axes.set_yscale("log")

@@ -244,7 +244,11 @@ def _answer(question: str, findings: Sequence[Finding]) -> tuple[str, str]:
 
 
 def _next_steps(diagnosis: Diagnosis) -> str:
-    steps = list(dict.fromkeys(f.next_step for f in diagnosis.causes if f.decisive))
+    by_command: dict[str, str] = {}
+    for cause in diagnosis.causes:
+        if cause.decisive:
+            by_command.setdefault(cause.next_step.partition(": atft ")[2] or cause.next_step, cause.next_step)
+    steps = list(by_command.values())
     if not steps:
         return "None that the record asks for."
     return "\n".join(f"{number}. {_as_code(step)}" for number, step in enumerate(steps, start=1))

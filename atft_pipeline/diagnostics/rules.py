@@ -7,6 +7,7 @@ number that is not this run's own explains nothing about it.
 
 from __future__ import annotations
 
+import math
 import operator
 import string
 from collections.abc import Callable, Sequence
@@ -159,7 +160,7 @@ RULES: tuple[Rule, ...] = (
         "validity",
         "invalid",
         _when(("score_dispersion", "<", 1e-6)),
-        "std of the scores over std of the targets, median session: {score_dispersion:.2g} (healthy: 0.014 to 0.1)",
+        "std of the scores over std of the targets, median session: {score_dispersion:.2g}",
         "re-draw the head earlier and learn from ranks: {train} --set train.guard.patience=1 --set train.loss.ic=0.5",
         "Are the predictions degenerate?",
     ),
@@ -322,7 +323,7 @@ RULES: tuple[Rule, ...] = (
         "learning rate",
         "explanation",
         _when(("lr_peak", ">=", 1e-5), ("lr_below_1e5_epoch", "<=", 20), ("lr_below_1e5_left_share", ">", 0.2)),
-        "peak {lr_peak:.1e}, under 1e-5 from epoch {lr_below_1e5_epoch:.0f} of {epochs_planned:.0f} planned",
+        "peak {lr_peak:.1e}; first epoch under 1e-5: {lr_below_1e5_epoch:.0f}, of {epochs_planned:.0f} planned",
         "decay later (experiment A): {experiment_a}",
         "Learning rate below 1e-5 by epoch 20: decayed too early?",
     ),
@@ -407,8 +408,7 @@ RULES: tuple[Rule, ...] = (
         _when(("ic_rise_t", "<", 2.0), ("ic_last_t", "<", 2.0)),
         "IC {ic_last:.4f}, RankIC {rank_ic_last:.4f}, at best {ic_last_t:.1f} standard errors from zero; change since"
         " the first evaluation {ic_rise_t:.1f}",
-        "ask the baselines whether the features hold any signal: `dagster asset materialize --select baselines`; then"
-        " more capacity (experiment C): {experiment_c}",
+        "ask the baselines whether the features hold any signal: `dagster asset materialize --select baselines`",
         "IC flat?",
     ),
     # Gradients -----------------------------------------------------------------------------------------------------
@@ -428,7 +428,7 @@ RULES: tuple[Rule, ...] = (
         "gradients",
         "explanation",
         _when(("gradient_warnings", ">", 0)),
-        "{gradient_warnings:.0f} warnings (component and epoch with l2 under 1e-7); {gradient_summary}",
+        "{gradient_warnings:.0f} warnings (an epoch of a component with l2 under 1e-7): {gradient_warning_names}",
         "raise the learning rate (experiment D): {experiment_d}",
         "Encoder gradients low?",
     ),
@@ -438,7 +438,7 @@ RULES: tuple[Rule, ...] = (
         "gradients",
         "explanation",
         _when(("encoder_gradient_ratio", "<", 0.1)),
-        "late over early l2: {encoder_gradient_ratio:.3f}; {gradient_summary}",
+        "late over early l2: {encoder_gradient_ratio:.3f}",
         "see whether the encoder still contributes by leaving the skip path out: {train} --set model.skip=false",
         "Encoder gradients falling?",
     ),
@@ -448,7 +448,7 @@ RULES: tuple[Rule, ...] = (
         "gradients",
         "explanation",
         _when(("encoder_gradient", "<", 1e-5)),
-        "median l2 {encoder_gradient:.2g}; {gradient_summary}",
+        "median l2 {encoder_gradient:.2g}",
         "raise the learning rate (experiment D): {experiment_d}",
         "Encoder gradients low?",
     ),
@@ -458,7 +458,7 @@ RULES: tuple[Rule, ...] = (
         "gradients",
         "explanation",
         _when(("gradient_rise", ">", 10.0)),
-        "largest late over early l2: {gradient_rise:.1f}; {gradient_summary}",
+        "largest late over early l2: {gradient_rise:.1f} ({gradient_rise_name})",
         "clip tighter: {train} --set train.optimizer.clip_norm=0.5",
         "Encoder gradients rising?",
     ),
@@ -557,10 +557,12 @@ def _finding(
 
 
 class _Evidence(string.Formatter):
-    """Formats a signal that was not measured as such, whatever number format its place asks for."""
+    """Says in words what a number format cannot: a signal that was not measured, an epoch that never came."""
 
     def format_field(self, value: Any, format_spec: str) -> str:
-        return "not measured" if value is None else str(format(value, format_spec))
+        if value is None:
+            return "not measured"
+        return "never" if value == math.inf else str(format(value, format_spec))
 
 
 def _fill(template: str, signals: Signals) -> str:

@@ -234,12 +234,13 @@ def validity_failed(record: Record) -> float | None:
 
 
 def validity_failed_names(record: Record) -> str | None:
-    failed = [
-        f"{item.get('name')} ({item.get('explanation')})"
-        for item in _validity_items(record)
-        if item.get("passed") is not None and not item["passed"]
-    ]
-    return "; ".join(failed) or None
+    measured = [item for item in _validity_items(record) if item.get("passed") is not None]
+    failed = [f"{item.get('name')} ({item.get('explanation')})" for item in measured if not item["passed"]]
+    return _listed(failed if measured else None)
+
+
+def _listed(names: list[str] | None) -> str | None:
+    return None if names is None else ", ".join(names) or "none"
 
 
 # Results ---------------------------------------------------------------------------------------------------------
@@ -573,7 +574,7 @@ def swallowed_terms(record: Record) -> float | None:
 
 
 def swallowed_term_names(record: Record) -> str | None:
-    return ", ".join(_swallowed(record) or []) or None
+    return _listed(_swallowed(record))
 
 
 # Gradients -------------------------------------------------------------------------------------------------------
@@ -606,8 +607,16 @@ def encoder_gradient(record: Record) -> float | None:
 
 def gradient_rise(record: Record) -> float | None:
     """Largest late over early gradient l2 of any component."""
-    ratios = [r for curve in _gradients(record).values() if (r := _late_to_early(curve)) is not None]
-    return max(ratios, default=None)
+    return max(_rises(record).values(), default=None)
+
+
+def gradient_rise_name(record: Record) -> str | None:
+    rises = _rises(record)
+    return max(rises, key=rises.__getitem__) if rises else None
+
+
+def _rises(record: Record) -> dict[str, float]:
+    return {name: r for name, curve in _gradients(record).items() if (r := _late_to_early(curve)) is not None}
 
 
 def graph_to_encoder_gradient(record: Record) -> float | None:
@@ -629,7 +638,7 @@ def silent_components(record: Record) -> float | None:
 
 
 def silent_component_names(record: Record) -> str | None:
-    return ", ".join(_silent(record) or []) or None
+    return _listed(_silent(record))
 
 
 def gradient_summary(record: Record) -> str | None:
@@ -653,6 +662,12 @@ def gradient_warnings(record: Record) -> float | None:
     return _count(record, "gradient_warning")
 
 
+def gradient_warning_names(record: Record) -> str | None:
+    names = record.components("gradient_warning")
+    warned = [name for name in names if any(record.curve("gradient_warning", component=name).values())]
+    return _listed(warned if names else None)
+
+
 def degeneracy_events(record: Record) -> float | None:
     return _count(record, "degeneracy_event")
 
@@ -670,8 +685,8 @@ def failed(record: Record) -> float | None:
 
 
 def failure_reason(record: Record) -> str | None:
-    reason = record.run.get("reason")
-    return str(reason) if reason else None
+    """Why the run ended early, in its own words."""
+    return str(record.run.get("reason") or "no reason recorded") if record.run else None
 
 
 def abandoned(record: Record) -> float | None:
@@ -774,12 +789,14 @@ _ALL: tuple[Callable[[Record], Value], ...] = (
     encoder_gradient_ratio,
     encoder_gradient,
     gradient_rise,
+    gradient_rise_name,
     graph_to_encoder_gradient,
     silent_components,
     silent_component_names,
     gradient_summary,
     clipped_share,
     gradient_warnings,
+    gradient_warning_names,
     degeneracy_events,
     degeneracy_resets,
     failed,
