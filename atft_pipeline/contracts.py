@@ -9,13 +9,14 @@ from __future__ import annotations
 import datetime as dt
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pandera.errors
 import pandera.polars as pa
 import polars as pl
 
 from atft_pipeline.errors import InputError
-from atft_pipeline.sources import RAW_TABLES, raw_schema
+from atft_pipeline.sources import RAW_TABLES, Source, raw_schema
 
 KEYS: dict[str, tuple[str, ...]] = {
     "prices": ("Date", "Code"),
@@ -231,3 +232,28 @@ def _report(name: str, frame: pl.DataFrame, failures: list[str]) -> ContractRepo
     first = first if isinstance(first, dt.date) else None
     last = last if isinstance(last, dt.date) else None
     return ContractReport(name, frame.height, first, last, tuple(failures))
+
+
+@dataclass(frozen=True)
+class CheckedTables:
+    """Raw tables that passed their contracts, and what a manifest says of where they came from."""
+
+    tables: dict[str, pl.DataFrame]
+    record: dict[str, Any]
+    """`{"path": ..., "tables": {name: {rows, first_date, last_date, sha256}}}`."""
+
+
+def read_checked(source: Source) -> CheckedTables:
+    """Every table of `source`. Raises: InputError with the sentence of the first broken contract."""
+    tables, entries = {}, {}
+    for name in source.tables:
+        frame = source.read(name)
+        report = check_table(name, frame).require()
+        tables[name] = frame
+        entries[name] = {
+            "rows": report.rows,
+            "first_date": str(report.first_date),
+            "last_date": str(report.last_date),
+            "sha256": source.fingerprint(name),
+        }
+    return CheckedTables(tables, {"path": str(source.folder), "tables": entries})

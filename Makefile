@@ -1,0 +1,32 @@
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: help run test ui lint constraints
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+
+$(STAMP): pyproject.toml constraints.txt packaging_hook.py atft_pipeline_dagster_default.pth
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $(STAMP)
+
+run: $(STAMP)  ## embedded market to a judged model_50ep, with evaluation and diagnostics
+	$(BIN)/python -m assets
+
+test: $(STAMP) lint  ## lint, types and the whole test suite
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+ui: $(STAMP)  ## the Dagster UI on http://localhost:3000
+	$(BIN)/dagster dev -w workspace.yaml
+
+constraints: $(STAMP)  ## write what is installed back to constraints.txt
+	{ head -1 constraints.txt; $(BIN)/pip freeze --exclude-editable | sed 's/+cpu//'; } > .constraints.new
+	mv .constraints.new constraints.txt

@@ -1,0 +1,1 @@
+"""The Dagster side: joins the library and the resources into assets, checks and schedules."""

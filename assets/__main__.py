@@ -1,0 +1,35 @@
+"""`python -m assets`: the main job. Materialises model_50ep with all upstream, its run, evaluation and diagnostics.
+
+Exits 0 when everything held, 1 when the criterion or a step failed; ends with where the report is, the verdict in one
+line, and the command for the UI.
+"""
+
+import sys
+
+import dagster as dg
+
+from assets.definitions import defs
+
+MAIN_SELECTION = '+key:"model_50ep" or +key:"diagnostics_50ep"'
+
+
+def main() -> int:
+    job = dg.define_asset_job("main", selection=MAIN_SELECTION)
+    resolved = dg.Definitions.merge(defs, dg.Definitions(jobs=[job])).resolve_job_def("main")
+    with dg.DagsterInstance.get() as instance:
+        result = resolved.execute_in_process(instance=instance, raise_on_error=False)
+    reports = [event for event in result.get_asset_materialization_events() if event.asset_key == _DIAGNOSTICS]
+    if not reports:
+        print("\nmain job: stopped before diagnostics; the first error above says where", file=sys.stderr)
+        return 1
+    metadata = reports[0].materialization.metadata
+    print(f"\nreport:   {metadata['report_html'].value}")
+    print(f"verdict:  {metadata['verdict'].value}")
+    print("UI:       make ui")
+    return 0 if result.success else 1
+
+
+_DIAGNOSTICS = dg.AssetKey("diagnostics_50ep")
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,55 @@
+"""What simpler models earn on the same dataset, split and evaluation."""
+
+import dagster as dg
+
+from assets.evaluation import statistics_table
+from assets.outcomes import failing_with_one_sentence, markdown_table, numbers
+from atft_pipeline.baselines import fit_baselines
+from atft_pipeline.blocks import load_panel
+from atft_pipeline.evaluation import Evaluation, evaluate
+from atft_pipeline.scoring import slice_mask
+from atft_pipeline.splits import make_split
+from resources.compute import Compute
+from resources.dataset_store import DatasetStore
+
+
+@dg.asset(
+    group_name="evaluation",
+    deps=["ml_dataset"],
+    kinds={"scikit-learn", "lightgbm"},
+    description="Ridge, LightGBM and the best one-factor reversal, fitted on the training sessions and evaluated by the"
+    " definition the network is held to.",
+)
+def baselines(context: dg.AssetExecutionContext, store: DatasetStore, compute: Compute) -> dg.MaterializeResult:
+    with failing_with_one_sentence(context):
+        dataset, manifest = store.current("ml_dataset", "baselines")
+        config, _ = compute.configuration(embedded=store.is_embedded(manifest), overrides={})
+        panel = load_panel(dataset, config.train.universe)
+        split = make_split(panel.sessions, config.split)
+        member = slice_mask(panel, config.evaluation.universe)
+        evaluations: dict[str, Evaluation] = {}
+        for name, scores in fit_baselines(panel, split, config.train.seed).items():
+            for part, sessions in (("validation", split.validation), ("test", split.test)):
+                evaluations[f"{name}, {part}"] = evaluate(
+                    scores[sessions],
+                    panel.targets[sessions, :, 0],
+                    panel.sessions[sessions],
+                    panel.codes,
+                    config.evaluation,
+                    days_per_year=int(manifest["days_per_year"]),
+                    bootstrap=True,
+                    member=member[sessions],
+                )
+    figures = {
+        f"{name}_{key}".replace(", ", "_"): evaluation.value(key)
+        for name, evaluation in evaluations.items()
+        for key in ("sharpe_daily", "sharpe_daily_net", "ic_mean", "rank_ic_mean")
+    }
+    return dg.MaterializeResult(
+        metadata={
+            "dataset_fingerprint": manifest["fingerprint"],
+            **numbers(figures),
+            "statistics": markdown_table(statistics_table(evaluations)),
+        },
+        data_version=dg.DataVersion(manifest["fingerprint"]),
+    )

@@ -1,0 +1,32 @@
+"""The code location: every asset, check, job and schedule, with the resources they use."""
+
+import dagster as dg
+
+from assets.baselines import baselines
+from assets.checks import run_checks
+from assets.diagnostics import diagnostics_asset
+from assets.evaluation import evaluation_asset
+from assets.features import ml_dataset, prices
+from assets.graph import stock_graph
+from assets.raw import raw_assets
+from assets.schedules import nightly_retrain, nightly_schedule
+from assets.training import RUN_LENGTHS, training_definitions
+from resources.compute import Compute
+from resources.dataset_store import DatasetStore
+
+defs = dg.Definitions(
+    assets=[
+        *raw_assets,
+        prices,
+        ml_dataset,
+        stock_graph,
+        *training_definitions,
+        *(evaluation_asset(epochs) for epochs in RUN_LENGTHS),
+        *(diagnostics_asset(epochs) for epochs in RUN_LENGTHS),
+        baselines,
+    ],
+    asset_checks=[run_checks(epochs) for epochs in RUN_LENGTHS],
+    jobs=[nightly_retrain],
+    schedules=[nightly_schedule],
+    resources={"store": DatasetStore(), "compute": Compute()},
+)

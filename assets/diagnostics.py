@@ -1,0 +1,41 @@
+"""Why a run got the Sharpe it got: findings with evidence and next steps, written into the run's own directory."""
+
+import dagster as dg
+
+from assets.checks import judged_run
+from assets.outcomes import failing_with_one_sentence, markdown_table, numbers
+from assets.training import run_asset_key
+from atft_pipeline.diagnostics import diagnose, write_report
+
+
+def diagnostics_asset(epochs: int) -> dg.AssetsDefinition:
+    """`diagnostics_{epochs}ep`."""
+    name = f"diagnostics_{epochs}ep"
+
+    @dg.asset(
+        name=name,
+        group_name="diagnostics",
+        deps=[run_asset_key(epochs), f"evaluation_{epochs}ep"],
+        kinds={"duckdb"},
+        description=f"Findings over the lineage of the {epochs}-epoch run, with evidence, next steps and experiments.",
+    )
+    def diagnostics(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
+        with failing_with_one_sentence(context):
+            run_dir = judged_run(context.instance, run_asset_key(epochs))
+            diagnosis = diagnose(run_dir)
+            report = write_report(run_dir, diagnosis)
+        context.log.info(f"{diagnosis.headline} Report: {report.html}")
+        statuses = [finding.status for finding in diagnosis.findings]
+        return dg.MaterializeResult(
+            metadata={
+                "run_dir": dg.MetadataValue.path(str(run_dir)),
+                "headline": diagnosis.headline,
+                "verdict": diagnosis.verdict_line,
+                "report_html": dg.MetadataValue.path(str(report.html)),
+                **numbers({status: statuses.count(status) for status in ("fired", "not_fired", "not_assessable")}),
+                "findings": markdown_table(diagnosis.table()),
+                "report": dg.MetadataValue.md(diagnosis.to_markdown()),
+            }
+        )
+
+    return diagnostics

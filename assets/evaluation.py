@@ -1,0 +1,130 @@
+"""Evaluation of a run from its predictions file: numbers, a table and pictures, held against the run's own record."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+
+from assets.checks import judged_run
+from assets.outcomes import failing_with_one_sentence, markdown_table, numbers
+from assets.pictures import cumulative_return, embedded
+from assets.training import run_asset_key
+from atft_pipeline.config import from_dict
+from atft_pipeline.dataset import read_table as read_parquet
+from atft_pipeline.diagnostics.plots import draw
+from atft_pipeline.diagnostics.record import open_record
+from atft_pipeline.evaluation import Evaluation, evaluate_table
+from atft_pipeline.lineage import read_run, read_table
+
+RECORD_TOLERANCE = 1e-4
+"""The record was computed on float32 scores in memory, the file holds the same float32: only sums may be reordered."""
+
+
+def evaluation_asset(epochs: int) -> dg.AssetsDefinition:
+    """`evaluation_{epochs}ep`."""
+    name = f"evaluation_{epochs}ep"
+
+    @dg.asset(
+        name=name,
+        group_name="evaluation",
+        deps=[run_asset_key(epochs)],
+        kinds={"numpy"},
+        description=f"Sharpe, IC and the rest of the definition for the {epochs}-epoch run, validation and test,"
+        " recomputed from its predictions file.",
+        check_specs=[
+            dg.AssetCheckSpec(
+                "reproduces_record",
+                asset=name,
+                description="The figures recomputed from the predictions file are those the run recorded.",
+            )
+        ],
+    )
+    def evaluation(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
+        with failing_with_one_sentence(context):
+            run_dir = judged_run(context.instance, run_asset_key(epochs))
+            evaluations = evaluate_run(run_dir)
+        last = read_run(run_dir)["epochs_done"]
+        problems = differences_from_record(run_dir, last, evaluations)
+        daily = {
+            split: [
+                row
+                for row in read_table(run_dir, "daily").to_pylist()
+                if (row["epoch"], row["split"], row["slice"]) == (last, split, "liquid")
+            ]
+            for split in evaluations
+        }
+        pictures = draw(open_record(run_dir))
+        return dg.MaterializeResult(
+            metadata={
+                "run_dir": dg.MetadataValue.path(str(run_dir)),
+                **numbers({f"{split}_{k}": v for split, e in evaluations.items() for k, v in e.values().items()}),
+                "statistics": markdown_table(statistics_table(evaluations)),
+                "cumulative_return": embedded("Cumulative long-short return", cumulative_return(daily)),
+                **{title.lower().replace(" ", "_"): embedded(title, png) for title, png in pictures.items()},
+            },
+            check_results=[
+                dg.AssetCheckResult(
+                    passed=not problems,
+                    check_name="reproduces_record",
+                    description="; ".join(problems) or "all figures agree",
+                )
+            ],
+        )
+
+    return evaluation
+
+
+def evaluate_run(run_dir: Path) -> dict[str, Evaluation]:
+    """Split -> evaluation of horizon 1 in the configured slice, from the last epoch's predictions, with bootstrap."""
+    header = read_run(run_dir)
+    config = from_dict(header["config"]).evaluation
+    path = run_dir / "predictions" / f"epoch_{header['epochs_done']:03d}.parquet"
+    table = read_parquet(path)
+    return {
+        split: evaluate_table(
+            table,
+            score="score_1d",
+            target="target_1d",
+            config=config,
+            split=split,
+            universe="liquid" if config.universe == "liquid" else None,
+            days_per_year=int(header["days_per_year"]),
+            bootstrap=True,
+        ).overall
+        for split in ("validation", "test")
+    }
+
+
+def differences_from_record(run_dir: Path, epoch: int, evaluations: dict[str, Evaluation]) -> list[str]:
+    """Where the recomputed figures differ from those the run recorded for the same epoch, split and slice."""
+    config = from_dict(read_run(run_dir)["config"]).evaluation
+    recorded = {
+        (row["split"], row["metric"]): row["value"]
+        for row in read_table(run_dir, "evals").to_pylist()
+        if row["epoch"] == epoch and row["slice"] == config.universe
+    }
+    problems = []
+    for split, evaluation in evaluations.items():
+        for metric in ("sharpe_daily", "sharpe_daily_net", "ic_mean", "rank_ic_mean", "sessions"):
+            now, then = evaluation.value(metric), recorded.get((split, metric))
+            if not _agree(now, then):
+                problems.append(f"{split} {metric}: recorded {then}, recomputed {now}")
+    return problems
+
+
+def _agree(now: float | None, then: float | None) -> bool:
+    if now is None or then is None:
+        return now is then
+    return math.isclose(now, then, rel_tol=RECORD_TOLERANCE, abs_tol=RECORD_TOLERANCE)
+
+
+def statistics_table(evaluations: dict[str, Evaluation]) -> list[dict[str, Any]]:
+    """A row per statistic, a column per split, with units and standard errors."""
+    first = next(iter(evaluations.values()))
+    return [
+        {"statistic": name, "unit": first.statistics[name].unit}
+        | {split: e.statistics[name].value for split, e in evaluations.items()}
+        | {f"{split} se": e.statistics[name].se for split, e in evaluations.items()}
+        for name in first.statistics
+    ]

@@ -1,0 +1,38 @@
+"""Reads from the instance what the gate of `model_120ep` needs; the decision itself is `criterion.gate_decision`."""
+
+from typing import Any
+
+import dagster as dg
+
+GATE_MODEL = dg.AssetKey("model_20ep")
+GATE_CHECK = dg.AssetCheckKey(GATE_MODEL, "success_criterion")
+
+
+def last_check(instance: dg.DagsterInstance) -> dict[str, Any] | None:
+    """The newest evaluation of `model_20ep`'s criterion: outcome, the materialization it judged, what it was run on."""
+    records = instance.event_log_storage.get_asset_check_execution_history(check_key=GATE_CHECK, limit=1)
+    if not records or records[0].event is None:
+        return None
+    evaluation = records[0].event.dagster_event.asset_check_evaluation_data  # type: ignore[union-attr]
+    return {
+        "timestamp": records[0].create_timestamp,
+        "run_id": records[0].run_id,
+        **_values(evaluation.metadata, "status", "dataset_fingerprint", "config_key", "summary"),
+    }
+
+
+def last_materialization(instance: dg.DagsterInstance, key: dg.AssetKey = GATE_MODEL) -> dict[str, Any] | None:
+    """The newest materialization of an asset: its id, its run and the metadata that ties it to a run directory."""
+    records = instance.fetch_materializations(key, limit=1).records
+    if not records or records[0].asset_materialization is None:
+        return None
+    record = records[0]
+    return {
+        "timestamp": record.timestamp,
+        "run_id": record.run_id,
+        **_values(records[0].asset_materialization.metadata, "run_dir", "dataset_fingerprint", "config_key", "run_key"),
+    }
+
+
+def _values(metadata: Any, *names: str) -> dict[str, Any]:
+    return {name: metadata[name].value if name in metadata else None for name in names}

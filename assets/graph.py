@@ -1,0 +1,70 @@
+"""The cross-sectional graph of the dataset's stocks."""
+
+import dagster as dg
+
+from assets.outcomes import failing_with_one_sentence, markdown_table, numbers
+from atft_pipeline.config import to_dict
+from atft_pipeline.dataset import read_manifest, sha256_of
+from atft_pipeline.graph import build_graph_file
+from resources.compute import Compute
+from resources.dataset_store import DatasetStore
+
+
+class GraphOverrides(dg.Config):
+    overrides: dict[str, int | float | bool | str] = {}  # noqa: RUF012 - Dagster copies it
+    """Fields of the graph section, e.g. {"graph.lookback_sessions": 60}."""
+
+
+@dg.asset(
+    name="stock_graph",
+    group_name="features",
+    deps=["ml_dataset"],
+    kinds={"numpy"},
+    description="k nearest neighbours by trailing correlation, as of each refresh session, nothing from later ones.",
+    check_specs=[
+        dg.AssetCheckSpec(
+            "belongs_to_dataset",
+            asset="stock_graph",
+            blocking=True,
+            description="Built on the current dataset's fingerprint, with edges, and none before its first session.",
+        )
+    ],
+)
+def stock_graph(
+    context: dg.AssetExecutionContext, config: GraphOverrides, store: DatasetStore, compute: Compute
+) -> dg.MaterializeResult:
+    with failing_with_one_sentence(context):
+        dataset, data = store.current("ml_dataset", "stock_graph")
+        settings, _ = compute.configuration(embedded=store.is_embedded(data), overrides=config.overrides)
+        key = sha256_of({"dataset": data["fingerprint"], "config": to_dict(settings.graph)})
+        path = store.product("stock_graph", key)
+        build_graph_file(dataset, path, settings.graph)
+        manifest = read_manifest(path, kind="stock_graph")
+    problems = graph_problems(manifest, data)
+    if not problems:
+        store.publish("stock_graph", path)
+    return dg.MaterializeResult(
+        metadata={
+            "path": str(path),
+            "dataset_fingerprint": data["fingerprint"],
+            **numbers({name: manifest[name] for name in ("refresh_dates", "edges", "mean_degree")}),
+            "config": markdown_table([manifest["config"]]),
+        },
+        data_version=dg.DataVersion(manifest["fingerprint"]),
+        check_results=[
+            dg.AssetCheckResult(passed=not problems, check_name="belongs_to_dataset", description="; ".join(problems))
+        ],
+    )
+
+
+def graph_problems(graph: dict, dataset: dict) -> list[str]:
+    """Why this graph must not be trained on; empty when nothing speaks against it."""
+    problems = []
+    if graph["dataset_fingerprint"] != dataset["fingerprint"]:
+        problems.append("the graph was built on another dataset; materialize stock_graph again")
+    if graph["edges"] == 0:
+        problems.append(
+            f"the graph has no edges: {graph['refresh_dates']} refresh dates over {dataset['sessions']} sessions"
+            " found no two stocks with enough common history; lower graph.lookback_sessions or use a longer source"
+        )
+    return problems

@@ -1,0 +1,145 @@
+"""One training op per run length, with two keys: the gated model and the record of its run."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+
+from assets.gate import GATE_MODEL, last_check, last_materialization
+from assets.outcomes import failing_with_one_sentence, numbers
+from atft_pipeline.criterion import gate_decision
+from atft_pipeline.errors import InputError
+from atft_pipeline.lineage import config_key, read_run
+from atft_pipeline.training import Plan, plan_run, train
+from resources.compute import Compute
+from resources.dataset_store import DatasetStore
+
+RUN_LENGTHS = (5, 20, 50, 120)
+"""Epochs of the runs this project offers; the last one is gated by the one of 20."""
+GATED_LENGTH = 120
+
+
+class TrainingRunConfig(dg.Config):
+    overrides: dict[str, Any] = {}  # noqa: RUF012 - Dagster copies it
+    """Any field of the configuration by its dotted name, e.g. {"model.hidden_size": 512}."""
+    force: bool = False
+    """Train again although a finished run of the same configuration, code and data exists."""
+    override_reason: str | None = None
+    """model_120ep only: why it should run although the gate is shut. Recorded with the run."""
+
+
+def model_key(epochs: int) -> dg.AssetKey:
+    return dg.AssetKey(f"model_{epochs}ep")
+
+
+def run_asset_key(epochs: int) -> dg.AssetKey:
+    return dg.AssetKey(f"training_run_{epochs}ep")
+
+
+def training_assets(epochs: int) -> dg.AssetsDefinition:
+    """`model_{epochs}ep` and `training_run_{epochs}ep`, made by one op.
+
+    The record is a key of its own so that evaluation and diagnostics hang off it and still materialise when the
+    model's blocking check fails.
+    """
+    upstream = [dg.AssetKey("ml_dataset"), dg.AssetKey("stock_graph")]
+    gate = [GATE_MODEL] if epochs == GATED_LENGTH else []
+    model, run = model_key(epochs), run_asset_key(epochs)
+
+    @dg.multi_asset(
+        name=f"train_{epochs}ep",
+        group_name="training",
+        can_subset=True,
+        pool="gpu",
+        specs=[
+            dg.AssetSpec(
+                model,
+                deps=[*upstream, *gate],
+                description=f"Checkpoint after {epochs} epochs; downstream work needs its success criterion.",
+                kinds={"pytorch"},
+                skippable=True,
+            ),
+            dg.AssetSpec(
+                run,
+                deps=[*upstream, *gate],
+                description=f"Run directory of the {epochs}-epoch training: lineage, predictions, checkpoints.",
+                kinds={"parquet"},
+                skippable=True,
+            ),
+        ],
+    )
+    def training(
+        context: dg.AssetExecutionContext, config: TrainingRunConfig, store: DatasetStore, compute: Compute
+    ) -> Iterator[dg.MaterializeResult]:
+        with failing_with_one_sentence(context):
+            dataset, data = store.current("ml_dataset", model.to_user_string())
+            graph, _ = store.current("stock_graph", model.to_user_string())
+            settings, recorded = compute.configuration(
+                embedded=store.is_embedded(data), overrides=config.overrides | {"train.epochs": epochs}
+            )
+            plan = plan_run(settings, dataset, graph)
+            if epochs == GATED_LENGTH:
+                recorded = recorded | require_open_gate(context, plan, config.override_reason)
+            elif config.override_reason is not None:
+                raise InputError(f"{model.to_user_string()}: override_reason only applies to model_{GATED_LENGTH}ep")
+            compute.apply_threads()
+            outcome = train(
+                settings,
+                dataset,
+                graph,
+                store.runs / f"{model.to_user_string()}-{plan.key}",
+                device=compute.device,
+                force=config.force,
+                overrides=recorded,
+                log=context.log.info,
+            )
+        yield from _results(context, epochs, outcome.run_dir, outcome.verdict, reused=outcome.reused)
+
+    return training
+
+
+def require_open_gate(context: dg.AssetExecutionContext, plan: Plan, override_reason: str | None) -> dict[str, str]:
+    """What the gate adds to the run's record; raises dg.Failure when `model_20ep` does not speak for this run."""
+    current = {"dataset_fingerprint": plan.dataset_manifest["fingerprint"], "config_key": config_key(plan.config)}
+    decision = gate_decision(
+        last_check(context.instance), last_materialization(context.instance), current, override_reason
+    )
+    if not decision.open:
+        raise InputError(decision.message)
+    context.log.info(decision.message)
+    return {"gate": decision.message}
+
+
+def _results(
+    context: dg.AssetExecutionContext, epochs: int, run_dir: Path, verdict: dict[str, Any], *, reused: bool
+) -> Iterator[dg.MaterializeResult]:
+    """Materializations of what was selected; the run's record is logged even when it was not."""
+    header = read_run(run_dir)
+    identity = {
+        "run_dir": dg.MetadataValue.path(str(run_dir)),
+        "run_key": header["key"],
+        "dataset_fingerprint": header["dataset_fingerprint"],
+        "config_key": header["config_key"],
+        "verdict": verdict["summary"],
+        "reused": reused,
+    }
+    model, run = model_key(epochs), run_asset_key(epochs)
+    record_metadata = identity | numbers(
+        {"epochs": header["epochs_done"], "train_sessions": header["train_sessions"], "stocks": header["stocks"]}
+    )
+    model_metadata = (
+        identity
+        | {"checkpoint": dg.MetadataValue.path(str(run_dir / "checkpoints" / f"epoch_{header['epochs_done']:03d}.pt"))}
+        | numbers({f"validation_{k}": v for k, v in verdict["final"].get("validation", {}).items()})
+    )
+    version = dg.DataVersion(f"{header['key']}-{verdict['weights_hash']}")
+    if run in context.selected_asset_keys:
+        yield dg.MaterializeResult(asset_key=run, metadata=record_metadata, data_version=version)
+    else:
+        context.log_event(dg.AssetMaterialization(run, metadata=record_metadata))
+    if model in context.selected_asset_keys:
+        yield dg.MaterializeResult(asset_key=model, metadata=model_metadata, data_version=version)
+
+
+training_definitions = [training_assets(epochs) for epochs in RUN_LENGTHS]

@@ -1,0 +1,254 @@
+"""`atft`: the library calls that the assets make, for machines without Dagster and for scripts.
+
+Exit codes: 0 done, 1 the run or its criterion failed, 2 bad usage or input (one line on stderr says which). `--json`
+prints one JSON object on stdout; everything else a command says goes to stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from atft_pipeline import __version__
+from atft_pipeline.errors import InputError, RunFailure
+
+Result = tuple[dict[str, Any], int]
+"""What a command prints, and its exit code."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one subcommand; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        content, code = options.command(options)
+    except InputError as error:
+        print(f"atft {options.name}: {error}", file=sys.stderr)
+        return 2
+    except RunFailure as error:
+        print(f"atft {options.name}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"atft {options.name}: interrupted", file=sys.stderr)
+        return 130
+    try:
+        print(json.dumps(content, allow_nan=False) if options.json else _text(content))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader of a pipe went away; Python would complain again when it closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return code
+
+
+def _say(sentence: str) -> None:
+    print(sentence, file=sys.stderr, flush=True)
+
+
+def _text(content: dict[str, Any]) -> str:
+    lines = []
+    for name, value in content.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            lines += [name + ":"] + ["  " + "  ".join(f"{k} {_cell(v)}" for k, v in row.items()) for row in value]
+        elif isinstance(value, dict):
+            lines += [name + ":"] + [f"  {k}: {_cell(v)}" for k, v in value.items()]
+        else:
+            lines.append(f"{name}: {_cell(value)}")
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "not measured"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+# Commands ------------------------------------------------------------------------------------------------------
+
+
+def _market(options: argparse.Namespace) -> Result:
+    from atft_pipeline.files import replacing
+    from atft_pipeline.synthetic import write_market
+
+    if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
+        raise InputError(f"{options.out}: exists and is not an empty folder; choose another name")
+    with replacing(options.out) as temporary:
+        facts = write_market(
+            temporary, stocks=options.stocks, sessions=options.sessions, seed=options.seed, hard=options.hard
+        )
+    return {"path": str(options.out), **facts}, 0
+
+
+def _features(options: argparse.Namespace) -> Result:
+    from atft_pipeline.contracts import read_checked
+    from atft_pipeline.dataset import write_dataset
+    from atft_pipeline.features.panel import build_dataset
+    from atft_pipeline.sources import open_source
+    from atft_pipeline.universe import build_prices
+
+    config = _configuration(options, sections=("dataset",))[0].dataset
+    checked = read_checked(open_source(options.source))
+    adjusted = build_prices(checked.tables, config)
+    features, membership, manifest = build_dataset(
+        adjusted.prices, adjusted.quarantine, checked.tables, config, checked.record
+    )
+    write_dataset(options.out, features, membership, manifest, by_month=False)
+    for warning in manifest["warnings"]:
+        _say(f"warning: {warning}")
+    shown = ("fingerprint", "rows", "sessions", "stocks", "first_date", "last_date", "quarantine", "warnings")
+    live = f"{len(manifest['live_features'])} of {len(manifest['features'])}"
+    return {"path": str(options.out), "live": live, **{name: manifest[name] for name in shown}}, 0
+
+
+def _graph(options: argparse.Namespace) -> Result:
+    from atft_pipeline.dataset import read_manifest
+    from atft_pipeline.graph import build_graph_file
+
+    config = _configuration(options, sections=("graph",))[0].graph
+    build_graph_file(options.dataset, options.out, config)
+    manifest = read_manifest(options.out, kind="stock_graph")
+    return {"path": str(options.out), **manifest}, 0
+
+
+def _train(options: argparse.Namespace) -> Result:
+    from atft_pipeline.training import train
+
+    config, overrides = _configuration(options, sections=("split", "model", "train", "evaluation"))
+    outcome = train(
+        config,
+        options.dataset,
+        options.graph,
+        options.run_dir,
+        device=options.device,
+        force=options.force,
+        overrides=overrides,
+        log=_say,
+    )
+    passed = outcome.verdict["status"] in ("passed", "not_applicable")
+    return {"run_dir": str(outcome.run_dir), "reused": outcome.reused, **outcome.verdict}, 0 if passed else 1
+
+
+def _evaluate(options: argparse.Namespace) -> Result:
+    from atft_pipeline.config import EvaluationConfig
+    from atft_pipeline.evaluation import evaluate_file
+
+    result = evaluate_file(
+        options.predictions,
+        EvaluationConfig(cost_bps=options.cost_bps, quantile=options.quantile),
+        score=options.score,
+        target=options.target,
+        split=options.split,
+        universe=options.slice,
+        days_per_year=options.days_per_year,
+    )
+    if not result["valid"]:
+        _say(f"atft evaluate: {options.predictions}: {result['reason']}")
+        return result, 1
+    return result, 0
+
+
+def _diagnose(options: argparse.Namespace) -> Result:
+    from atft_pipeline.diagnostics import diagnose, write_report
+
+    diagnosis = diagnose(options.run_dir)
+    paths = write_report(options.run_dir, diagnosis)
+    return diagnosis.to_dict() | {"report_html": str(paths.html), "report_markdown": str(paths.markdown)}, 0
+
+
+def _status(options: argparse.Namespace) -> Result:
+    from atft_pipeline.status import run_snapshots
+
+    return {"runs": run_snapshots(options.runs)}, 0
+
+
+def _configuration(options: argparse.Namespace, *, sections: tuple[str, ...]) -> tuple[Any, dict[str, Any]]:
+    """Preset, the report's variables and `--set`, in this order; a field outside `sections` is refused."""
+    from atft_pipeline.config import parse_assignments, report_overrides, with_overrides
+    from atft_pipeline.presets import preset
+
+    assigned = parse_assignments(options.set)
+    for dotted in assigned:
+        if dotted.split(".")[0] not in sections:
+            raise InputError(
+                f"--set {dotted}: `atft {options.name}` reads only {', '.join(f'{s}.*' for s in sections)}"
+            )
+    from_report = report_overrides(os.environ) if "train" in sections else {}
+    overrides = from_report | assigned
+    return with_overrides(preset(options.preset), overrides), {"preset": options.preset, **overrides}
+
+
+# Usage ---------------------------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    """Usage errors in one line."""
+
+    def error(self, message: str) -> Any:
+        self.exit(2, f"{self.prog}: {message}; see `{self.prog} --help`\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="atft", description="Raw daily quotes to a gated ATFT-GAT-FAN model, without Dagster.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="name", required=True, metavar="COMMAND", parser_class=_Parser)
+
+    def command(name: str, run: Callable[[argparse.Namespace], Result], text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(command=run)
+        sub.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+        return sub
+
+    def configured(sub: argparse.ArgumentParser, default: str) -> None:
+        sub.add_argument("--preset", default=default, help="quick, cpu or production (default: %(default)s)")
+        sub.add_argument(
+            "--set", action="append", default=[], metavar="FIELD=VALUE", help="e.g. train.optimizer.lr=1e-3"
+        )
+
+    market = command("market", _market, "Write a synthetic source folder and its truth.")
+    market.add_argument("out", type=Path, metavar="OUT_DIR")
+    market.add_argument("--stocks", type=int, default=200)
+    market.add_argument("--sessions", type=int, default=750)
+    market.add_argument("--seed", type=int, default=0)
+    market.add_argument("--hard", action="store_true", help="add neighbour, interaction and regime terms")
+
+    features = command("features", _features, "Source folder to the dataset of 82 features and targets.")
+    features.add_argument("source", type=Path, metavar="SOURCE")
+    features.add_argument("out", type=Path, metavar="OUT.parquet")
+    configured(features, "cpu")
+
+    graph = command("graph", _graph, "Dataset to the cross-sectional stock graph.")
+    graph.add_argument("dataset", type=Path, metavar="DATASET")
+    graph.add_argument("out", type=Path, metavar="OUT")
+    configured(graph, "cpu")
+
+    train = command("train", _train, "Train one run and judge it; exits 1 when the criterion fails.")
+    train.add_argument("dataset", type=Path, metavar="DATASET")
+    train.add_argument("graph", type=Path, metavar="GRAPH")
+    train.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    train.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    train.add_argument("--force", action="store_true", help="new attempt beside a finished run of the same key")
+    configured(train, "cpu")
+
+    evaluate = command("evaluate", _evaluate, "Evaluate any table of Date, Code, score, target.")
+    evaluate.add_argument("predictions", type=Path, metavar="PREDICTIONS.parquet")
+    evaluate.add_argument("--score", help="score column (default: score, else score_1d)")
+    evaluate.add_argument("--target", help="raw forward return column (default: target, else the score's horizon)")
+    evaluate.add_argument("--split", help="rows of one split only, where the table has a column `split`")
+    evaluate.add_argument("--slice", choices=("all", "liquid"), help="rows of one slice, where the table marks it")
+    evaluate.add_argument("--cost-bps", type=float, default=10.0)
+    evaluate.add_argument("--quantile", type=float, default=0.2)
+    evaluate.add_argument("--days-per-year", type=int, default=245, help="245 for Tokyo, 252 for New York")
+
+    diagnose = command("diagnose", _diagnose, "Explain a run from its record and write its report.")
+    diagnose.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+
+    status = command("status", _status, "One snapshot of the runs: state, epoch, ETA, losses, gradients, GPU.")
+    status.add_argument("--runs", type=Path, default=Path("output/runs"), help="folder of runs (default: %(default)s)")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,42 @@
+"""Atomic replacement of files and folders: readers see the old one or the new one, never a half."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path` to write a file or folder to; takes `path`'s place when the block ends well.
+
+    On an exception, an interrupt included, what was written is removed and `path` stays as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    written = scratch / path.name
+    try:
+        yield written
+        if path.is_dir() and not path.is_symlink():
+            path.rename(scratch / "replaced")
+        written.replace(path)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """`content` as JSON at `path`, atomically. NaN is refused: it is not JSON, and a missing number is null."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def relink(link: Path, target: Path) -> None:
+    """Makes `link` a relative symbolic link to `target`, replacing an earlier link in one step."""
+    with replacing(link) as temporary:
+        temporary.symlink_to(os.path.relpath(target, link.parent))

@@ -1,0 +1,214 @@
+"""The record of one run: `output/runs/<name>-<key>/`, written while it trains and read by everything that judges it.
+
+Tables are folders of parquet parts, one part per epoch, each renamed into place when complete. DuckDB reads them while
+the run goes on (`read_parquet('RUN/series/*.parquet')`), and a killed run loses at most its current epoch. The key is a
+hash of configuration, code and data: another configuration is another directory, and no function here takes two.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from atft_pipeline.config import PipelineConfig, to_dict
+from atft_pipeline.dataset import sha256_of
+from atft_pipeline.errors import InputError
+from atft_pipeline.files import replacing, write_json
+
+SERIES = pa.schema(
+    [
+        ("step", pa.int64()),
+        ("epoch", pa.int32()),
+        ("split", pa.string()),
+        ("component", pa.string()),
+        ("term", pa.string()),
+        ("metric", pa.string()),
+        ("value", pa.float64()),
+    ]
+)
+"""One number per row. `step` is null for figures of a whole epoch."""
+
+EVALS = pa.schema(
+    [
+        ("epoch", pa.int32()),
+        ("split", pa.string()),
+        ("slice", pa.string()),
+        ("weights_hash", pa.string()),
+        ("predictions_hash", pa.string()),
+        ("metric", pa.string()),
+        ("unit", pa.string()),
+        ("value", pa.float64()),
+        ("se", pa.float64()),
+    ]
+)
+
+DAILY = pa.schema(
+    [
+        ("epoch", pa.int32()),
+        ("split", pa.string()),
+        ("slice", pa.string()),
+        ("date", pa.date32()),
+        ("ic", pa.float64()),
+        ("rank_ic", pa.float64()),
+        ("gross", pa.float64()),
+        ("net", pa.float64()),
+        ("turnover", pa.float64()),
+    ]
+)
+
+TABLES: dict[str, pa.Schema] = {"series": SERIES, "evals": EVALS, "daily": DAILY}
+
+
+def code_revision() -> str:
+    """Hash of the library's source files: what ran, also where there is no git."""
+    digest = hashlib.sha256()
+    package = Path(__file__).parent
+    for source in sorted(package.rglob("*.py")):
+        digest.update(source.relative_to(package).as_posix().encode())
+        digest.update(source.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def config_key(config: PipelineConfig) -> str:
+    """Hash of the configuration apart from the number of epochs: runs that a 20-epoch verdict speaks for share it."""
+    values = to_dict(config)
+    del values["train"]["epochs"]
+    return sha256_of(values)[:12]
+
+
+def run_key(config: PipelineConfig, *, dataset_fingerprint: str, graph_fingerprint: str | None) -> str:
+    """Hash of configuration, code and data; the suffix of the run's directory."""
+    parts = {
+        "config": to_dict(config),
+        "code": code_revision(),
+        "dataset": dataset_fingerprint,
+        "graph": graph_fingerprint,
+    }
+    return sha256_of(parts)[:12]
+
+
+def read_run(run_dir: Path) -> dict[str, Any]:
+    """`run.json` of a run directory; raises InputError where there is none or it cannot be read."""
+    path = run_dir / "run.json"
+    if not path.is_file():
+        raise InputError(f"run directory {run_dir}: no run.json in it; pass a directory that `atft train` wrote")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise InputError(
+            f"run directory {run_dir}: run.json is not JSON ({error}); the run must be made again"
+        ) from error
+
+
+def read_table(run_dir: Path, name: str) -> pa.Table:
+    """All complete parts of `series`, `evals` or `daily`, oldest epoch first; an empty table before the first epoch."""
+    parts = sorted((run_dir / name).glob("epoch_*.parquet"))
+    tables = [pq.read_table(part, schema=TABLES[name]) for part in parts]
+    return pa.concat_tables(tables) if tables else TABLES[name].empty_table()
+
+
+def series_values(series: pa.Table, metric: str, **where: str) -> dict[int, float]:
+    """Epoch -> value of the per-epoch rows of `metric` whose columns equal `where`."""
+    return {
+        row["epoch"]: row["value"]
+        for row in series.to_pylist()
+        if row["step"] is None and row["metric"] == metric and all(row[k] == v for k, v in where.items())
+    }
+
+
+@contextmanager
+def exclusive(run_dir: Path) -> Iterator[None]:
+    """Holds the run directory for one writer; the lock goes with the process, so a killed run leaves none behind."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with (run_dir / ".lock").open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(
+                f"run directory {run_dir}: another process is training this run; wait for it to end"
+            ) from error
+        yield
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+@dataclass
+class RunRecord:
+    """Writer of one run directory. Rows gather in memory and become one part per table at `close_epoch`."""
+
+    run_dir: Path
+    header: dict[str, Any]
+    _rows: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: {name: [] for name in TABLES})
+
+    def update(self, **fields: Any) -> None:
+        """Sets fields of `run.json`, atomically."""
+        self.header.update(fields)
+        write_json(self.run_dir / "run.json", self.header)
+
+    def log(
+        self,
+        metric: str,
+        value: float,
+        *,
+        epoch: int,
+        step: int | None = None,
+        split: str = "train",
+        component: str = "",
+        term: str = "",
+    ) -> None:
+        """One number. A value that is not finite is kept: that it was not is the finding."""
+        self._rows["series"].append(
+            {
+                "step": step,
+                "epoch": epoch,
+                "split": split,
+                "component": component,
+                "term": term,
+                "metric": metric,
+                "value": float(value),
+            }
+        )
+
+    def log_evaluation(self, rows: list[dict[str, Any]], daily: list[dict[str, Any]]) -> None:
+        self._rows["evals"].extend(rows)
+        self._rows["daily"].extend(daily)
+
+    def close_epoch(self, epoch: int) -> None:
+        """Writes the gathered rows as this epoch's parts and forgets them."""
+        for name, schema in TABLES.items():
+            write_parquet(
+                self.run_dir / name / f"epoch_{epoch:03d}.parquet", pa.Table.from_pylist(self._rows[name], schema)
+            )
+            self._rows[name].clear()
+
+
+def write_parquet(path: Path, table: pa.Table) -> None:
+    with replacing(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd")
+
+
+def statistics_rows(
+    statistics: Mapping[str, tuple[float | None, str, float | None]], **columns: Any
+) -> list[dict[str, Any]]:
+    """Rows of `evals` from `metric -> (value, unit, standard error)`; None and NaN become null."""
+    return [
+        columns | {"metric": metric, "unit": unit, "value": _finite(value), "se": _finite(se)}
+        for metric, (value, unit, se) in statistics.items()
+    ]
+
+
+def _finite(value: float | None) -> float | None:
+    return float(value) if value is not None and math.isfinite(value) else None

@@ -1,0 +1,74 @@
+"""One snapshot of the runs in a folder, read from their own records."""
+
+from __future__ import annotations
+
+import fcntl
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from atft_pipeline.errors import InputError
+from atft_pipeline.lineage import read_run, read_table, series_values
+
+ETA_EPOCHS = 3
+"""The time left is extrapolated from the mean length of this many newest epochs."""
+
+
+def run_snapshots(runs: Path) -> list[dict[str, Any]]:
+    """A row per run directory under `runs`, newest start first; a directory that cannot be read says why.
+
+    Raises InputError when the folder does not exist.
+    """
+    if not runs.is_dir():
+        raise InputError(f"{runs}: no such folder of runs; train one first or name another with --runs")
+    found = [run_snapshot(path.parent) for path in sorted(runs.glob("*/run.json"))]
+    return sorted(found, key=lambda row: row["started"] or "", reverse=True)
+
+
+def run_snapshot(run_dir: Path) -> dict[str, Any]:
+    """State, epoch, seconds left, newest losses, gradient and GPU memory of one run; None where not measured."""
+    try:
+        header = read_run(run_dir)
+        series = read_table(run_dir, "series")
+    except (InputError, pa.ArrowInvalid) as error:
+        return {"run": run_dir.name, "state": "unreadable", "started": None, "reason": str(error)}
+    state = header["status"]
+    if state == "running" and not _is_held(run_dir):
+        state = "killed"
+    left = header["epochs_planned"] - header["epochs_done"]
+    lengths = list(series_values(series, "epoch_s").values())[-ETA_EPOCHS:]
+    return {
+        "run": run_dir.name,
+        "state": state,
+        "started": header["started"],
+        "reason": header["reason"],
+        "epoch": header["epochs_done"],
+        "epochs": header["epochs_planned"],
+        "eta_s": round(left * statistics.mean(lengths), 1) if state == "running" and lengths else None,
+        "train_loss": _newest(series, "loss_weighted", split="train", term="total"),
+        "validation_loss": _newest(series, "loss_weighted", split="validation", term="total"),
+        "grad_norm": _newest(series, "grad_norm", component="total", term="before_clip"),
+        "lr": _newest(series, "lr", component="all"),
+        "samples_per_s": _newest(series, "samples_per_s"),
+        "gpu_memory_bytes": _newest(series, "gpu_memory_bytes"),
+    }
+
+
+def _newest(series: pa.Table, metric: str, **where: str) -> float | None:
+    values = series_values(series, metric, **where)
+    return values[max(values)] if values else None
+
+
+def _is_held(run_dir: Path) -> bool:
+    """Whether a process holds the run's lock: a run that says `running` and holds none was killed."""
+    lock = run_dir / ".lock"
+    if not lock.exists():
+        return False
+    with lock.open() as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        return False

@@ -1,0 +1,43 @@
+"""What the machine offers a training run: device, threads, and the run size that fits them."""
+
+import os
+from typing import Any
+
+import dagster as dg
+import torch
+
+from atft_pipeline.config import PipelineConfig, report_overrides, with_overrides
+from atft_pipeline.presets import preset
+
+PRESET_VARIABLE = "ATFT_PRESET"
+
+
+class Compute(dg.ConfigurableResource):
+    """Device, threads and preset of the runs started here."""
+
+    device: str = "auto"
+    """auto (CUDA where present), cpu, cuda or cuda:N."""
+    threads: int = 0
+    """torch threads; 0 leaves torch's choice."""
+    preset: str | None = None
+    """quick, cpu or production; the environment's ATFT_PRESET where this is not set."""
+
+    def configuration(self, *, embedded: bool, overrides: dict[str, Any]) -> tuple[PipelineConfig, dict[str, Any]]:
+        """The configuration of a run and the overrides that shaped it, the report's variables included.
+
+        The run config wins over the environment. Without a preset: `quick` for the embedded market, `production` where
+        CUDA is present, else `cpu`. Raises InputError for a preset or field that does not exist.
+        """
+        name = self.preset or os.environ.get(PRESET_VARIABLE) or self._default_preset(embedded)
+        recorded = report_overrides(os.environ) | overrides
+        return with_overrides(preset(name), recorded), {"preset": name, **recorded}
+
+    @staticmethod
+    def _default_preset(embedded: bool) -> str:
+        if embedded:
+            return "quick"
+        return "production" if torch.cuda.is_available() else "cpu"
+
+    def apply_threads(self) -> None:
+        if self.threads > 0:
+            torch.set_num_threads(self.threads)

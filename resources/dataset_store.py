@@ -1,0 +1,141 @@
+"""The only code that knows where sources come from and where outputs lie.
+
+Products are named by the fingerprint of what made them, so an interrupted or failed command leaves earlier ones as they
+were; a link per product points at the newest complete one. Nothing of a run is ever linked.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import polars as pl
+
+from atft_pipeline.config import DatasetConfig
+from atft_pipeline.dataset import read_manifest, sha256_of, write_manifest
+from atft_pipeline.errors import InputError
+from atft_pipeline.files import relink, replacing
+from atft_pipeline.sources import Source, open_source
+from atft_pipeline.synthetic import write_market
+
+EMBEDDED_STOCKS, EMBEDDED_SESSIONS, EMBEDDED_SEED = 200, 750, 0
+"""The synthetic market that stands in where no source is named."""
+
+SOURCE_VARIABLE = "ATFT_SOURCE"
+
+LINKS = {
+    "prices": "prices_latest.parquet",
+    "ml_dataset": "ml_dataset_latest_full.parquet",
+    "stock_graph": "stock_graph_latest.parquet",
+}
+
+
+class DatasetStore(dg.ConfigurableResource):
+    """Sources, datasets and runs of this checkout."""
+
+    output: str = "output"
+    """Folder of all outputs, relative to the checkout."""
+    source: str | None = None
+    """Source folder; the environment's ATFT_SOURCE where this is not set, the embedded market where neither is."""
+
+    @property
+    def datasets(self) -> Path:
+        return Path(self.output) / "datasets"
+
+    @property
+    def runs(self) -> Path:
+        return Path(self.output) / "runs"
+
+    # Sources ---------------------------------------------------------------------------------------------------
+
+    def named_source(self) -> Path | None:
+        """The folder that config or environment name, if any."""
+        name = self.source or os.environ.get(SOURCE_VARIABLE)
+        return Path(name) if name else None
+
+    def open_source(self, path: str | None = None) -> Source:
+        """The source at `path`, or the named one, or the embedded market, generated on first use."""
+        return open_source(path or self.named_source() or self.embedded_market())
+
+    def embedded_market(self) -> Path:
+        name = f"synthetic_market_{EMBEDDED_STOCKS}x{EMBEDDED_SESSIONS}_seed{EMBEDDED_SEED}"
+        folder = self.datasets / name
+        if not (folder / "prices.parquet").exists():
+            with replacing(folder) as temporary:
+                write_market(temporary, stocks=EMBEDDED_STOCKS, sessions=EMBEDDED_SESSIONS, seed=EMBEDDED_SEED)
+        return folder
+
+    def is_embedded(self, manifest: dict[str, Any]) -> bool:
+        """Whether a product was made from the embedded market."""
+        return Path(manifest["source"]["path"]).resolve().parent == self.datasets.resolve()
+
+    # Products --------------------------------------------------------------------------------------------------
+
+    def product(self, kind: str, fingerprint: str) -> Path:
+        """Where the product `kind` of this fingerprint lies: a file, or for the dataset a folder of months."""
+        suffix = "" if kind == "ml_dataset" else ".parquet"
+        return self.datasets / f"{kind}_{fingerprint[:16]}{suffix}"
+
+    def publish(self, kind: str, path: Path) -> None:
+        """Points the product's link at a complete `path`."""
+        relink(self.datasets / LINKS[kind], path)
+
+    def current(self, kind: str, asset: str) -> tuple[Path, dict[str, Any]]:
+        """The newest complete product and its manifest.
+
+        `asset` is who asks, for the message. Raises InputError when there is none, when it was made by another version
+        of its contract, or when ATFT_SOURCE names another source than its manifest.
+        """
+        link = self.datasets / LINKS[kind]
+        if not link.exists():
+            raise InputError(
+                f"{asset}: there is no {kind} yet ({link}); run `dagster asset materialize --select '+key:{asset}'`"
+            )
+        path = self.datasets / link.readlink()
+        manifest = read_manifest(path, kind=kind)
+        self._refuse_other_source(asset, manifest)
+        return path, manifest
+
+    def _refuse_other_source(self, asset: str, manifest: dict[str, Any]) -> None:
+        named = self.named_source()
+        made_from = Path(manifest["source"]["path"])
+        if named is not None and named.resolve() != made_from.resolve():
+            raise InputError(
+                f"{asset}: {SOURCE_VARIABLE} is {named}, but its inputs were made from {made_from}; unset the variable,"
+                f" or run `dagster asset materialize --select '+key:{asset}'` to rebuild them from {named}"
+            )
+
+    def write_prices(
+        self, prices: pl.DataFrame, quarantine: pl.DataFrame, *, source: dict[str, Any], config: dict[str, Any]
+    ) -> tuple[Path, dict[str, Any]]:
+        """Stores adjusted prices and their quarantine under the fingerprint of their content."""
+        fingerprint = sha256_of({"source": source, "config": config, "content": _content_hash(prices)})
+        path = self.product("prices", fingerprint)
+        with replacing(path) as temporary:
+            prices.write_parquet(temporary, compression="zstd")
+        with replacing(_quarantine_path(path)) as temporary:
+            quarantine.write_parquet(temporary, compression="zstd")
+        manifest = {"kind": "prices", "fingerprint": fingerprint, "source": source, "config": config}
+        write_manifest(path, manifest)
+        return path, manifest
+
+    def read_prices(self, asset: str) -> tuple[pl.DataFrame, pl.DataFrame, dict[str, Any]]:
+        """The current adjusted prices, their quarantine and their manifest, for `asset`."""
+        path, manifest = self.current("prices", asset)
+        return pl.read_parquet(path), pl.read_parquet(_quarantine_path(path)), manifest
+
+    @staticmethod
+    def dataset_config(manifest: dict[str, Any]) -> DatasetConfig:
+        """The dataset configuration a product was made with."""
+        return DatasetConfig(**manifest["config"])
+
+
+def _quarantine_path(prices: Path) -> Path:
+    return prices.with_name(f"{prices.stem}.quarantine.parquet")
+
+
+def _content_hash(frame: pl.DataFrame) -> str:
+    """Hash of a table's rows in order; the seed is fixed, so equal tables hash alike in every process."""
+    rows = frame.hash_rows(seed=0)
+    return hashlib.sha256(rows.to_numpy().tobytes()).hexdigest()
