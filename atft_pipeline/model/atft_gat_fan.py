@@ -47,7 +47,7 @@ class ATFTGATFAN(nn.Module):
         self.temporal_encoder = TemporalEncoder(
             width, config.attention_heads, config.window_sessions, config.encoder_layers, dropout
         )
-        self.backbone_projection = BackboneProjection(width, dropout)
+        self.backbone_projection = BackboneProjection(width)
         if config.graph:
             self.gat = GraphAttention(width, config.gat_heads, dropout)
         self.fusion = Fusion(channels * num_features, width, 1 + config.graph, dropout, skip=config.skip)
@@ -67,7 +67,7 @@ class ATFTGATFAN(nn.Module):
         sessions = block.x.shape[1] - self.receptive_field + 1
         present = (self.live & ~block.missing).to(block.x.dtype)  # [N, S+R-1, F]
         inputs, removed = self.adaptive_norm(block.x * present, present)  # [N, S+W-1, C, F]
-        observed = (inputs[:, :, -1] == 0).any(dim=-1)  # [N, S+W-1]
+        observed = inputs[:, :, -1].amin(dim=-1) == 0  # [N, S+W-1]
 
         h = self.variable_selection(inputs)  # [N, S+W-1, D]
         h = self.temporal_encoder(h, observed)  # [N, S, D]

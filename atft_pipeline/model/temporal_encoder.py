@@ -80,11 +80,9 @@ class EncoderLayer(nn.Module):
         self.norm = nn.LayerNorm(hidden)
         self.attention = BandedAttention(hidden, heads, band)
         self.feed_forward = GatedResidualNetwork(hidden, hidden, dropout)
-        self.dropout = nn.Dropout(dropout)
 
     def forward(self, h: Tensor, observed: Tensor) -> Tensor:
-        mixed = h[:, self.band - 1 :] + self.dropout(self.attention(self.norm(h), observed))
-        return self.feed_forward(mixed)
+        return self.feed_forward(h[:, self.band - 1 :] + self.attention(self.norm(h), observed))
 
 
 class TemporalEncoder(nn.Module):
