@@ -118,7 +118,7 @@ class Source:
         return frame
 
     def fingerprint(self, table: str) -> str:
-        """sha256 of the table's bytes, part by part; a later part does not change the digest of an earlier one."""
+        """sha256 over the files of the table in name order: what a data version is made of."""
         whole = hashlib.sha256()
         for file in self._files(table):
             with file.open("rb") as stream:

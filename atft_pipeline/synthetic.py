@@ -59,13 +59,15 @@ HARD_WEIGHTS: dict[str, float] = {
     "neighbours": 0.50, "volume_shock": 0.35, "regime": 0.40,
 }  # fmt: skip
 """Weights of the terms, each of about unit variance."""
-SIMPLE_STD, HARD_STD = 1.17, 0.89
+SIMPLE_STD, HARD_STD = 1.17, 1.0
 """Measured standard deviation of the weighted sum (weights of unit norm): dividing by it makes both equally strong."""
 
 REGIME_SCALE = (0.8, 1.7)
 REGIME_LEAVE = (1 / 80, 1 / 40)
 MARKET_VOL_SPLIT = 0.0085
 """Trailing 20-session std of the index return that parts the regimes of the hard market's regime term."""
+PEER_SLOPE = 0.4
+"""Measured slope of the peers' mean return on the stock's own: without it the own return would tell half of theirs."""
 STATEMENT_HALF_LIFE_SESSIONS = 15.0
 WARMUP_QUARTERS = 9
 WARMUP_WEEKS = 65
@@ -80,6 +82,8 @@ class SyntheticMarket:
     """The five raw tables by name, as a J-Quants download has them."""
     truth: pl.DataFrame
     """Date, Code, expected_target_1d: E[O_{t+2}/O_{t+1} - 1] given the close of t, of common stocks that traded."""
+    groups: pl.DataFrame
+    """Code, group: the true peers, which share a return factor that no table names."""
 
 
 @dataclass(frozen=True)
@@ -173,6 +177,7 @@ def generate_market(
             "statements": statements,
         },
         truth=truth,
+        groups=pl.DataFrame({"Code": listed.codes, "group": listed.group}),
     )
 
 
@@ -346,7 +351,7 @@ class _Signals:
             "overnight": -self.overnight / 0.69,
             "surprise": surprise * 2.35,
             "sector_momentum": momentum[self.listed.sector] / 0.055,
-            "neighbours": np.where(others > 0, peers / np.maximum(others, 1), 0.0) / 0.95,
+            "neighbours": np.where(others > 0, peers / np.maximum(others, 1) - PEER_SLOPE * latest, 0.0) / 0.8,
             "volume_shock": latest * np.clip(self.volume_shock, -2, 2) / 0.87,
             "regime": week / 2.7 * (1.0 if calm else -1.0),
         }

@@ -114,6 +114,28 @@ def test_market_has_what_filters_and_joins_must_handle() -> None:
     assert sizes["count"].min() >= 5  # type: ignore[operator]
 
 
+def test_peers_move_together_beyond_their_sector(market: SyntheticMarket) -> None:
+    """Mean correlation of sector-demeaned returns: within a true group it is far above that of the sector's others."""
+    listed = market.tables["listed"].unique("Code", keep="first").select("Code", "Sector33Code")
+    returns = (
+        market.tables["prices"]
+        .join(listed, on="Code")
+        .join(market.groups, on="Code")
+        .filter(pl.len().over("Code") == 400)
+        .sort("Code", "Date")
+        .with_columns(r=pl.col("Close").log().diff().over("Code") - pl.col("AdjustmentFactor").log())
+        .with_columns(pl.col("r") - pl.col("r").mean().over("Date", "Sector33Code"))
+    )
+    wide = returns.pivot(on="Code", index="Date", values="r").drop("Date").drop_nulls()
+    correlation = np.corrcoef(wide.to_numpy().T)
+    keys = pl.DataFrame({"Code": wide.columns}).join(market.groups, on="Code", maintain_order="left")
+    sectors = keys.join(listed, on="Code", maintain_order="left")["Sector33Code"].to_numpy()
+    peers = np.equal.outer(keys["group"].to_numpy(), keys["group"].to_numpy())
+    sector = np.equal.outer(sectors, sectors)
+    np.fill_diagonal(sector, False)
+    assert correlation[peers & sector].mean() > correlation[~peers & sector].mean() + 0.3
+
+
 def test_releases_reach_back_before_the_first_session() -> None:
     market = generate_market(stocks=10, sessions=30, seed=0)
     first = market.tables["prices"]["Date"].min()
