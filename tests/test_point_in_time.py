@@ -1,0 +1,227 @@
+"""What was public at a close: statements by their time of day, flows from the session after their publication."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+from market_factory import days
+
+from atft_pipeline.errors import InputError
+from atft_pipeline.point_in_time import HISTORY_WEEKS, Disclosures, disclosures, flow_releases, sessions_since
+from atft_pipeline.trading_calendar import sessions as exchange_sessions
+
+SESSIONS = exchange_sessions("tokyo", "2024-01-04", "2025-12-30")
+NAN = np.nan
+
+
+def document(date: str, time: str | None = "12:00:00", **columns: Any) -> dict[str, Any]:
+    blank = {
+        "DisclosedDate": date,
+        "DisclosedTime": time,
+        "LocalCode": "13010",
+        "TypeOfDocument": "1QFinancialStatements_Consolidated_JP",
+        "TypeOfCurrentPeriod": "1Q",
+        "CurrentFiscalYearEndDate": "2025-03-31",
+        "NetSales": "100",
+        "OperatingProfit": "10",
+        "Profit": "5",
+        "TotalAssets": "200",
+        "Equity": "50",
+        "ForecastOperatingProfit": "",
+        "ForecastProfit": "",
+        "NextYearForecastOperatingProfit": "",
+        "NextYearForecastProfit": "",
+    }
+    return blank | columns
+
+
+def known(*documents: dict[str, Any], sessions: Any = SESSIONS, codes: tuple[str, ...] = ("13010",)) -> Disclosures:
+    return disclosures(pl.DataFrame(list(documents), infer_schema_length=None), sessions, codes, "tokyo")
+
+
+def at(record: Disclosures, name: str, day: str, stock: int = 0, sessions: Any = SESSIONS) -> float:
+    """Figure in force at the close of `day`, before expiry."""
+    event = record.latest[int(np.searchsorted(sessions, np.datetime64(day))), stock]
+    return NAN if event < 0 else float(record.values[name][event])
+
+
+@pytest.mark.parametrize(
+    ("date", "time", "first_known"),
+    [
+        ("2024-05-14", "14:59:59", "2024-05-14"),
+        ("2024-05-14", "15:00:00", "2024-05-15"),  # at the close is not before it
+        ("2024-11-05", "15:29", "2024-11-05"),  # the close moved to 15:30 on this day
+        ("2024-11-05", "15:30:00", "2024-11-06"),
+        ("2024-11-01", "15:29:00", "2024-11-05"),  # a Friday before a Monday holiday
+        ("2024-05-11", "09:00:00", "2024-05-13"),  # a Saturday
+        ("2024-05-14", None, "2024-05-15"),  # no time: after the close
+        ("2024-05-14", "-", "2024-05-15"),
+    ],
+)
+def test_statement_is_known_from_the_first_close_after_it(date: str, time: str | None, first_known: str) -> None:
+    record = known(document(date, time))
+    assert str(SESSIONS[int(np.argmax(record.latest[:, 0] >= 0))]) == first_known
+    assert (record.latest[np.searchsorted(SESSIONS, np.datetime64(first_known)) :, 0] >= 0).all()
+
+
+def test_half_day_closes_with_the_morning_session() -> None:
+    sessions = exchange_sessions("tokyo", "2008-12-25", "2009-01-09")
+    record = known(document("2008-12-30", "11:30:00"), sessions=sessions)
+    assert str(sessions[int(np.argmax(record.latest[:, 0] >= 0))]) == "2009-01-05"
+
+
+def test_text_figures_become_numbers_and_marks_become_null() -> None:
+    record = known(document("2024-05-14", NetSales="1,234", OperatingProfit="-", TotalAssets="*", Equity=" "))
+    values = [
+        at(record, name, "2024-05-14") for name in ("NetSales", "OperatingProfit", "Profit", "TotalAssets", "Equity")
+    ]
+    np.testing.assert_array_equal(values, [1234.0, NAN, 5.0, NAN, NAN])
+
+
+def test_year_on_year_compares_the_same_cumulative_period() -> None:
+    record = known(
+        document("2024-05-14", TypeOfCurrentPeriod="FY", CurrentFiscalYearEndDate="2024-03-31", NetSales="400"),
+        document("2024-08-09", NetSales="100"),
+        document("2025-05-13", TypeOfCurrentPeriod="FY", NetSales="440"),
+        document("2025-08-08", CurrentFiscalYearEndDate="2026-03-31", NetSales="90"),
+    )
+    ago = [at(record, "NetSales_year_ago", day) for day in ("2024-08-09", "2025-05-13", "2025-08-08")]
+    np.testing.assert_array_equal(ago, [NAN, 400.0, 100.0])
+
+
+def test_leap_year_and_odd_year_ends_still_match() -> None:
+    record = known(
+        document("2024-04-10", TypeOfCurrentPeriod="FY", CurrentFiscalYearEndDate="2024-02-29", NetSales="400"),
+        document("2025-04-10", TypeOfCurrentPeriod="FY", CurrentFiscalYearEndDate="2025-02-28", NetSales="440"),
+    )
+    assert at(record, "NetSales_year_ago", "2025-04-10") == 400.0
+
+
+def test_without_fiscal_year_dates_the_disclosure_dates_the_period() -> None:
+    rows = [document("2024-08-09", NetSales="100"), document("2025-08-12", NetSales="120")]
+    frame = pl.DataFrame(rows).drop("CurrentFiscalYearEndDate")
+    record = disclosures(frame, SESSIONS, ("13010",), "tokyo")
+    assert at(record, "NetSales_year_ago", "2025-08-12") == 100.0
+
+
+def test_correction_of_an_older_period_changes_the_comparison_only() -> None:
+    record = known(
+        document("2024-08-09", NetSales="100"),
+        document("2025-08-08", CurrentFiscalYearEndDate="2026-03-31", NetSales="120"),
+        document("2025-09-10", NetSales="80"),
+    )
+    assert at(record, "NetSales", "2025-09-10") == 120.0
+    assert [at(record, "NetSales_year_ago", day) for day in ("2025-09-09", "2025-09-10")] == [100.0, 80.0]
+
+
+def test_forecast_revision_keeps_the_last_results_and_counts_as_a_revision() -> None:
+    revision = {"NetSales": "", "OperatingProfit": "", "Profit": "", "TotalAssets": "", "Equity": ""}
+    record = known(
+        document("2024-08-09", ForecastOperatingProfit="50", ForecastProfit="30"),
+        document(
+            "2024-09-10",
+            TypeOfDocument="EarnForecastRevision",
+            TypeOfCurrentPeriod="FY",
+            ForecastOperatingProfit="60",
+            **revision,
+        ),
+    )
+    assert at(record, "NetSales", "2024-09-10") == 100.0
+    assert at(record, "OperatingProfit_full_year", "2024-09-10") == 60.0
+    assert at(record, "OperatingProfit_forecast", "2024-09-10") == 60.0
+    assert at(record, "OperatingProfit_forecast_before", "2024-09-10") == 50.0
+    assert np.isnan(at(record, "Profit_forecast_before", "2024-09-10"))
+    assert str(record.disclosed["results"][1]) == "2024-08-09"
+    assert str(record.disclosed["document"][1]) == "2024-09-10"
+
+
+def test_forecast_of_another_fiscal_year_is_no_revision() -> None:
+    record = known(
+        document("2025-02-10", TypeOfCurrentPeriod="3Q", ForecastOperatingProfit="50"),
+        document("2025-05-13", TypeOfCurrentPeriod="FY", NextYearForecastOperatingProfit="70"),
+        document("2025-08-08", CurrentFiscalYearEndDate="2026-03-31", ForecastOperatingProfit="77"),
+    )
+    before = [at(record, "OperatingProfit_forecast_before", day) for day in ("2025-05-13", "2025-08-08")]
+    np.testing.assert_array_equal(before, [NAN, 70.0])
+    # The full year that ended is measured against its own last forecast.
+    assert at(record, "OperatingProfit_full_year", "2025-05-13") == 50.0
+    assert at(record, "OperatingProfit_full_year", "2025-08-08") == 77.0
+
+
+def test_last_document_of_a_day_counts() -> None:
+    record = known(
+        document("2024-05-14", "13:00:00", NetSales="2"),
+        document("2024-05-14", "11:00:00", NetSales="1"),
+    )
+    assert at(record, "NetSales", "2024-05-14") == 2.0
+
+
+def test_stocks_do_not_share_documents_and_unknown_codes_are_ignored() -> None:
+    record = known(document("2024-05-14"), document("2024-05-14", LocalCode="99990"), codes=("13000", "13010"))
+    assert np.isnan(at(record, "NetSales", "2024-05-14", stock=0))
+    assert at(record, "NetSales", "2024-05-14", stock=1) == 100.0
+
+
+def test_missing_table_and_missing_column() -> None:
+    assert (disclosures(None, SESSIONS, ("13010",), "tokyo").latest == -1).all()
+    with pytest.raises(InputError, match="statements: column Profit is missing"):
+        disclosures(pl.DataFrame([document("2024-05-14")]).drop("Profit"), SESSIONS, ("13010",), "tokyo")
+    with pytest.raises(InputError, match="investor_flows: column Section is missing"):
+        flow_releases(pl.DataFrame([week("2024-01-18", "2024-01-12")]).drop("Section"), SESSIONS)
+
+
+def week(published: str, end: str, foreign: float = 1.0, **columns: Any) -> dict[str, Any]:
+    row = {"PublishedDate": published, "StartDate": end, "EndDate": end, "Section": "TSEPrime"}
+    for kind, balance in {"Foreigners": foreign, "Individuals": -1.0, "Proprietary": 5.0, "Total": 0.0}.items():
+        row |= {f"{kind}Balance": balance, f"{kind}Total": 10.0}
+    return row | columns
+
+
+def test_flows_count_from_the_session_after_publication() -> None:
+    releases = flow_releases(pl.DataFrame([week("2024-01-18", "2024-01-12")]), SESSIONS)
+    t = int(np.searchsorted(SESSIONS, np.datetime64("2024-01-18")))
+    assert releases.sections == ("TSEPrime",)
+    assert releases.latest[t - 1 : t + 2, 0].tolist() == [-1, -1, 0]
+    assert releases.since[t + 1 : t + 4, 0].tolist() == [1.0, 2.0, 3.0]
+    assert np.isnan(releases.since[t, 0])
+
+
+def test_revised_week_counts_from_its_revision_and_is_no_new_release() -> None:
+    rows = [
+        week("2024-01-18", "2024-01-12", foreign=1.0),
+        week("2024-01-25", "2024-01-19", foreign=2.0),
+        week("2024-01-30", "2024-01-12", foreign=9.0),
+    ]
+    releases = flow_releases(pl.DataFrame(rows), SESSIONS)
+    np.testing.assert_allclose(releases.foreign_net[1, -2:], [0.1, 0.2])
+    np.testing.assert_allclose(releases.foreign_net[2, -2:], [0.9, 0.2])
+    after = int(np.searchsorted(SESSIONS, np.datetime64("2024-01-31")))
+    assert releases.latest[after, 0] == 2
+    assert releases.since[after, 0] == 4.0  # since the 25th, a Thursday: 26, 29, 30, 31
+
+
+def test_week_that_is_still_missing_is_a_null_in_the_history() -> None:
+    rows = [week("2024-01-18", "2024-01-12"), week("2024-02-01", "2024-01-26")]
+    with_late = [*rows, week("2024-03-07", "2024-01-19")]
+    for table in (rows, with_late):
+        releases = flow_releases(pl.DataFrame(table), SESSIONS)
+        np.testing.assert_array_equal(releases.foreign_net[1, -3:], [0.1, NAN, 0.1])
+        assert releases.foreign_net.shape[1] == HISTORY_WEEKS
+
+
+def test_breadth_counts_investor_types_and_not_their_sums() -> None:
+    releases = flow_releases(pl.DataFrame([week("2024-01-18", "2024-01-12", foreign=3.0)]), SESSIONS)
+    assert releases.buying_share.tolist() == [
+        0.5
+    ]  # foreigners buy, individuals sell; Proprietary and Total are no types
+
+
+def test_sessions_since_counts_weekdays_before_the_first_session() -> None:
+    sessions = days("2024-05-13", "2024-05-14", "2024-05-16")  # Monday, Tuesday, Thursday
+    found = sessions_since(sessions, days("2024-05-09", "2024-05-10", "2024-05-11", "2024-05-13", "2024-05-15"))
+    assert found[:, 0].tolist() == [2, 3, 4]  # Thursday before: Friday, Monday, ...
+    assert found[0, 1:3].tolist() == [1, 1]
+    assert found[2, 3:].tolist() == [2, 1]
