@@ -226,7 +226,7 @@ def build_graph_file(dataset: Path, out: Path, config: GraphConfig) -> dict[str,
 
     Raises InputError when the dataset has too few sessions for a graph, or nothing in the universe.
     """
-    source = read_manifest(dataset, "ml_dataset")
+    made_from = read_manifest(dataset, "ml_dataset")
     sessions, codes, columns = _read_panel(dataset, config)
     if not len(_refresh_indices(len(sessions), config)):
         raise InputError(
@@ -244,8 +244,9 @@ def build_graph_file(dataset: Path, out: Path, config: GraphConfig) -> dict[str,
     write_graph(out, graph)
     manifest = {
         "kind": "stock_graph",
-        "fingerprint": sha256_of({"dataset": source["fingerprint"], "config": to_dict(config)}),
-        "dataset_fingerprint": source["fingerprint"],
+        "fingerprint": sha256_of({"dataset": made_from["fingerprint"], "config": to_dict(config)}),
+        "dataset_fingerprint": made_from["fingerprint"],
+        "source": made_from["source"],
         "config": to_dict(config),
         "refresh_dates": len(graph.refreshes),
         "edges": len(graph.source),

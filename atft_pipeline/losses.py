@@ -3,8 +3,7 @@
 Shapes: N stocks, S sessions, H horizons, A anchors. Targets are raw forward returns; here they become per-session
 z-scores (ddof 0) clipped at ± `TARGET_CLIP`. A stock counts where it is a member with a target; a session counts for a
 horizon when at least two such stocks differ in their target. The mean over an empty set of sessions is 0, without
-gradient. With an eps inside every root, all
-terms and their gradients are finite on constant predictions.
+gradient. With an eps inside every root, all terms and their gradients are finite on constant predictions.
 
 Scores are compared as they are, not standardised: the dispersion of the predictions is part of what is learned.
 """

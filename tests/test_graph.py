@@ -188,7 +188,7 @@ def write_market(path: Path, data: dict[str, np.ndarray]) -> None:
         "MarketCode": text(data["market"][t, i]),
     }
     features = pa.table({**keys, **{name: returns.astype(np.float32) for name in ("feature", *TARGETS)}})
-    manifest = {"kind": "ml_dataset", "fingerprint": "f00d", "features": ["feature"]}
+    manifest = {"kind": "ml_dataset", "fingerprint": "f00d", "source": {"path": "raw"}, "features": ["feature"]}
     membership = pa.table({**keys, **columns}).select(list(MEMBERSHIP_COLUMNS))
     write_dataset(path, features, membership, manifest, by_month=False)
 
@@ -207,7 +207,7 @@ def test_graph_file_is_the_graph_of_the_membership_table(tmp_path: Path, univers
     loaded = load_graph(tmp_path / "g.parquet")
     assert [edges_at(loaded, g) for g in range(7)] == [edges_at(expected, g) for g in range(7)]
     assert manifest == read_manifest(tmp_path / "g.parquet", "stock_graph")
-    assert manifest["dataset_fingerprint"] == "f00d"
+    assert (manifest["dataset_fingerprint"], manifest["source"]) == ("f00d", {"path": "raw"})
     assert (manifest["refresh_dates"], manifest["edges"]) == (7, len(expected.source))
     assert 0 < manifest["mean_degree"] <= CONFIG.neighbours
 
