@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from run_directories import EPOCHS, Tables, frozen_failure, healthy
@@ -306,6 +307,19 @@ def test_torn_json_is_named(tmp_path: Path, content: str) -> None:
     assert finding(diagnosis, "run_failed").status == "not_assessable"
     assert finding(diagnosis, "sharpe_not_of_predictions").status == "not_fired"
     assert any("atft train DATASET GRAPH" in advice.command for advice in diagnosis.experiments)
+
+
+@pytest.mark.parametrize("strange", [None, "x", [{"a": None}], {}, float("nan")], ids=repr)
+@pytest.mark.parametrize("depth", ["leaves", "sections"])
+def test_header_of_another_version_never_stops_the_diagnosis(tmp_path: Path, strange: object, depth: str) -> None:
+    def replaced(values: dict[str, Any]) -> dict[str, Any]:
+        return {k: replaced(v) if depth == "leaves" and isinstance(v, dict) else strange for k, v in values.items()}
+
+    tables = healthy()
+    tables.run, tables.verdict = replaced(tables.run), replaced(tables.verdict)
+    diagnosis = diagnose(tables.write(tmp_path / "run"))
+    assert diagnosis.to_markdown()
+    assert finding(diagnosis, "sharpe_not_of_daily_returns").status == "not_fired"
 
 
 def test_run_that_is_still_written_is_not_called_killed(tmp_path: Path) -> None:

@@ -22,10 +22,11 @@ def diagnose(run_dir: Path) -> Diagnosis:
     try:
         signals = measure(record)
         findings = assess(signals, commands(record))
+        final = record.verdict.get("final")
         return Diagnosis(
             run_dir=record.run_dir,
             run=record.run,
-            final=record.verdict.get("final") or {},
+            final=final if isinstance(final, dict) else {},
             verdict_line=str(record.verdict.get("summary") or "no verdict was written"),
             slice=record.slice,
             criterion_epoch=record.criterion_epoch,

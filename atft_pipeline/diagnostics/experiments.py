@@ -62,21 +62,20 @@ class ExperimentAdvice:
 
 def experiment_overrides(record: Record) -> dict[str, dict[str, Any]]:
     """Fields each experiment sets, relative to what the run had."""
-    patience = int(record.config("train.schedule.patience") or 5)
-    factor = float(record.config("train.schedule.factor") or 0.5)
-    weight = max(MIN_SHARPE_WEIGHT, 3 * float(record.config("train.loss.sharpe") or 0.0))
+    patience = int(record.number("train.schedule.patience", 5))
+    factor = record.number("train.schedule.factor", 0.5)
+    weight = max(MIN_SHARPE_WEIGHT, 3 * record.number("train.loss.sharpe", 0.0))
     sharpe: dict[str, Any] = {"train.loss.sharpe": weight}
-    phases = record.config("train.loss.phases")
-    if phases:  # a phase that names the term would hide the base weight
+    if record.phases:  # a phase that names the term would hide the base weight
         sharpe["train.loss.phases"] = [
             phase | {"weights": phase["weights"] | ({"sharpe": weight} if "sharpe" in phase["weights"] else {})}
-            for phase in phases
+            for phase in record.phases
         ]
     return {
         "A": {
             "train.schedule.name": "plateau",
             "train.schedule.patience": max(10, 2 * patience),
-            "train.schedule.factor": round(factor**0.5, 2),
+            "train.schedule.factor": round(abs(factor) ** 0.5, 2),
         },
         "B": sharpe,
         "C": {"model.hidden_size": REPORTED_HIDDEN_SIZE},

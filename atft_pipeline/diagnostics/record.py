@@ -56,6 +56,21 @@ class Record:
             value = value.get(name) if isinstance(value, dict) else None
         return value
 
+    def number(self, dotted: str, default: float) -> float:
+        """A number of the configuration; `default` where it is absent or something else (a run of another version)."""
+        return as_number(self.config(dotted), default)
+
+    @property
+    def phases(self) -> list[dict[str, Any]]:
+        """Loss phases of the configuration that have weights."""
+        phases = self.config("train.loss.phases")
+        return [p for p in phases if _section(p, "weights")] if isinstance(phases, list) else []
+
+    @property
+    def criterion(self) -> dict[str, Any]:
+        """The verdict's criterion; empty before there is one."""
+        return _section(self.verdict, "criterion")
+
     def curve(self, metric: str, *, split: str | None = None, component: str | None = None, term: str = "") -> Curve:
         """A per-epoch series; `split` and `component` None accept any."""
         rows = self.rows(
@@ -91,17 +106,16 @@ class Record:
     @property
     def slice(self) -> str:
         """The slice the criterion is held against, by verdict, then configuration."""
-        recorded = _section(self.verdict, "criterion").get("slice") or self.config("evaluation.universe")
+        recorded = self.criterion.get("slice") or self.config("evaluation.universe")
         return str(recorded) if recorded else "liquid"
 
     @property
     def criterion_epoch(self) -> int:
-        return int(self.config("evaluation.criterion_epoch") or 20)
+        return int(self.number("evaluation.criterion_epoch", 20))
 
     @property
     def criterion_sharpe(self) -> float:
-        recorded = self.config("evaluation.criterion_sharpe")
-        return 0.10 if recorded is None else float(recorded)
+        return self.number("evaluation.criterion_sharpe", 0.10)
 
     @property
     def is_locked(self) -> bool:
@@ -120,12 +134,12 @@ class Record:
         """Epochs with a record; run.json may lag behind the tables of a killed run."""
         recorded = self.scalar("SELECT max(epoch) FROM series WHERE step IS NULL")
         evaluated = self.scalar("SELECT max(epoch) FROM evals")
-        return int(max(recorded or 0, evaluated or 0, self.run.get("epochs_done") or 0))
+        return int(max(recorded or 0, evaluated or 0, as_number(self.run.get("epochs_done"), 0)))
 
     @property
     def epochs_planned(self) -> int | None:
-        planned = self.run.get("epochs_planned") or self.config("train.epochs")
-        return int(planned) if planned else None
+        planned = as_number(self.run.get("epochs_planned"), self.number("train.epochs", 0))
+        return int(planned) if planned > 0 else None
 
 
 def open_record(run_dir: Path) -> Record:
@@ -151,8 +165,13 @@ def open_record(run_dir: Path) -> Record:
     return Record(run_dir, run, verdict, predictions, tuple(missing), connection)
 
 
-def _section(values: dict[str, Any], name: str) -> dict[str, Any]:
-    section = values.get(name)
+def as_number(value: object, default: float) -> float:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if is_number else default  # type: ignore[arg-type]
+
+
+def _section(values: object, name: str) -> dict[str, Any]:
+    section = values.get(name) if isinstance(values, dict) else None
     return section if isinstance(section, dict) else {}
 
 

@@ -133,7 +133,7 @@ def headline(record: Record, signals: Signals, findings: Sequence[Finding]) -> s
     blind = sum(f.status == "not_assessable" for f in findings)
     shortfall = signals.get("sharpe_shortfall")
     if isinstance(shortfall, float) and shortfall <= 0:
-        noted = f" {len(fired)} observations." if fired else ""
+        noted = f" {len(fired)} observation{'s' if len(fired) > 1 else ''}." if fired else ""
         return f"{state}No cause found. {figures}{noted}{_blind(blind)}"
     return f"{state}{figures} No rule explains it.{_blind(blind)}"
 

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from atft_pipeline.config import LOSS_TERMS
-from atft_pipeline.diagnostics.record import Curve, Record
+from atft_pipeline.diagnostics.record import Curve, Record, as_number
 from atft_pipeline.portfolio import long_short
 
 Value = float | str | None
@@ -60,9 +60,8 @@ def verdict_hashes_elsewhere(record: Record) -> float | None:
 
 
 def _verdict_epochs(record: Record) -> list[int]:
-    criterion = record.verdict.get("criterion") or {}
     last = record.scalar("SELECT max(epoch) FROM evals")
-    return [int(epoch) for epoch in (criterion.get("epoch"), last) if epoch is not None]
+    return [int(as_number(epoch, -1)) for epoch in (record.criterion.get("epoch"), last)]
 
 
 def verdict_keys_elsewhere(record: Record) -> float | None:
@@ -80,14 +79,16 @@ def verdict_keys_elsewhere(record: Record) -> float | None:
 
 
 def verdict_sharpe(record: Record) -> float | None:
-    value = (record.verdict.get("criterion") or {}).get("value")
-    return float(value) if isinstance(value, int | float) else None
+    value = as_number(record.criterion.get("value"), math.nan)
+    return None if math.isnan(value) else value
 
 
 def verdict_sharpe_gap(record: Record) -> float | None:
     """|Sharpe of the verdict - this run's own evaluation at the epoch, split and slice the verdict names|."""
-    claimed, criterion = verdict_sharpe(record), record.verdict.get("criterion") or {}
-    own = record.evaluation("sharpe_daily", str(criterion.get("split") or "validation")).get(criterion.get("epoch", -1))
+    claimed, criterion = verdict_sharpe(record), record.criterion
+    own = record.evaluation("sharpe_daily", str(criterion.get("split") or "validation")).get(
+        int(as_number(criterion.get("epoch"), -1))
+    )
     return None if claimed is None or own is None else abs(claimed - own[0])
 
 
@@ -139,8 +140,8 @@ def _portfolio_sharpe(record: Record, table: pa.Table, split: str) -> float | No
     scores, targets = (np.full((len(dates), len(codes)), np.nan) for _ in range(2))
     scores[row, column] = table["score_1d"].to_numpy()[mask]
     targets[row, column] = table["target_1d"].to_numpy()[mask]
-    quantile = record.config("evaluation.quantile") or 0.2
-    gross = long_short(scores, targets, quantile=float(quantile), cost_bps=0.0).gross
+    quantile = record.number("evaluation.quantile", 0.2)
+    gross = long_short(scores, targets, quantile=quantile, cost_bps=0.0).gross
     return _sharpe(gross[np.isfinite(gross)])
 
 
@@ -152,7 +153,7 @@ def _sharpe(gross: NDArray[np.float64]) -> float | None:
 def _moving_epochs(record: Record) -> set[int]:
     """Epochs whose learning rate was large enough to move weights; by configuration where no rate is recorded."""
     rates = record.curve("lr")
-    if not rates and (record.config("train.optimizer.lr") or 0.0) > STILL_LEARNING_LR:
+    if not rates and record.number("train.optimizer.lr", 0.0) > STILL_LEARNING_LR:
         return {int(row[0]) for row in record.rows("SELECT DISTINCT epoch FROM evals")}
     return {epoch for epoch, lr in rates.items() if lr > STILL_LEARNING_LR}
 
@@ -458,7 +459,7 @@ def lr_low_share(record: Record) -> float | None:
 
 
 def _after_warmup(record: Record, curve: Curve) -> Curve:
-    warmup = math.ceil(float(record.config("train.schedule.warmup_fraction") or 0.0) * (record.epochs_planned or 0))
+    warmup = math.ceil(record.number("train.schedule.warmup_fraction", 0.0) * (record.epochs_planned or 0))
     return {epoch: value for epoch, value in curve.items() if epoch > warmup}
 
 
@@ -467,28 +468,28 @@ def planned_lr(record: Record) -> Curve:
 
     `plateau` has no plan of its own: it is replayed over the recorded validation losses, with grace.
     """
-    name, base = record.config("train.schedule.name"), record.config("train.optimizer.lr")
+    name, base = record.config("train.schedule.name"), record.number("train.optimizer.lr", math.nan)
     planned, epochs = record.epochs_planned, record.curve("lr")
-    if name is None or base is None or not planned:
+    if name is None or math.isnan(base) or not planned:
         return {}
     if name == "constant":
-        return dict.fromkeys(epochs, float(base))
+        return dict.fromkeys(epochs, base)
     if name == "plateau":
-        return _replay_plateau(record, float(base))
-    floor = float(record.config("train.schedule.min_lr_ratio") or 0.0)
-    warmup = float(record.config("train.schedule.warmup_fraction") or 0.0)
+        return _replay_plateau(record, base)
+    floor = record.number("train.schedule.min_lr_ratio", 0.0)
+    warmup = record.number("train.schedule.warmup_fraction", 0.0)
 
     def cosine(epoch: int) -> float:
         progress = min(1.0, max(0.0, (epoch / planned - warmup) / max(1.0 - warmup, 1e-9)))
-        return float(base) * (floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * progress)))
+        return base * (floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * progress)))
 
     return {epoch: cosine(epoch) for epoch in epochs}
 
 
 def _replay_plateau(record: Record, base: float) -> Curve:
     losses = record.curve("loss_weighted", split="validation", term="total")
-    patience = int(record.config("train.schedule.patience") or 0) + WARM_START_EPOCHS
-    factor = float(record.config("train.schedule.factor") or 0.5)
+    patience = int(record.number("train.schedule.patience", 0)) + WARM_START_EPOCHS
+    factor = record.number("train.schedule.factor", 0.5)
     rate, best, waited, rates = base, math.inf, 0, {}
     for epoch in record.curve("lr"):
         rates[epoch] = rate
@@ -534,14 +535,16 @@ def _weights(record: Record) -> dict[str, float]:
     }
     if recorded:
         return recorded
-    configured = record.config("train.loss")
-    if not isinstance(configured, dict):
+    if not isinstance(record.config("train.loss"), dict):
         return {}
-    weights = {term: float(configured.get(term) or 0.0) for term in LOSS_TERMS}
-    for phase in configured.get("phases") or ():
-        for term, weight in phase.get("weights", {}).items():
-            weights[term] = max(weights.get(term, 0.0), float(weight))
-    return weights
+    return {
+        term: max(
+            record.number(f"train.loss.{term}", 0.0),
+            *(as_number(phase["weights"].get(term), 0.0) for phase in record.phases),
+            0.0,
+        )
+        for term in LOSS_TERMS
+    }
 
 
 def sharpe_weight(record: Record) -> float | None:
