@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -103,12 +104,13 @@ def daily_sharpe_gap(record: Record) -> float | None:
 
 
 def predictions_sharpe_gap(record: Record) -> float | None:
-    """Largest |evals.sharpe_daily - Sharpe of the stored predictions| over the epochs that kept theirs.
+    """Largest |evals.sharpe_daily - Sharpe of the stored predictions|, criterion epoch and last epoch.
 
     Slice `liquid`, splits as stored; the portfolio is the evaluation's own definition.
     """
     gaps = []
-    for epoch, path in record.predictions.items():
+    for epoch in {record.criterion_epoch, max(record.predictions, default=0)} & set(record.predictions):
+        path = record.predictions[epoch]
         recorded = record.rows(
             """SELECT split, value FROM evals
                WHERE epoch = ? AND slice = 'liquid' AND metric = 'sharpe_daily' AND isfinite(value)""",
@@ -131,15 +133,16 @@ def _read_predictions(path: Path) -> pa.Table | None:
 
 
 def _portfolio_sharpe(record: Record, table: pa.Table, split: str) -> float | None:
-    mask = np.asarray(table["split"].to_pylist()) == split
-    mask &= table["is_liquid"].to_numpy().astype(bool)
-    if not mask.any():
+    rows = table.filter(pc.and_(pc.equal(table["split"], split), table["is_liquid"]))
+    if not rows.num_rows:
         return None
-    dates, row = np.unique(table["Date"].to_numpy()[mask], return_inverse=True)
-    codes, column = np.unique(np.asarray(table["Code"].to_pylist())[mask], return_inverse=True)
-    scores, targets = (np.full((len(dates), len(codes)), np.nan) for _ in range(2))
-    scores[row, column] = table["score_1d"].to_numpy()[mask]
-    targets[row, column] = table["target_1d"].to_numpy()[mask]
+    dates, session = np.unique(rows["Date"].to_numpy(), return_inverse=True)
+    codes = rows["Code"].combine_chunks().dictionary_encode()
+    by_code = np.argsort(np.argsort(codes.dictionary.to_pylist()))  # ties break by code, so columns are sorted by it
+    stock = by_code[codes.indices.to_numpy()]
+    scores, targets = (np.full((len(dates), len(by_code)), np.nan) for _ in range(2))
+    scores[session, stock] = rows["score_1d"].to_numpy()
+    targets[session, stock] = rows["target_1d"].to_numpy()
     quantile = record.number("evaluation.quantile", 0.2)
     gross = long_short(scores, targets, quantile=quantile, cost_bps=0.0).gross
     return _sharpe(gross[np.isfinite(gross)])
