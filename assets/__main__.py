@@ -4,6 +4,7 @@ Exits 0 when everything held, 1 when the criterion or a step failed; ends with w
 line, and the command for the UI.
 """
 
+import os
 import sys
 
 import dagster as dg
@@ -16,7 +17,7 @@ MAIN_SELECTION = '+key:"model_50ep" or +key:"diagnostics_50ep"'
 def main() -> int:
     job = dg.define_asset_job("main", selection=MAIN_SELECTION)
     resolved = dg.Definitions.merge(defs, dg.Definitions(jobs=[job])).resolve_job_def("main")
-    with dg.DagsterInstance.get() as instance:
+    with _instance() as instance:
         result = resolved.execute_in_process(instance=instance, raise_on_error=False)
     reports = [event for event in result.get_asset_materialization_events() if event.asset_key == _DIAGNOSTICS]
     if not reports:
@@ -27,6 +28,11 @@ def main() -> int:
     print(f"verdict:  {metadata['verdict'].value}")
     print("UI:       make ui")
     return 0 if result.success else 1
+
+
+def _instance() -> dg.DagsterInstance:
+    """The history that the CLI uses: DAGSTER_HOME where it is set, else the dagster.yaml of the working directory."""
+    return dg.DagsterInstance.get() if os.environ.get("DAGSTER_HOME") else dg.DagsterInstance.from_config(os.getcwd())
 
 
 _DIAGNOSTICS = dg.AssetKey("diagnostics_50ep")

@@ -17,7 +17,7 @@ from resources.dataset_store import DatasetStore
 
 
 class DatasetOverrides(dg.Config):
-    overrides: dict[str, int | float | str] = {}  # noqa: RUF012 - Dagster copies it
+    overrides: dict[str, Any] = {}  # noqa: RUF012 - Dagster copies it
     """Fields of the dataset section, e.g. {"dataset.execution": "next_close"}; kept by the manifest."""
 
 

@@ -1,5 +1,7 @@
 """The cross-sectional graph of the dataset's stocks."""
 
+from typing import Any
+
 import dagster as dg
 
 from assets.outcomes import failing_with_one_sentence, markdown_table, numbers
@@ -11,7 +13,7 @@ from resources.dataset_store import DatasetStore
 
 
 class GraphOverrides(dg.Config):
-    overrides: dict[str, int | float | bool | str] = {}  # noqa: RUF012 - Dagster copies it
+    overrides: dict[str, Any] = {}  # noqa: RUF012 - Dagster copies it
     """Fields of the graph section, e.g. {"graph.lookback_sessions": 60}."""
 
 
@@ -57,7 +59,7 @@ def stock_graph(
     )
 
 
-def graph_problems(graph: dict, dataset: dict) -> list[str]:
+def graph_problems(graph: dict[str, Any], dataset: dict[str, Any]) -> list[str]:
     """Why this graph must not be trained on; empty when nothing speaks against it."""
     problems = []
     if graph["dataset_fingerprint"] != dataset["fingerprint"]:
