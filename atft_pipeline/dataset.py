@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ import pyarrow.parquet as pq
 
 from atft_pipeline.config import HORIZONS
 from atft_pipeline.errors import InputError
+from atft_pipeline.files import replacing, write_json
 
 KEYS: tuple[str, ...] = ("Date", "Code")
 TARGETS: tuple[str, ...] = tuple(f"target_{h}d" for h in HORIZONS)
@@ -83,8 +82,7 @@ def read_manifest(path: Path, kind: str | None = None) -> dict[str, Any]:
 
 def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
     """Writes the manifest of the product at `path`, whole or not at all."""
-    text = json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    _replace(manifest_path(path), lambda temporary: _write_text(temporary, text))
+    write_json(manifest_path(path), manifest)
 
 
 def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
@@ -118,23 +116,16 @@ def write_dataset(
     """
     _require_consistent(features, membership, manifest)
     data = resolved(path)
-    data.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary(data)
-    temporary_membership = _temporary(membership_path(data))
-    try:
+    with replacing(data) as part, replacing(membership_path(data)) as members:
         if by_month:
-            _write_months(temporary, features)
+            _write_months(part, features)
         else:
-            _write_parquet(temporary, features)
-        _write_parquet(temporary_membership, membership)
+            _write_parquet(part, features)
+        _write_parquet(members, membership)
         # From here on only renames: the old manifest goes first, so no moment pairs it with new data.
         manifest_path(data).unlink(missing_ok=True)
-        _remove(data)
-        temporary.rename(data)
-        temporary_membership.replace(membership_path(data))
-    finally:
-        _remove(temporary)
-        _remove(temporary_membership)
+        if by_month and data.is_file():
+            data.unlink()  # a folder cannot be renamed onto a file
     write_manifest(data, manifest)
 
 
@@ -173,10 +164,6 @@ def _repetitive(table: pa.Table) -> list[str]:
     return [column.name for column in table.schema if not pa.types.is_floating(column.type)]
 
 
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
-
-
 def _read_part(file: Path, columns: list[str] | None) -> pa.Table:
     try:
         table = pq.ParquetFile(file)
@@ -186,25 +173,3 @@ def _read_part(file: Path, columns: list[str] | None) -> pa.Table:
     if missing:
         raise InputError(f"{file}: column {missing[0]} is missing; build the file again")
     return table.read(columns=columns).select(columns or table.schema_arrow.names)
-
-
-def _temporary(path: Path) -> Path:
-    """A name beside `path`, on the same file system, so that renaming it is atomic. The dot hides it from globs."""
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
-
-
-def _replace(path: Path, write: Callable[[Path], None]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary(path)
-    try:
-        write(temporary)
-        temporary.replace(path)
-    finally:
-        _remove(temporary)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
