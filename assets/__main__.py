@@ -6,6 +6,7 @@ line, and the command for the UI.
 
 import os
 import sys
+from pathlib import Path
 
 import dagster as dg
 
@@ -32,7 +33,9 @@ def main() -> int:
 
 def _instance() -> dg.DagsterInstance:
     """The history that the CLI uses: DAGSTER_HOME where it is set, else the dagster.yaml of the working directory."""
-    return dg.DagsterInstance.get() if os.environ.get("DAGSTER_HOME") else dg.DagsterInstance.from_config(os.getcwd())
+    if os.environ.get("DAGSTER_HOME"):
+        return dg.DagsterInstance.get()
+    return dg.DagsterInstance.from_config(str(Path.cwd()))
 
 
 _DIAGNOSTICS = dg.AssetKey("diagnostics_50ep")

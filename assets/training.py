@@ -11,7 +11,8 @@ from assets.outcomes import failing_with_one_sentence, numbers
 from atft_pipeline.criterion import gate_decision
 from atft_pipeline.errors import InputError
 from atft_pipeline.lineage import config_key, read_run
-from atft_pipeline.training import Plan, plan_run, train
+from atft_pipeline.run_plan import Plan, plan_run
+from atft_pipeline.training import train
 from resources.compute import Compute
 from resources.dataset_store import DatasetStore
 

@@ -506,7 +506,7 @@ def _statements(listed: _Stocks, days: NDArray[np.datetime64], seed: int) -> tup
     age = np.arange(T)
     while _quarter_end(quarter) < days[-1].item():
         rng = _rng(seed, _QUARTER, quarter)
-        news, jitter = np.clip(rng.standard_normal(N), -2.5, 2.5), rng.standard_normal((4, N))
+        news, jitter = np.clip(rng.standard_normal(N), -2.5, 2.5), rng.standard_normal((5, N))
         lag, hour = rng.integers(28, 46, N), rng.integers(0, 10, N)
         month = _quarter_end(quarter).month
         period = ((month - listed.fiscal_month) % 12) // 3
@@ -537,14 +537,16 @@ def _known_from(day: dt.date, time: str, days: NDArray[np.datetime64]) -> int:
 
 def _figures(profit: float, base: float, margin: float, period: int, jitter: Array) -> dict[str, float]:
     sales = abs(base) / margin * (1 + 0.3 * (profit - base) / abs(base) + 0.02 * jitter[0])
-    operating, ordinary = profit / 0.65 * (1 + 0.03 * jitter[1]), profit / 0.67
+    operating, ordinary = profit / 0.65 * (1 + 0.12 * jitter[1]), profit / 0.67
     year = 4 / (period or 4)
     growth = year * (1.03 + 0.04 * jitter[2])
     actual = {"NetSales": sales, "OperatingProfit": operating, "OrdinaryProfit": ordinary, "Profit": profit}
     prefix = "Forecast" if period else "NextYearForecast"
     equity = abs(base) * year * 11 * (1 + 0.02 * jitter[3])
     forecast = {f"{prefix}{name}": value * growth for name, value in actual.items()}
-    return actual | {"TotalAssets": equity * 2.1, "Equity": equity} | forecast
+    # Operating figures and leverage are not the bottom line times a constant: features would copy each other.
+    forecast[f"{prefix}OperatingProfit"] *= 1 + 0.04 * jitter[4]
+    return actual | {"TotalAssets": equity * (1.6 + 10 * margin), "Equity": equity} | forecast
 
 
 def _document(

@@ -6,18 +6,14 @@ resumed from its last checkpoint takes the same steps as one that was never inte
 
 from __future__ import annotations
 
-import copy
-import itertools
 import math
-import os
 import platform
 import resource
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,21 +24,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from atft_pipeline.blocks import Block, BlockDataset, Panel, load_panel
-from atft_pipeline.config import (
-    EXECUTION_DELAY_SESSIONS,
-    HORIZONS,
-    GraphConfig,
-    GuardConfig,
-    PipelineConfig,
-    to_dict,
-)
-from atft_pipeline.dataset import read_manifest
+from atft_pipeline.config import PipelineConfig
+from atft_pipeline.degeneracy import DegeneracyGuard, dispersions
 from atft_pipeline.errors import InputError, RunFailure
 from atft_pipeline.files import replacing
 from atft_pipeline.graph import load_graph
-from atft_pipeline.lineage import RunRecord, code_revision, config_key, exclusive, now, read_run, read_table, run_key
+from atft_pipeline.lineage import RunRecord, exclusive, now, read_run, read_table
 from atft_pipeline.losses import CompositeLoss
 from atft_pipeline.model.atft_gat_fan import ATFTGATFAN
+from atft_pipeline.run_plan import Plan, claim_directory, plan_run, resolve_device, run_header
 from atft_pipeline.schedule import LearningRateSchedule
 from atft_pipeline.scoring import (
     AUTOCAST,
@@ -58,15 +48,13 @@ from atft_pipeline.scoring import (
 )
 from atft_pipeline.splits import make_split
 from atft_pipeline.verdict import Battery, read_verdict, write_verdict
+from atft_pipeline.weight_average import WeightAverage
 
 T = TypeVar("T")
 B = TypeVar("B")
 
 GRADIENT_WARNING_L2 = 1e-7
 """A trainable component whose mean gradient l2 over an epoch is below this counts one gradient warning."""
-
-PURGE_SESSIONS = max(HORIZONS) + max(EXECUTION_DELAY_SESSIONS.values())
-"""Sessions between two parts of a split: the longest label, entered one session late, must not reach across."""
 
 
 @dataclass(frozen=True)
@@ -76,55 +64,6 @@ class Outcome:
     run_dir: Path
     verdict: dict[str, Any]
     reused: bool
-
-
-def resolve_device(name: str) -> torch.device:
-    """`auto` is the first CUDA device where there is one, else the CPU."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InputError(f"device: expected auto, cpu or cuda, found {name!r}") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError("device: cuda was asked for and this machine has none; use --device cpu")
-    return device
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A run before it starts: what decides it, and the key that follows."""
-
-    config: PipelineConfig
-    dataset: Path
-    graph: Path
-    dataset_manifest: dict[str, Any]
-    graph_manifest: dict[str, Any]
-
-    @cached_property
-    def key(self) -> str:
-        return run_key(
-            self.config,
-            dataset_fingerprint=self.dataset_manifest["fingerprint"],
-            graph_fingerprint=self.graph_manifest["fingerprint"] if self.config.model.graph else None,
-        )
-
-
-def plan_run(config: PipelineConfig, dataset: Path, graph: Path) -> Plan:
-    """Ties a configuration to a dataset and its graph.
-
-    The `dataset` and `graph` sections become those the files were made with: they describe data, and cannot be changed
-    at training time. Raises InputError when the graph was built on another dataset.
-    """
-    data = read_manifest(dataset, kind="ml_dataset")
-    edges = read_manifest(graph, kind="stock_graph")
-    if edges["dataset_fingerprint"] != data["fingerprint"]:
-        raise InputError(
-            f"graph {graph}: built on dataset {edges['dataset_fingerprint'][:12]}, but {dataset} is"
-            f" {data['fingerprint'][:12]}; build the graph again from this dataset"
-        )
-    used = replace(config, dataset=type(config.dataset)(**data["config"]), graph=GraphConfig(**edges["config"]))
-    return Plan(used, dataset, graph, data, edges)
 
 
 def train(
@@ -147,13 +86,13 @@ def train(
     record says so, and no update is made with them).
     """
     plan = plan_run(config, dataset, graph)
-    run_dir = _claim(run_dir, plan.key, force=force)
+    run_dir = claim_directory(run_dir, plan.key, force=force)
     with exclusive(run_dir):
         if (run_dir / "run.json").exists() and read_run(run_dir)["status"] == "finished":
             log(f"run {run_dir.name}: finished before with the same configuration, code and data; reused")
             return Outcome(run_dir, read_verdict(run_dir), reused=True)
         earlier = read_run(run_dir) if (run_dir / "run.json").exists() else {}
-        record = RunRecord(run_dir, earlier | _header(plan, run_dir, resolve_device(device), overrides or {}))
+        record = RunRecord(run_dir, earlier | run_header(plan, run_dir, resolve_device(device), overrides or {}))
         try:
             trainer = Trainer(plan, record, resolve_device(device), log)
             trainer.run()
@@ -168,99 +107,6 @@ def train(
 
 def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-
-
-def _claim(run_dir: Path, key: str, *, force: bool) -> Path:
-    """The directory to write to: `run_dir`, or with `force` the next free attempt beside a finished one."""
-    if not run_dir.exists() or not any(run_dir.iterdir()):
-        return run_dir
-    if not (run_dir / "run.json").exists() and {p.name for p in run_dir.iterdir()} != {".lock"}:
-        raise InputError(f"run directory {run_dir}: not empty and not a run; choose another directory")
-    if not (run_dir / "run.json").exists():
-        return run_dir
-    header = read_run(run_dir)
-    if header["key"] != key:
-        raise InputError(
-            f"run directory {run_dir}: holds run {header['key']} of another configuration, code or dataset (this one is"
-            f" {key}); choose another directory"
-        )
-    if force and header["status"] == "finished":
-        attempts = (run_dir.with_name(f"{run_dir.name}-attempt{n}") for n in itertools.count(2))
-        return next(path for path in attempts if not path.exists())
-    return run_dir
-
-
-def _header(plan: Plan, run_dir: Path, device: torch.device, overrides: dict[str, Any]) -> dict[str, Any]:
-    """First content of `run.json`."""
-    data = plan.dataset_manifest
-    return {
-        "name": run_dir.name,
-        "key": plan.key,
-        "config": to_dict(plan.config),
-        "config_key": config_key(plan.config),
-        "overrides": overrides,
-        "code_revision": code_revision(),
-        "dataset_fingerprint": data["fingerprint"],
-        "graph_fingerprint": plan.graph_manifest["fingerprint"],
-        "registry_fingerprint": data["registry_fingerprint"],
-        "dataset_path": str(plan.dataset),
-        "graph_path": str(plan.graph),
-        "market": data["market"],
-        "execution": data["execution"],
-        "days_per_year": data["days_per_year"],
-        "seed": plan.config.train.seed,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-        "device": str(device) if device.type == "cpu" else torch.cuda.get_device_name(device),
-        "threads": torch.get_num_threads(),
-        "pid": os.getpid(),
-        "started": now(),
-        "ended": None,
-        "status": "running",
-        "reason": None,
-        "epochs_planned": plan.config.train.epochs,
-        "epochs_done": 0,
-        "features": len(data["features"]),
-        "live_features": len(data["live_features"]),
-        "dataset_warnings": data["warnings"],
-    }
-
-
-class WeightAverage:
-    """Exponential moving average of the weights, the model that is evaluated and kept.
-
-    The decay ramps up as (1 + step) / (10 + step), so that early epochs are not dominated by the initial weights.
-    With decay 0 the average is the model itself.
-    """
-
-    def __init__(self, model: ATFTGATFAN, decay: float) -> None:
-        self.decay = decay
-        self.model = copy.deepcopy(model).requires_grad_(False) if decay > 0 else model
-
-    @torch.no_grad()
-    def update(self, model: ATFTGATFAN, step: int) -> None:
-        if self.decay == 0:
-            return
-        decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - decay)
-        for averaged, buffer in zip(self.model.buffers(), model.buffers(), strict=True):
-            averaged.copy_(buffer)
-
-
-class DegeneracyGuard:
-    """Counts checks of collapsed predictions in a row and says when the head must be re-drawn."""
-
-    def __init__(self, config: GuardConfig) -> None:
-        self.config = config
-        self.low_checks = 0
-
-    def check(self, dispersion_ratio: float, epoch: int) -> tuple[bool, bool]:
-        """(event, reset): whether this check is under the threshold, and whether it completes `patience` in a row."""
-        event = epoch > self.config.warmup_epochs and not dispersion_ratio >= self.config.dispersion_ratio
-        self.low_checks = self.low_checks + 1 if event else 0
-        reset = self.low_checks >= self.config.patience
-        if reset:
-            self.low_checks = 0
-        return event, reset
 
 
 @dataclass
@@ -284,7 +130,7 @@ class Trainer:
         self.plan, self.config, self.record, self.device, self.log = plan, plan.config, record, device, log
         train_config = self.config.train
         self.panel = load_panel(plan.dataset, train_config.universe)
-        self.split = make_split(self.panel.sessions, self.config.split, PURGE_SESSIONS)
+        self.split = make_split(self.panel.sessions, self.config.split)
         torch.manual_seed(train_config.seed)
         live = torch.tensor(
             [name in set(self.panel.manifest["live_features"]) for name in self.panel.manifest["features"]]
@@ -296,6 +142,11 @@ class Trainer:
             name: parameters for name, child in self.model.named_children() if (parameters := list(child.parameters()))
         }
         self.optimizer = _optimizer(self.model, self.config)
+        if not self.panel.member[self.split.train].any():
+            raise InputError(
+                f"{plan.dataset}: no stock is in the universe {train_config.universe!r} in the {len(self.split.train)}"
+                " training sessions; give more history or set train.universe"
+            )
         steps_per_epoch = len(self.data.sessions_per_block(self.split.train, train_config.batch_size)) + 1
         self.schedule = LearningRateSchedule(
             self.optimizer, train_config.schedule, total_steps=steps_per_epoch * train_config.epochs
@@ -357,12 +208,9 @@ class Trainer:
             asked = time.perf_counter()
             block = to_device(next(source), self.device)
             waited += time.perf_counter() - asked
-            if bool(block.member.any()):
-                steps.append(self._step(block, epoch, measure_update=last))
+            steps.append(self._step(block, epoch, measure_update=last))
             bar.update()
         bar.close()
-        if not steps:
-            raise RunFailure("training: no stock is in the training universe in any training session")
         self._log_steps(epoch, steps)
         return waited
 
@@ -507,7 +355,7 @@ class Trainer:
         return {name: rows[0][name] for name in ("weights_hash", "predictions_hash")} if rows else None
 
     def _guard(self, epoch: int, validation: Scores) -> None:
-        predicted, target = _dispersions(validation, self.panel)
+        predicted, target = dispersions(validation, self.panel)
         ratio = predicted / target if target > 0 else math.nan
         event, reset = self.guard.check(ratio, epoch)
         if reset:
@@ -681,25 +529,6 @@ def _l2(tensors: Sequence[Tensor]) -> Tensor:
     """l2 norm over all tensors together; 0 where there are none."""
     norms = torch._foreach_norm(list(tensors)) if tensors else [torch.zeros(())]
     return torch.stack([norm.float() for norm in norms]).norm()
-
-
-def _dispersions(scores: Scores, panel: Panel) -> tuple[float, float]:
-    """Mean within-session std (ddof 1) of horizon 1's scores and of its standardised targets, which is near 1."""
-    target = panel.targets[scores.sessions, :, 0].astype(np.float64)
-    target = np.where(panel.member[scores.sessions], target, np.nan)
-    mean, std = _nanmean_std(target)
-    z = np.clip((target - mean) / np.where(std > 0, std, np.nan), -5, 5)
-    return float(np.nanmean(_nanmean_std(scores.values[:, :, 0].astype(np.float64))[1])), float(
-        np.nanmean(_nanmean_std(z)[1])
-    )
-
-
-def _nanmean_std(x: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Mean and std (ddof 1) along axis 1, kept; NaN where fewer than 2 values, without warnings."""
-    count = np.isfinite(x).sum(axis=1, keepdims=True).astype(float)
-    mean = np.nansum(x, axis=1, keepdims=True) / np.where(count > 0, count, np.nan)
-    variance = np.nansum((x - mean) ** 2, axis=1, keepdims=True) / np.where(count > 1, count - 1, np.nan)
-    return mean, np.sqrt(variance)
 
 
 def _number(value: float | None) -> float:

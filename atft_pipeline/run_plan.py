@@ -1,0 +1,123 @@
+"""A run before it starts: what decides it, the key that follows, and the directory it may write to."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import platform
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from atft_pipeline.config import GraphConfig, PipelineConfig, to_dict
+from atft_pipeline.dataset import read_manifest
+from atft_pipeline.errors import InputError
+from atft_pipeline.lineage import code_revision, config_key, now, read_run, run_key
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is the first CUDA device where there is one, else the CPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"device: expected auto, cpu or cuda, found {name!r}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError("device: cuda was asked for and this machine has none; use --device cpu")
+    return device
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run before it starts: what decides it, and the key that follows."""
+
+    config: PipelineConfig
+    dataset: Path
+    graph: Path
+    dataset_manifest: dict[str, Any]
+    graph_manifest: dict[str, Any]
+
+    @cached_property
+    def key(self) -> str:
+        return run_key(
+            self.config,
+            dataset_fingerprint=self.dataset_manifest["fingerprint"],
+            graph_fingerprint=self.graph_manifest["fingerprint"] if self.config.model.graph else None,
+        )
+
+
+def plan_run(config: PipelineConfig, dataset: Path, graph: Path) -> Plan:
+    """Ties a configuration to a dataset and its graph.
+
+    The `dataset` and `graph` sections become those the files were made with: they describe data, and cannot be changed
+    at training time. Raises InputError when the graph was built on another dataset.
+    """
+    data = read_manifest(dataset, kind="ml_dataset")
+    edges = read_manifest(graph, kind="stock_graph")
+    if edges["dataset_fingerprint"] != data["fingerprint"]:
+        raise InputError(
+            f"graph {graph}: built on dataset {edges['dataset_fingerprint'][:12]}, but {dataset} is"
+            f" {data['fingerprint'][:12]}; build the graph again from this dataset"
+        )
+    used = replace(config, dataset=type(config.dataset)(**data["config"]), graph=GraphConfig(**edges["config"]))
+    return Plan(used, dataset, graph, data, edges)
+
+
+def claim_directory(run_dir: Path, key: str, *, force: bool) -> Path:
+    """The directory to write to: `run_dir`, or with `force` the next free attempt beside a finished one."""
+    if not run_dir.exists() or not any(run_dir.iterdir()):
+        return run_dir
+    if not (run_dir / "run.json").exists() and {p.name for p in run_dir.iterdir()} != {".lock"}:
+        raise InputError(f"run directory {run_dir}: not empty and not a run; choose another directory")
+    if not (run_dir / "run.json").exists():
+        return run_dir
+    header = read_run(run_dir)
+    if header["key"] != key:
+        raise InputError(
+            f"run directory {run_dir}: holds run {header['key']} of another configuration, code or dataset (this one is"
+            f" {key}); choose another directory"
+        )
+    if force and header["status"] == "finished":
+        attempts = (run_dir.with_name(f"{run_dir.name}-attempt{n}") for n in itertools.count(2))
+        return next(path for path in attempts if not path.exists())
+    return run_dir
+
+
+def run_header(plan: Plan, run_dir: Path, device: torch.device, overrides: dict[str, Any]) -> dict[str, Any]:
+    """First content of `run.json`."""
+    data = plan.dataset_manifest
+    return {
+        "name": run_dir.name,
+        "key": plan.key,
+        "config": to_dict(plan.config),
+        "config_key": config_key(plan.config),
+        "overrides": overrides,
+        "code_revision": code_revision(),
+        "dataset_fingerprint": data["fingerprint"],
+        "graph_fingerprint": plan.graph_manifest["fingerprint"],
+        "registry_fingerprint": data["registry_fingerprint"],
+        "dataset_path": str(plan.dataset),
+        "graph_path": str(plan.graph),
+        "market": data["market"],
+        "execution": data["execution"],
+        "days_per_year": data["days_per_year"],
+        "seed": plan.config.train.seed,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        "device": str(device) if device.type == "cpu" else torch.cuda.get_device_name(device),
+        "threads": torch.get_num_threads(),
+        "pid": os.getpid(),
+        "started": now(),
+        "ended": None,
+        "status": "running",
+        "reason": None,
+        "epochs_planned": plan.config.train.epochs,
+        "epochs_done": 0,
+        "features": len(data["features"]),
+        "live_features": len(data["live_features"]),
+        "dataset_warnings": data["warnings"],
+    }
