@@ -12,12 +12,12 @@ from typing import Any
 import dagster as dg
 import polars as pl
 
+from atft_pipeline import synthetic
 from atft_pipeline.config import DatasetConfig
 from atft_pipeline.dataset import read_manifest, sha256_of, write_manifest
 from atft_pipeline.errors import InputError
 from atft_pipeline.files import relink, replacing
 from atft_pipeline.sources import Source, open_source
-from atft_pipeline.synthetic import write_market
 
 EMBEDDED_STOCKS, EMBEDDED_SESSIONS, EMBEDDED_SEED = 200, 750, 0
 """The synthetic market that stands in where no source is named."""
@@ -59,11 +59,14 @@ class DatasetStore(dg.ConfigurableResource):
         return open_source(path or self.named_source() or self.embedded_market())
 
     def embedded_market(self) -> Path:
-        name = f"synthetic_market_{EMBEDDED_STOCKS}x{EMBEDDED_SESSIONS}_seed{EMBEDDED_SEED}"
-        folder = self.datasets / name
-        if not (folder / "prices.parquet").exists():
+        """Folder of the embedded market, generated on first use and again when the generator's code changes."""
+        recipe = [EMBEDDED_STOCKS, EMBEDDED_SESSIONS, EMBEDDED_SEED, Path(synthetic.__file__).read_text("utf-8")]
+        folder = self.datasets / f"synthetic_market_{sha256_of(recipe)[:12]}"
+        if not folder.exists():
             with replacing(folder) as temporary:
-                write_market(temporary, stocks=EMBEDDED_STOCKS, sessions=EMBEDDED_SESSIONS, seed=EMBEDDED_SEED)
+                synthetic.write_market(
+                    temporary, stocks=EMBEDDED_STOCKS, sessions=EMBEDDED_SESSIONS, seed=EMBEDDED_SEED
+                )
         return folder
 
     def is_embedded(self, manifest: dict[str, Any]) -> bool:
