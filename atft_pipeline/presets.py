@@ -17,10 +17,14 @@ from atft_pipeline.errors import InputError
 
 
 def quick() -> PipelineConfig:
-    """The embedded synthetic market in minutes on two cores."""
+    """The embedded synthetic market in minutes on two cores.
+
+    It has 75,000 training samples, which a rate of 1e-3 memorises: validation IC peaks at epoch 4 and is gone by epoch
+    50. At a tenth of it the IC still stands there, whatever the weight decay (0.01 to 10 tried).
+    """
     return PipelineConfig(
         split=SplitConfig(scheme="fraction", train_fraction=0.6, validation_fraction=0.2),
-        train=TrainConfig(batch_size=200 * 16),
+        train=TrainConfig(batch_size=200 * 16, optimizer=OptimizerConfig(lr=1e-4)),
     )
 
 
