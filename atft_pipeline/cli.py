@@ -27,20 +27,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         content, code = options.command(options)
     except InputError as error:
-        print(f"atft {options.name}: {error}", file=sys.stderr)
-        return 2
+        return _refuse(options.name, error, 2)
     except RunFailure as error:
-        print(f"atft {options.name}: {error}", file=sys.stderr)
-        return 1
+        return _refuse(options.name, error, 1)
+    except OSError as error:
+        # A path that cannot be read or written: the library opens files where it needs them and does not ask before.
+        place = f"{error.filename}: " if error.filename else ""
+        return _refuse(options.name, f"{place}{error.strerror or error}; check the path, its permissions and space", 2)
     except KeyboardInterrupt:
-        print(f"atft {options.name}: interrupted", file=sys.stderr)
-        return 130
+        return _refuse(options.name, "interrupted", 130)
     try:
         print(json.dumps(content, allow_nan=False) if options.json else _text(content))
         sys.stdout.flush()
     except BrokenPipeError:
         # The reader of a pipe went away; Python would complain again when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return code
+
+
+def _refuse(name: str, reason: object, code: int) -> int:
+    """Says in one line why the command did not succeed; returns `code`."""
+    _say(f"atft {name}: {' '.join(str(reason).split())}")
     return code
 
 
@@ -71,30 +78,38 @@ def _cell(value: Any) -> str:
 
 def _market(options: argparse.Namespace) -> Result:
     from atft_pipeline.files import replacing
-    from atft_pipeline.synthetic import write_market
+    from atft_pipeline.synthetic import generate_market, write_tables
 
     if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
         raise InputError(f"{options.out}: exists and is not an empty folder; choose another name")
+    arguments = {name: getattr(options, name) for name in ("stocks", "sessions", "seed", "hard")}
+    market = generate_market(**arguments)
     with replacing(options.out) as temporary:
-        facts = write_market(
-            temporary, stocks=options.stocks, sessions=options.sessions, seed=options.seed, hard=options.hard
-        )
-    return {"path": str(options.out), **facts}, 0
+        write_tables(market, temporary)
+    rows = {name: table.height for name, table in market.tables.items()}
+    return {"path": str(options.out), **arguments, "rows": rows, "truth_rows": market.truth.height}, 0
 
 
 def _features(options: argparse.Namespace) -> Result:
-    from atft_pipeline.contracts import read_checked
-    from atft_pipeline.dataset import write_dataset
+    from atft_pipeline.contracts import check_prices, read_checked
+    from atft_pipeline.dataset import require_replaceable, write_dataset
     from atft_pipeline.features.panel import build_dataset
     from atft_pipeline.sources import open_source
+    from atft_pipeline.trading_calendar import market_facts
     from atft_pipeline.universe import build_prices
 
     config = _configuration(options, sections=("dataset",))[0].dataset
+    require_replaceable(options.out, "ml_dataset")
+    market_facts(config.market)  # an unknown market is refused before minutes of reading
     checked = read_checked(open_source(options.source))
-    adjusted = build_prices(checked.tables, config)
-    features, membership, manifest = build_dataset(
-        adjusted.prices, adjusted.quarantine, checked.tables, config, checked.record
-    )
+    try:
+        adjusted = build_prices(checked.tables, config)
+        check_prices(adjusted.prices).require()
+        features, membership, manifest = build_dataset(
+            adjusted.prices, adjusted.quarantine, checked.tables, config, checked.record
+        )
+    except InputError as refusal:
+        raise InputError(f"{options.source}: {refusal}") from refusal
     write_dataset(options.out, features, membership, manifest, by_month=False)
     for warning in manifest["warnings"]:
         _say(f"warning: {warning}")
@@ -104,19 +119,26 @@ def _features(options: argparse.Namespace) -> Result:
 
 
 def _graph(options: argparse.Namespace) -> Result:
-    from atft_pipeline.dataset import read_manifest
+    from atft_pipeline.dataset import require_replaceable
     from atft_pipeline.graph import build_graph_file
 
     config = _configuration(options, sections=("graph",))[0].graph
-    build_graph_file(options.dataset, options.out, config)
-    manifest = read_manifest(options.out, kind="stock_graph")
+    require_replaceable(options.out, "stock_graph")
+    manifest = build_graph_file(options.dataset, options.out, config)
     return {"path": str(options.out), **manifest}, 0
 
 
 def _train(options: argparse.Namespace) -> Result:
+    from atft_pipeline.dataset import read_manifest
     from atft_pipeline.training import train
 
     config, overrides = _configuration(options, sections=("split", "model", "train", "evaluation"))
+    sessions = read_manifest(options.dataset, kind="ml_dataset")["sessions"]
+    if sessions < config.model.window_sessions:
+        raise InputError(
+            f"{options.dataset}: {sessions} sessions are fewer than the window of {config.model.window_sessions}; give"
+            " a longer price history or a smaller model.window_sessions"
+        )
     outcome = train(
         config,
         options.dataset,

@@ -10,6 +10,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -134,6 +136,11 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _require(
+            self.attention_heads >= 1 and self.gat_heads >= 1,
+            f"model.attention_heads, model.gat_heads: expected at least 1, found {self.attention_heads} and"
+            f" {self.gat_heads}",
+        )
+        _require(
             self.hidden_size >= 4
             and self.hidden_size % self.attention_heads == 0
             and self.hidden_size % self.gat_heads == 0,
@@ -204,6 +211,8 @@ class LossPhase:
         )
         unknown = sorted(set(self.weights) - set(LOSS_TERMS))
         _require(not unknown, f"train.loss.phases: unknown loss terms {unknown}; expected some of {list(LOSS_TERMS)}")
+        for term, weight in self.weights.items():
+            _require(weight >= 0.0, f"train.loss.phases: weight of {term}: expected at least 0, found {weight}")
 
 
 @dataclass(frozen=True)
@@ -219,9 +228,9 @@ class LossConfig:
     phases: tuple[LossPhase, ...] = ()
 
     def __post_init__(self) -> None:
-        weights = [self.mse, self.ic, self.rank_ic, self.sharpe, self.variance_penalty]
-        _require(all(w >= 0.0 for w in weights), "train.loss: weights must not be negative")
-        _require(any(w > 0.0 for w in weights) or bool(self.phases), "train.loss: at least one weight must be positive")
+        for term in LOSS_TERMS:
+            weight = getattr(self, term)
+            _require(weight >= 0.0, f"train.loss.{term}: expected at least 0, weights must not be negative: {weight}")
         _require(
             len(self.horizon_weights) == len(HORIZONS) and all(w >= 0 for w in self.horizon_weights),
             f"train.loss.horizon_weights: expected {len(HORIZONS)} values, none negative, for horizons {HORIZONS}",
@@ -278,8 +287,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _require(self.epochs >= 1, "train.epochs: expected at least 1")
+        idle = next((e for e in range(1, self.epochs + 1) if not any(self.loss.weights_at(e).values())), None)
+        _require(idle is None, f"train.loss: at least one weight must be positive; in epoch {idle} none is")
         _require(self.batch_size >= 1, "train.batch_size: expected at least 1")
-        _require(self.seed >= 0, "train.seed: expected at least 0")
+        _require(0 <= self.seed < 2**63, "train.seed: expected 0 <= value < 2**63")
         _require(self.universe in ("all", "liquid"), "train.universe: expected 'all' or 'liquid'")
         _require(
             self.precision in ("float32", "bf16-mixed"),
@@ -302,7 +313,7 @@ class EvaluationConfig:
     bootstrap_samples: int = 1000
 
     def __post_init__(self) -> None:
-        _require(self.cost_bps >= 0.0, "evaluation.cost_bps: expected at least 0")
+        _require(0.0 <= self.cost_bps < math.inf, "evaluation.cost_bps: expected at least 0 and finite")
         _require(0.0 < self.quantile <= 0.5, "evaluation.quantile: expected 0 < value <= 0.5")
         _require(self.universe in ("all", "liquid"), "evaluation.universe: expected 'all' or 'liquid'")
         _require(self.criterion_epoch >= 1, "evaluation.criterion_epoch: expected at least 1")
@@ -359,13 +370,15 @@ def _coerce(kind: Any, value: Any, where: str) -> Any:
             inner = next(k for k in typing.get_args(kind) if k is not type(None))
             return None if value is None else _coerce(inner, value, where)
         if origin is not None and issubclass(origin, Mapping):
-            return {str(k): float(v) for k, v in value.items()}
+            return {str(k): _coerce(float, v, f"{where}.{k}") for k, v in value.items()}
         if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+            # JSON has no infinity, so a record could not hold it; Python's parser reads the word all the same.
+            _require(math.isfinite(value), f"configuration: {where}: expected a finite number, found {value}")
             return float(value)
         if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
             return value
     except (TypeError, AttributeError) as error:
-        raise InputError(f"configuration: {where}: cannot use {value!r}") from error
+        raise InputError(f"configuration: {where}: cannot use {value!r} ({error})") from error
     raise InputError(f"configuration: {where}: expected {getattr(kind, '__name__', kind)}, found {value!r}")
 
 
@@ -389,6 +402,8 @@ def with_overrides(config: PipelineConfig, overrides: Mapping[str, Any]) -> Pipe
         _require(
             leaf in target, f"configuration: unknown field {dotted!r}; expected one of {', '.join(sorted(target))}"
         )
+        # A whole section would quietly reset what the preset says about its other fields.
+        _require(not isinstance(target[leaf], dict), f"configuration: {dotted!r} is a section; set its fields by name")
         target[leaf] = value
     return from_dict(values)
 
@@ -438,7 +453,12 @@ def report_overrides(environment: Mapping[str, str]) -> dict[str, Any]:
         if text is None or text == "":
             continue
         value = _parse_value(text)
-        overrides[dotted] = _parse_phases(value) if variable == "PHASE_LOSS_WEIGHTS" else value
+        if variable == "PHASE_LOSS_WEIGHTS":
+            value = _parse_phases(value)
+        else:
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            _require(number, f"{variable}: expected a number for {dotted}, found {text!r}")
+        overrides[dotted] = value
         if variable.startswith("PLATEAU_"):
             overrides["train.schedule.name"] = "plateau"
     return overrides
@@ -448,10 +468,9 @@ def _parse_phases(value: Any) -> list[dict[str, Any]]:
     _require(isinstance(value, dict), 'PHASE_LOSS_WEIGHTS: expected JSON like {"1-5": {"mse": 1.0}}')
     phases = []
     for span, weights in value.items():
-        first, _, last = str(span).partition("-")
-        _require(
-            first.isdigit() and (last.isdigit() or not last),
-            f"PHASE_LOSS_WEIGHTS: expected an epoch range like '1-5', found {span!r}",
-        )
-        phases.append({"first_epoch": int(first), "last_epoch": int(last or first), "weights": weights})
+        epochs = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", span.strip())
+        if epochs is None:
+            raise InputError(f"PHASE_LOSS_WEIGHTS: expected an epoch range like '1-5', found {span!r}")
+        first, last = epochs[1], epochs[2] or epochs[1]
+        phases.append({"first_epoch": int(first), "last_epoch": int(last), "weights": weights})
     return phases

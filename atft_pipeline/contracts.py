@@ -179,7 +179,7 @@ def prices_schema() -> pa.DataFrameSchema:
 
 
 def check_prices(frame: pl.DataFrame) -> ContractReport:
-    """The report on the adjusted prices table: schema, unique sorted keys, prices exactly where traded."""
+    """The report on the adjusted prices table: schema, unique sorted keys, prices exactly where traded, a universe."""
     failures = _schema_failures("adjusted prices", prices_schema(), frame)
     if not failures:
         failures += _sorted_unique_failures("adjusted prices", frame)
@@ -190,6 +190,11 @@ def check_prices(frame: pl.DataFrame) -> ContractReport:
             failures.append(f"adjusted prices: {halves.height} rows whose is_traded disagrees with their prices")
         if frame.filter(pl.col("is_liquid") & ~pl.col("is_investable")).height:
             failures.append("adjusted prices: a row is liquid without being investable")
+        if not frame["is_investable"].any():
+            failures.append(
+                f"adjusted prices: no stock is investable in any of the {frame['Date'].n_unique()} sessions; give a"
+                " longer history, or lower dataset.min_history_sessions"
+            )
     return _report("prices (adjusted)", frame, failures)
 
 
@@ -248,7 +253,7 @@ def read_checked(source: Source) -> CheckedTables:
     tables, entries = {}, {}
     for name in source.tables:
         frame = source.read(name)
-        report = check_table(name, frame).require()
+        report = check_table(name, frame, where=str(source.where(name))).require()
         tables[name] = frame
         entries[name] = {
             "rows": report.rows,

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,18 @@ def sha256_of(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def read_manifest(path: Path, kind: str | None = None) -> dict[str, Any]:
+class Manifest(dict[str, Any]):
+    """A manifest as read from `file`; an entry that it lacks is refused by name wherever it is first needed."""
+
+    def __init__(self, entries: dict[str, Any], file: Path, path: Path) -> None:
+        super().__init__(entries)
+        self._file, self._path = file, path
+
+    def __missing__(self, entry: str) -> Any:
+        raise InputError(f"{self._file}: entry {entry!r} is missing; build {self._path} again")
+
+
+def read_manifest(path: Path, kind: str | None = None) -> Manifest:
     """The manifest of the product at `path`.
 
     Raises: InputError when there is none, when it is not a JSON object, or when its `kind` is not the one asked for.
@@ -77,7 +89,24 @@ def read_manifest(path: Path, kind: str | None = None) -> dict[str, Any]:
         raise InputError(f"{file}: expected a JSON object, found {type(manifest).__name__}; build {path} again")
     if kind is not None and manifest.get("kind") != kind:
         raise InputError(f"{file}: expected kind {kind!r}, found {manifest.get('kind')!r}; give the path of a {kind}")
-    return manifest
+    return Manifest(manifest, file, path)
+
+
+def require_replaceable(path: Path, kind: str) -> None:
+    """Refuses an output that would replace something else: a source table, another product, a folder of files.
+
+    Raises: InputError when something lies at `path` and has no manifest of `kind`.
+    """
+    data = resolved(path)
+    if not data.exists():
+        return
+    try:
+        read_manifest(path, kind)
+    except InputError as refusal:
+        what = "a folder" if data.is_dir() else "a file"
+        raise InputError(
+            f"{path}: exists and is {what} that is no {kind} with a manifest; choose another name, or remove it first"
+        ) from refusal
 
 
 def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
@@ -95,7 +124,11 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
     if not files or not files[0].exists():
         raise InputError(f"{path}: no such parquet file or folder of parquet parts; build it first")
     wanted = None if columns is None else list(columns)
-    return pa.concat_tables([_read_part(file, wanted) for file in files])
+    tables = [_read_part(file, wanted) for file in files]
+    odd = next((n for n, table in enumerate(tables) if not table.schema.equals(tables[0].schema)), None)
+    if odd is not None:
+        raise InputError(f"{path}: {files[odd].name} has other columns or types than {files[0].name}; make them alike")
+    return pa.concat_tables(tables)
 
 
 def read_membership(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
@@ -165,11 +198,19 @@ def _repetitive(table: pa.Table) -> list[str]:
 
 
 def _read_part(file: Path, columns: list[str] | None) -> pa.Table:
+    with readable(file), pq.ParquetFile(file) as parquet:
+        missing = sorted(set(columns or ()) - set(parquet.schema_arrow.names))
+        if missing:
+            raise InputError(f"{file}: column {missing[0]} is missing; build the file again")
+        table = parquet.read(columns=columns)
+    return table if columns is None else table.select(columns)
+
+
+@contextmanager
+def readable(file: Path) -> Iterator[None]:
+    """Turns what pyarrow raises inside the block, at the footer or at any page, into an InputError about `file`."""
     try:
-        table = pq.ParquetFile(file)
+        yield
     except (pa.ArrowInvalid, OSError) as error:
-        raise InputError(f"{file}: not a readable parquet file ({error}); build it again") from error
-    missing = sorted(set(columns or ()) - set(table.schema_arrow.names))
-    if missing:
-        raise InputError(f"{file}: column {missing[0]} is missing; build the file again")
-    return table.read(columns=columns).select(columns or table.schema_arrow.names)
+        reason = " ".join(str(error).split())
+        raise InputError(f"{file}: not a readable parquet file ({reason}); write it again") from error

@@ -117,8 +117,10 @@ def evaluate(
     `trials` is the number of models tried, for the deflated Sharpe.
 
     Raises InputError: shapes that differ, codes out of order, infinite targets, no target at all, fewer than two
-    sessions in which at least two stocks have a target, a horizon above 1 without `returns_1d`.
+    sessions in which at least two stocks have a target, a horizon above 1 without `returns_1d`, a year without days.
     """
+    if days_per_year < 1:
+        raise InputError(f"evaluation: days_per_year must be at least 1, found {days_per_year}; Tokyo has 245")
     score: NDArray[np.float64] = np.asarray(scores, np.float64)
     target: NDArray[np.float64] = np.asarray(targets, np.float64)
     sessions, codes = np.asarray(sessions, "datetime64[D]"), np.asarray(codes)
@@ -441,6 +443,8 @@ class _Frame:
                     f"predictions: column {name} is missing; found {', '.join(table.column_names)}"
                     " (--score and --target name the columns to use)"
                 )
+            if table.column_names.count(name) > 1:
+                raise InputError(f"predictions: column {name} is there more than once; keep one of them")
         if table.num_rows == 0:
             raise InputError("predictions: the table has no rows; expected one row per session and stock")
         values = {name: _numbers(table, name) for name in columns}

@@ -1,7 +1,8 @@
 """A source folder of raw tables in the J-Quants columns: where they lie, how they are read, what they must hold.
 
-Each table is `NAME.parquet` or a folder `NAME/` of parquet parts. Codes stay strings. Vendors deliver numbers and dates
-as text, so both are read: '-', '*' and '' are missing numbers; a text that is no number either is a wrong type.
+Each table is `NAME.parquet`, a file or a folder of parquet parts, or a folder of parts `NAME/`. Codes stay strings.
+Vendors deliver numbers and dates as text, so both are read: '-', '*' and '' are missing numbers; a text that is no
+number either is a wrong type.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ class Source:
         frames = [_read_part(table, file) for file in self._files(table)]
         frame = pl.concat(frames, how="diagonal")
         if frame.is_empty():
-            raise InputError(f"{table}: no rows in {self._where(table)}; provide a table with data")
+            raise InputError(f"{table}: no rows in {self.where(table)}; provide a table with data")
         return frame
 
     def fingerprint(self, table: str) -> str:
@@ -132,7 +133,8 @@ class Source:
             raise InputError(f"{table}: {problem}; provide {table}.parquet")
         return self.files[table]
 
-    def _where(self, table: str) -> Path:
+    def where(self, table: str) -> Path:
+        """The table's file, or the folder of its parts: what a message names."""
         files = self._files(table)
         return files[0] if len(files) == 1 else files[0].parent
 
@@ -147,9 +149,10 @@ def open_source(folder: Path | str) -> Source:
         file, parts = folder / f"{name}.parquet", folder / name
         if file.exists() and parts.is_dir():
             raise InputError(f"{name}: both {file} and the folder {parts} exist; keep one of them")
-        if file.exists():
+        if file.is_file():
             found[name] = (file,)
-        elif parts.is_dir():
+        elif file.is_dir() or parts.is_dir():
+            parts = file if file.is_dir() else parts
             found[name] = tuple(sorted(parts.glob("*.parquet")))
             if not found[name]:
                 raise InputError(f"{name}: no parquet file in {parts}; add its parts or remove the folder")

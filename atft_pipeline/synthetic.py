@@ -20,11 +20,14 @@ from numpy.typing import NDArray
 
 from atft_pipeline import trading_calendar
 from atft_pipeline.errors import InputError
+from atft_pipeline.files import replacing
 
 Array = NDArray[np.float64]
 
 FIRST_SESSION = dt.date(2022, 4, 4)
 """First session of Tokyo's market segments Prime, Standard and Growth."""
+MAX_SESSIONS = 10_000
+"""Forty years: beyond them the holidays of a calendar are guesses."""
 
 SECTORS: tuple[tuple[str, str], ...] = tuple(
     (sector33, sector17)
@@ -129,17 +132,20 @@ def write_market(
 ) -> dict[str, Any]:
     """Write the five raw tables and truth.parquet into `out_dir`; returns rows per table and the market's arguments."""
     market = generate_market(stocks=stocks, sessions=sessions, seed=seed, hard=hard)
-    out_dir = Path(out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    for name, table in {**market.tables, "truth": market.truth}.items():
-        temporary = out_dir / f".{name}.parquet.tmp"
-        table.write_parquet(temporary)
-        temporary.replace(out_dir / f"{name}.parquet")
+    write_tables(market, Path(out_dir))
     rows = {name: table.height for name, table in market.tables.items()}
     return {
         "path": str(out_dir), "stocks": stocks, "sessions": sessions, "seed": seed, "hard": hard,
         "rows": rows, "truth_rows": market.truth.height,
     }  # fmt: skip
+
+
+def write_tables(market: SyntheticMarket, out_dir: Path) -> None:
+    """Writes each table of `market` as a file of `out_dir`, whole or not at all; other files there stay."""
+    out_dir.mkdir(parents=True, exist_ok=True)
+    for name, table in {**market.tables, "truth": market.truth}.items():
+        with replacing(out_dir / f"{name}.parquet") as temporary:
+            table.write_parquet(temporary)
 
 
 def generate_market(
@@ -155,12 +161,12 @@ def generate_market(
     `hard` adds a term that only a stock's peers carry, a product of two signals, and a term whose sign follows the
     market's volatility regime, at the same overall strength.
 
-    Raises: InputError for fewer than 4 stocks, 2 sessions, or a negative seed.
+    Raises: InputError for fewer than 4 or too many stocks, fewer than 2 or too many sessions, or a negative seed.
     """
-    if stocks < 4 or stocks > 7000 or sessions < 2 or seed < 0:
+    if not (4 <= stocks <= 7000 and 2 <= sessions <= MAX_SESSIONS and seed >= 0):
         raise InputError(
-            f"synthetic market: expected 4 to 7000 stocks, at least 2 sessions and a seed of at least 0, "
-            f"found {stocks} stocks, {sessions} sessions, seed {seed}"
+            f"synthetic market: expected 4 to 7000 stocks, at least 2 sessions (at most {MAX_SESSIONS}) and a seed of"
+            f" at least 0, found {stocks} stocks, {sessions} sessions, seed {seed}"
         )
     days = _sessions(first_session, sessions)
     listed = _draw_stocks(stocks, _rng(seed, _STATIC, 0))

@@ -73,6 +73,8 @@ MARKETS: dict[str, MarketFacts] = {
 
 _LIBRARY_FIRST = dt.date(1997, 1, 1)
 """The library's holiday rules for Tokyo go no further back."""
+_LIBRARY_LAST = dt.date(2200, 12, 31)
+"""The library counts nanoseconds, which end in 2262."""
 
 
 def market_facts(market: str) -> MarketFacts:
@@ -93,6 +95,8 @@ def sessions(market: str, first: dt.date | str, last: dt.date | str) -> NDArray[
         raise InputError(
             f"trading calendar of {market}: known from {_LIBRARY_FIRST}, asked from {start}; use later dates"
         )
+    if end > _LIBRARY_LAST:
+        raise InputError(f"trading calendar of {market}: known to {_LIBRARY_LAST}, asked to {end}; use earlier dates")
     known = _library_calendar(facts.calendar, end.year).sessions.to_numpy().astype("datetime64[D]")
     known = np.union1d(known, np.array(facts.extra_sessions, dtype="datetime64[D]"))
     return known[(known >= np.datetime64(start, "D")) & (known <= np.datetime64(end, "D"))]
@@ -113,7 +117,10 @@ def _close_time(market: str, session: dt.date) -> dt.time:
         return facts.early_closes[session]
     year, early = _year(market, session.year)
     if session not in year:
-        raise InputError(f"trading calendar of {market}: {session} is no session; ask for a session's close")
+        raise InputError(
+            f"trading calendar of {market}: {session} is no session; correct the column Date of prices and index, or"
+            " set dataset.market"
+        )
     if facts.half_days_until is not None and session <= facts.half_days_until and session in (min(year), max(year)):
         return facts.morning_close
     if session in early:

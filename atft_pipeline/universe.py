@@ -93,7 +93,7 @@ def build_prices(tables: Mapping[str, pl.DataFrame], config: DatasetConfig) -> P
     above the market's price floor, traded within 5 sessions. Liquid: investable, and the median turnover of the
     trailing 20 sessions at or above the market's floor, untraded sessions left out and two thirds of them needed.
 
-    Raises: InputError when no row is left.
+    Raises: InputError when fewer than two common stocks trade.
     """
     facts = market_facts(config.market)
     hits: list[pl.DataFrame] = []
@@ -102,12 +102,24 @@ def build_prices(tables: Mapping[str, pl.DataFrame], config: DatasetConfig) -> P
     raw = _common_stocks(raw, tables["listed"], config.market, hits)
     raw = _masked(raw, facts, hits)
     raw = _with_cumulative_factor(raw, sessions, facts, hits)
-    if not raw["is_traded"].any():
-        raise InputError("prices: no traded row of a common stock is left; check the codes against the table listed")
+    stocks = raw.filter("is_traded")["Code"].unique()
+    if stocks.is_empty():
+        raise InputError(
+            f"prices: no traded row of a common stock is left ({_counts(hits) or 'Volume is 0 throughout'}); check Code"
+            " against the table listed, and prices and Volume"
+        )
+    if len(stocks) == 1:
+        raise InputError(
+            f"prices: one stock only (Code {stocks[0]}) is left of the common stocks; a cross-section needs several"
+        )
     panel = _with_attributes(_session_rows(raw, sessions), tables["listed"])
     prices = _memberships(_adjusted(panel), config, facts).select(PRICES_COLUMNS).sort("Date", "Code")
     quarantine = pl.concat(hits).sort("Date", "Code", "rule")
     return PricesResult(prices, quarantine, _summary(prices, quarantine))
+
+
+def _counts(hits: list[pl.DataFrame]) -> str:
+    return ", ".join(f"{hit['rule'][0]} {hit.height}" for hit in hits if hit.height)
 
 
 def _hit(rule: str, rows: pl.DataFrame, detail: pl.Expr) -> pl.DataFrame:
