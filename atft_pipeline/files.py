@@ -16,13 +16,15 @@ from typing import Any
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary name beside `path` to write a file or folder to; takes `path`'s place when the block ends well.
 
-    On an exception, an interrupt included, what was written is removed and `path` stays as it was.
+    On an exception, an interrupt included, what was written is removed and `path` stays as it was. A file is replaced
+    in one step; a folder in two, and a kill between them leaves the earlier one under the temporary name.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     written = scratch / path.name
     try:
         yield written
+        written.lstat()  # nothing was written: fail before the earlier one is moved
         if path.is_dir() and not path.is_symlink():
             path.rename(scratch / "replaced")
         written.replace(path)

@@ -11,12 +11,14 @@ import fcntl
 import hashlib
 import json
 import math
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -69,9 +71,16 @@ DAILY = pa.schema(
 
 TABLES: dict[str, pa.Schema] = {"series": SERIES, "evals": EVALS, "daily": DAILY}
 
+LOCK_ATTEMPTS, LOCK_PAUSE_S = 5, 0.05
+"""A reader that asks whether a run is held (`is_held`) holds it itself for an instant; a writer tries again."""
 
+
+@cache
 def code_revision() -> str:
-    """Hash of the library's source files: what ran, also where there is no git."""
+    """Hash of the library's source files: what ran, also where there is no git.
+
+    Read once per process: files edited later are not the code that this process runs.
+    """
     digest = hashlib.sha256()
     package = Path(__file__).parent
     for source in sorted(package.rglob("*.py")):
@@ -104,18 +113,31 @@ def read_run(run_dir: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"run directory {run_dir}: no run.json in it; pass a directory that `atft train` wrote")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+        header = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(
             f"run directory {run_dir}: run.json is not JSON ({error}); the run must be made again"
         ) from error
+    missing = [name for name in ("key", "config", "status") if not isinstance(header, dict) or name not in header]
+    if missing:
+        raise InputError(f"run directory {run_dir}: run.json has no {missing[0]!r}; the run must be made again")
+    return dict(header)
 
 
 def read_table(run_dir: Path, name: str) -> pa.Table:
-    """All complete parts of `series`, `evals` or `daily`, oldest epoch first; an empty table before the first epoch."""
-    parts = sorted((run_dir / name).glob("epoch_*.parquet"))
-    tables = [pq.read_table(part, schema=TABLES[name]) for part in parts]
+    """All complete parts of `series`, `evals` or `daily`, oldest epoch first; an empty table before the first epoch.
+
+    Raises InputError for a part that cannot be read.
+    """
+    tables = [_read_part(part, TABLES[name]) for part in sorted((run_dir / name).glob("epoch_*.parquet"))]
     return pa.concat_tables(tables) if tables else TABLES[name].empty_table()
+
+
+def _read_part(part: Path, schema: pa.Schema) -> pa.Table:
+    try:
+        return pq.read_table(part, schema=schema)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise InputError(f"{part}: not a readable part of a run's record ({error}); train the run again") from error
 
 
 def series_values(series: pa.Table, metric: str, **where: str) -> dict[int, float]:
@@ -132,13 +154,31 @@ def exclusive(run_dir: Path) -> Iterator[None]:
     """Holds the run directory for one writer; the lock goes with the process, so a killed run leaves none behind."""
     run_dir.mkdir(parents=True, exist_ok=True)
     with (run_dir / ".lock").open("w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(
-                f"run directory {run_dir}: another process is training this run; wait for it to end"
-            ) from error
+        for _ in range(LOCK_ATTEMPTS):
+            if _locked(handle, fcntl.LOCK_EX):
+                break
+            time.sleep(LOCK_PAUSE_S)
+        else:
+            raise InputError(f"run directory {run_dir}: another process is training this run; wait for it to end")
         yield
+
+
+def is_held(run_dir: Path) -> bool:
+    """Whether a process is writing the run: one that says `running` and is not held was killed."""
+    lock = run_dir / ".lock"
+    if not lock.exists():
+        return False
+    with lock.open() as handle:
+        return not _locked(handle, fcntl.LOCK_SH)
+
+
+def _locked(handle: IO[str], kind: int) -> bool:
+    """Takes a lock of `kind` until the file is closed; False where another process holds one against it."""
+    try:
+        fcntl.flock(handle, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def now() -> str:

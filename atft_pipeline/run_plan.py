@@ -20,16 +20,18 @@ from atft_pipeline.lineage import code_revision, config_key, now, read_run, run_
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` is the first CUDA device where there is one, else the CPU."""
+    """`auto` is the first CUDA device where there is one, else the CPU.
+
+    Raises InputError for a device that this machine or this library does not have.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InputError(f"device: expected auto, cpu or cuda, found {name!r}") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError("device: cuda was asked for and this machine has none; use --device cpu")
-    return device
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
+        raise InputError(f"device: expected auto, cpu or cuda, found {name!r}")
+    if kind == "cuda" and int(index or 0) >= (found := torch.cuda.device_count()):
+        raise InputError(f"device: {name} was asked for and this machine has {found or 'no'} CUDA devices; use cpu")
+    return torch.device(name)
 
 
 @dataclass(frozen=True)
@@ -64,17 +66,27 @@ def plan_run(config: PipelineConfig, dataset: Path, graph: Path) -> Plan:
             f"graph {graph}: built on dataset {edges['dataset_fingerprint'][:12]}, but {dataset} is"
             f" {data['fingerprint'][:12]}; build the graph again from this dataset"
         )
+    if config.evaluation.universe == "all" and config.train.universe == "liquid":
+        raise InputError(
+            "evaluation.universe: 'all' has stocks that a model of train.universe 'liquid' never scores; set both to"
+            " 'all', or evaluation.universe to 'liquid'"
+        )
     used = replace(config, dataset=type(config.dataset)(**data["config"]), graph=GraphConfig(**edges["config"]))
     return Plan(used, dataset, graph, data, edges)
 
 
 def claim_directory(run_dir: Path, key: str, *, force: bool) -> Path:
-    """The directory to write to: `run_dir`, or with `force` the next free attempt beside a finished one."""
-    if not run_dir.exists() or not any(run_dir.iterdir()):
-        return run_dir
-    if not (run_dir / "run.json").exists() and {p.name for p in run_dir.iterdir()} != {".lock"}:
-        raise InputError(f"run directory {run_dir}: not empty and not a run; choose another directory")
+    """The directory to write to: `run_dir`, or with `force` and a finished run there the next attempt beside it.
+
+    An attempt of this key that was not finished goes on.
+
+    Nothing is written. Raises InputError when `run_dir` is a file, a folder of something else or another run.
+    """
+    if run_dir.exists() and not run_dir.is_dir():
+        raise InputError(f"run directory {run_dir}: is a file; choose another directory")
     if not (run_dir / "run.json").exists():
+        if run_dir.is_dir() and not all(_is_of_a_starting_run(path.name) for path in run_dir.iterdir()):
+            raise InputError(f"run directory {run_dir}: not empty and not a run; choose another directory")
         return run_dir
     header = read_run(run_dir)
     if header["key"] != key:
@@ -82,10 +94,22 @@ def claim_directory(run_dir: Path, key: str, *, force: bool) -> Path:
             f"run directory {run_dir}: holds run {header['key']} of another configuration, code or dataset (this one is"
             f" {key}); choose another directory"
         )
-    if force and header["status"] == "finished":
-        attempts = (run_dir.with_name(f"{run_dir.name}-attempt{n}") for n in itertools.count(2))
-        return next(path for path in attempts if not path.exists())
-    return run_dir
+    if not force or header["status"] != "finished":
+        return run_dir
+    attempts = (run_dir.with_name(f"{run_dir.name}-attempt{n}") for n in itertools.count(2))
+    return next(path for path in attempts if not path.exists() or _is_unfinished(path, key))
+
+
+def _is_of_a_starting_run(name: str) -> bool:
+    """Whether a run that was killed before its first `run.json` may have left this."""
+    return name == ".lock" or name.startswith(".run.json.")
+
+
+def _is_unfinished(run_dir: Path, key: str) -> bool:
+    if not (run_dir / "run.json").exists():
+        return False
+    header = read_run(run_dir)
+    return bool(header["key"] == key and header["status"] != "finished")
 
 
 def run_header(plan: Plan, run_dir: Path, device: torch.device, overrides: dict[str, Any]) -> dict[str, Any]:

@@ -115,31 +115,36 @@ def slice_mask(panel: Panel, universe: Slice) -> NDArray[np.bool_]:
     return panel.member & (panel.liquid if universe == "liquid" else panel.investable)
 
 
-def covered_slices(train_universe: Slice) -> tuple[Slice, ...]:
-    """Slices a model trained on `train_universe` scores in full: `all` is not reported by a model of `liquid`."""
-    return ("liquid",) if train_universe == "liquid" else ("liquid", "all")
+def evaluable_slices(panel: Panel, sessions: NDArray[np.int64], train_universe: Slice) -> tuple[Slice, ...]:
+    """Slices that a model trained on `train_universe` scores in full and that `sessions` can be evaluated in.
+
+    A model of `liquid` does not report `all`. A Sharpe needs two sessions in which two stocks have a target.
+    """
+    covered: tuple[Slice, ...] = ("liquid",) if train_universe == "liquid" else ("liquid", "all")
+    has_target = np.isfinite(panel.targets[sessions, :, 0])
+    return tuple(
+        universe
+        for universe in covered
+        if ((slice_mask(panel, universe)[sessions] & has_target).sum(axis=1) >= 2).sum() >= 2
+    )
 
 
-def evaluate_scores(
-    scores: Scores, panel: Panel, universe: Slice, config: EvaluationConfig, *, horizon_index: int = 0
-) -> Evaluation:
-    """Evaluation of one horizon's scores over the scored sessions, stocks of `universe` only."""
-    inside = slice_mask(panel, universe)[scores.sessions]
+def evaluate_scores(scores: Scores, panel: Panel, universe: Slice, config: EvaluationConfig) -> Evaluation:
+    """Evaluation of horizon 1's scores over the scored sessions, stocks of `universe` only."""
     return evaluate(
-        scores.values[:, :, horizon_index],
-        panel.targets[scores.sessions, :, horizon_index],
+        scores.values[:, :, 0],
+        panel.targets[scores.sessions, :, 0],
         panel.sessions[scores.sessions],
         panel.codes,
         config,
         days_per_year=int(panel.manifest["days_per_year"]),
         bootstrap=False,
-        member=inside,
+        member=slice_mask(panel, universe)[scores.sessions],
     )
 
 
 def evaluation_rows(
     evaluation: Evaluation,
-    sessions: NDArray[Any],
     *,
     epoch: int,
     split: str,
@@ -159,7 +164,7 @@ def evaluation_rows(
     columns = {name: evaluation.daily[name] for name in ("ic", "rank_ic", "gross", "net", "turnover")}
     daily = [
         place | {"date": session.item()} | {name: _null_if_nan(column[t]) for name, column in columns.items()}
-        for t, session in enumerate(sessions.astype("datetime64[D]"))
+        for t, session in enumerate(evaluation.sessions)
     ]
     return rows, daily
 

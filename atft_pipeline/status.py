@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import statistics
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from atft_pipeline.errors import InputError
-from atft_pipeline.lineage import read_run, read_table, series_values
+from atft_pipeline.lineage import is_held, read_run, read_table, series_values
 
 ETA_EPOCHS = 3
 """The time left is extrapolated from the mean length of this many newest epochs."""
@@ -32,21 +31,21 @@ def run_snapshot(run_dir: Path) -> dict[str, Any]:
     try:
         header = read_run(run_dir)
         series = read_table(run_dir, "series")
-    except (InputError, pa.ArrowInvalid) as error:
+    except InputError as error:
         return {"run": run_dir.name, "state": "unreadable", "started": None, "reason": str(error)}
     state = header["status"]
-    if state == "running" and not _is_held(run_dir):
+    if state == "running" and not is_held(run_dir):
         state = "killed"
-    left = header["epochs_planned"] - header["epochs_done"]
-    lengths = list(series_values(series, "epoch_s").values())[-ETA_EPOCHS:]
+    done, planned = header.get("epochs_done"), header.get("epochs_planned")
+    eta_s = _epoch_length(series) * (planned - done) if state == "running" and done else None
     return {
         "run": run_dir.name,
         "state": state,
-        "started": header["started"],
-        "reason": header["reason"],
-        "epoch": header["epochs_done"],
-        "epochs": header["epochs_planned"],
-        "eta_s": round(left * statistics.mean(lengths), 1) if state == "running" and lengths else None,
+        "started": header.get("started"),
+        "reason": header.get("reason"),
+        "epoch": done,
+        "epochs": planned,
+        "eta_s": None if eta_s is None else round(eta_s, 1),
         "train_loss": _newest(series, "loss_weighted", split="train", term="total"),
         "validation_loss": _newest(series, "loss_weighted", split="validation", term="total"),
         "grad_norm": _newest(series, "grad_norm", component="total", term="before_clip"),
@@ -56,19 +55,13 @@ def run_snapshot(run_dir: Path) -> dict[str, Any]:
     }
 
 
+def _epoch_length(series: pa.Table) -> float:
+    """Mean seconds of the newest epochs, training and validation."""
+    trained, validated = series_values(series, "epoch_s"), series_values(series, "validation_s")
+    newest = sorted(trained)[-ETA_EPOCHS:]
+    return statistics.mean(trained[epoch] + validated[epoch] for epoch in newest)
+
+
 def _newest(series: pa.Table, metric: str, **where: str) -> float | None:
     values = series_values(series, metric, **where)
     return values[max(values)] if values else None
-
-
-def _is_held(run_dir: Path) -> bool:
-    """Whether a process holds the run's lock: a run that says `running` and holds none was killed."""
-    lock = run_dir / ".lock"
-    if not lock.exists():
-        return False
-    with lock.open() as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        return False

@@ -7,8 +7,6 @@ resumed from its last checkpoint takes the same steps as one that was never inte
 from __future__ import annotations
 
 import math
-import platform
-import resource
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +25,7 @@ from atft_pipeline.blocks import Block, BlockDataset, Panel, load_panel
 from atft_pipeline.config import PipelineConfig
 from atft_pipeline.degeneracy import DegeneracyGuard, dispersions
 from atft_pipeline.errors import InputError, RunFailure
+from atft_pipeline.evaluation import Evaluation
 from atft_pipeline.files import replacing
 from atft_pipeline.graph import load_graph
 from atft_pipeline.lineage import RunRecord, exclusive, now, read_run, read_table
@@ -37,7 +36,7 @@ from atft_pipeline.schedule import LearningRateSchedule
 from atft_pipeline.scoring import (
     AUTOCAST,
     Scores,
-    covered_slices,
+    evaluable_slices,
     evaluate_scores,
     evaluation_rows,
     predictions_hash,
@@ -46,15 +45,21 @@ from atft_pipeline.scoring import (
     weights_hash,
     write_predictions,
 )
-from atft_pipeline.splits import make_split
+from atft_pipeline.splits import Split, make_split
+from atft_pipeline.step_figures import (
+    EpochFigures,
+    StepFigures,
+    l2_norm,
+    log_epoch,
+    log_machine,
+    log_steps,
+    log_update,
+)
 from atft_pipeline.verdict import Battery, read_verdict, write_verdict
 from atft_pipeline.weight_average import WeightAverage
 
 T = TypeVar("T")
 B = TypeVar("B")
-
-GRADIENT_WARNING_L2 = 1e-7
-"""A trainable component whose mean gradient l2 over an epoch is below this counts one gradient warning."""
 
 
 @dataclass(frozen=True)
@@ -85,21 +90,22 @@ def train(
     Raises: InputError when inputs or `run_dir` cannot be used; RunFailure when loss or gradient stop being finite (the
     record says so, and no update is made with them).
     """
-    plan = plan_run(config, dataset, graph)
+    plan, chosen = plan_run(config, dataset, graph), resolve_device(device)
     run_dir = claim_directory(run_dir, plan.key, force=force)
     with exclusive(run_dir):
-        if (run_dir / "run.json").exists() and read_run(run_dir)["status"] == "finished":
+        earlier = read_run(run_dir) if (run_dir / "run.json").exists() else {}
+        if earlier.get("status") == "finished" and (run_dir / "verdict.json").exists():
             log(f"run {run_dir.name}: finished before with the same configuration, code and data; reused")
             return Outcome(run_dir, read_verdict(run_dir), reused=True)
-        earlier = read_run(run_dir) if (run_dir / "run.json").exists() else {}
-        record = RunRecord(run_dir, earlier | run_header(plan, run_dir, resolve_device(device), overrides or {}))
+        progress = {name: earlier[name] for name in ("started", "epochs_done") if name in earlier}
+        record = RunRecord(run_dir, earlier | run_header(plan, run_dir, chosen, overrides or {}) | progress)
+        record.update()
         try:
-            trainer = Trainer(plan, record, resolve_device(device), log)
-            trainer.run()
+            Trainer(plan, record, chosen, log).run()
+            verdict = write_verdict(run_dir)
         except BaseException as error:
             record.update(status="failed", reason=_reason(error), ended=now())
             raise
-        verdict = write_verdict(run_dir)
         record.update(status="finished", ended=now())
         log(f"run {run_dir.name}: {verdict['summary']}")
         return Outcome(run_dir, verdict, reused=False)
@@ -109,53 +115,38 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
-@dataclass
-class StepFigures:
-    """What one optimizer step leaves for the record."""
-
-    loss: Tensor
-    raw: dict[str, Tensor]
-    weighted: dict[str, Tensor]
-    grad_norm: Tensor
-    component_l2: Tensor
-    lr: float
-    samples: int
-    sessions: int
-
-
 class Trainer:
     """One run in progress."""
 
     def __init__(self, plan: Plan, record: RunRecord, device: torch.device, log: Callable[[str], None]) -> None:
         self.plan, self.config, self.record, self.device, self.log = plan, plan.config, record, device, log
-        train_config = self.config.train
-        self.panel = load_panel(plan.dataset, train_config.universe)
+        settings = self.config.train
+        self.panel = load_panel(plan.dataset, settings.universe)
         self.split = make_split(self.panel.sessions, self.config.split)
-        torch.manual_seed(train_config.seed)
-        live = torch.tensor(
-            [name in set(self.panel.manifest["live_features"]) for name in self.panel.manifest["features"]]
-        )
-        self.model = ATFTGATFAN(self.config.model, len(live), live).to(device)
+        _require_usable(self.panel, self.split, plan)
+        self.model = self._new_model(settings.seed)
         graph = load_graph(plan.graph) if self.config.model.graph else None
         self.data = BlockDataset(self.panel, graph, self.model.receptive_field, _storage(self.panel, device))
         self.components = {
             name: parameters for name, child in self.model.named_children() if (parameters := list(child.parameters()))
         }
         self.optimizer = _optimizer(self.model, self.config)
-        if not self.panel.member[self.split.train].any():
-            raise InputError(
-                f"{plan.dataset}: no stock is in the universe {train_config.universe!r} in the {len(self.split.train)}"
-                " training sessions; give more history or set train.universe"
-            )
-        steps_per_epoch = len(self.data.sessions_per_block(self.split.train, train_config.batch_size)) + 1
+        # A random offset cuts an epoch into one block more at most (_shuffled_blocks).
+        steps_per_epoch = len(self.data.sessions_per_block(self.split.train, settings.batch_size)) + 1
         self.schedule = LearningRateSchedule(
-            self.optimizer, train_config.schedule, total_steps=steps_per_epoch * train_config.epochs
+            self.optimizer, settings.schedule, total_steps=steps_per_epoch * settings.epochs
         )
-        self.loss = CompositeLoss(train_config.loss)
-        self.average = WeightAverage(self.model, train_config.weight_ema)
-        self.guard = DegeneracyGuard(train_config.guard)
-        self.step = 0
+        self.loss = CompositeLoss(settings.loss)
+        self.average = WeightAverage(self.model, settings.weight_ema)
+        self.guard = DegeneracyGuard(settings.guard)
         self.battery = Battery(self.panel, plan.dataset, self.config)
+        self.step = 0
+
+    def _new_model(self, seed: int) -> ATFTGATFAN:
+        torch.manual_seed(seed)
+        names, live = self.panel.manifest["features"], set(self.panel.manifest["live_features"])
+        is_live = torch.tensor([name in live for name in names])
+        return ATFTGATFAN(self.config.model, len(names), is_live).to(self.device)
 
     def run(self) -> None:
         """All epochs that are still to do."""
@@ -178,47 +169,70 @@ class Trainer:
     def _epoch(self, epoch: int) -> None:
         torch.manual_seed(_mix(self.config.train.seed, epoch))
         started = time.perf_counter()
-        waited = self._train_epoch(epoch)
-        elapsed = time.perf_counter() - started
-        figures = self._validate(epoch)
-        self.record.log("epoch_s", elapsed, epoch=epoch)
-        self.record.log("loader_wait_s", waited, epoch=epoch)
-        self.record.log("samples_per_s", self.samples / elapsed, epoch=epoch)
-        self._log_machine(epoch)
-        self.schedule.epoch_end(figures["validation_loss"])
+        trained = self._train_epoch(epoch)
+        epoch_s = time.perf_counter() - started
+
+        scores = self._score_splits(epoch)
+        validation = scores["validation"]
+        headline = self._evaluate(epoch, scores)
+        if epoch in (self.config.evaluation.criterion_epoch, self.config.train.epochs):
+            self._run_battery(epoch, validation, trained.largest_lr)
+        self._save_evaluated(epoch)
+        self._guard(epoch, validation)
+        self.schedule.epoch_end(validation.loss_weighted["total"])
+
+        self.record.log("epoch_s", epoch_s, epoch=epoch)
+        self.record.log("samples_per_s", trained.samples / epoch_s, epoch=epoch)
+        self.record.log("validation_s", time.perf_counter() - started - epoch_s, epoch=epoch, split="validation")
+        log_machine(self.record, epoch, self.device)
         self.record.close_epoch(epoch)
         self._save(epoch)
         self.record.update(epochs_done=epoch)
         self.log(
-            f"epoch {epoch}/{self.config.train.epochs}  loss {self.train_loss:.4f}"
-            f"  validation {figures['validation_loss']:.4f}  ic {figures['ic']:+.4f}  rank_ic {figures['rank_ic']:+.4f}"
-            f"  sharpe {figures['sharpe']:+.3f}  lr {self.schedule.lr:.2e}  grad {self.grad_norm:.3f}"
-            f"  {self.samples / elapsed:,.0f} samples/s"
+            f"epoch {epoch}/{self.config.train.epochs}  loss {trained.loss:.4f}"
+            f"  validation {validation.loss_weighted['total']:.4f}  ic {_number(headline.value('ic_mean')):+.4f}"
+            f"  rank_ic {_number(headline.value('rank_ic_mean')):+.4f}"
+            f"  sharpe {_number(headline.value('sharpe_daily')):+.3f}  lr {self.schedule.lr:.2e}"
+            f"  grad {trained.grad_norm:.3f}  {trained.samples / epoch_s:,.0f} samples/s"
         )
 
-    def _train_epoch(self, epoch: int) -> float:
-        """Every training session once, in blocks of random order and offset; returns seconds waited for blocks."""
+    def _train_epoch(self, epoch: int) -> EpochFigures:
+        """Every training session once, in blocks of random order and offset."""
         self.model.train()
-        blocks = self._shuffled_blocks(epoch)
+        settings = self.config.train
+        sessions = self._shuffled_blocks(epoch)
+        blocks = prefetched(self.data.block, sessions, settings.loader_workers)
+        first_step, clip_norm = self.step, settings.optimizer.clip_norm
         steps: list[StepFigures] = []
         waited = 0.0
-        source = prefetched(self.data.block, blocks, self.config.train.loader_workers)
-        bar = tqdm(total=len(blocks), desc=f"epoch {epoch}", leave=False, disable=None)
-        for last in [False] * (len(blocks) - 1) + [True]:
-            asked = time.perf_counter()
-            block = to_device(next(source), self.device)
-            waited += time.perf_counter() - asked
-            steps.append(self._step(block, epoch, measure_update=last))
-            bar.update()
-        bar.close()
-        self._log_steps(epoch, steps)
-        return waited
+        try:
+            for number in tqdm(range(1, len(sessions) + 1), desc=f"epoch {epoch}", leave=False, disable=None):
+                asked = time.perf_counter()
+                block = to_device(next(blocks), self.device)
+                waited += time.perf_counter() - asked
+                steps.append(self._step(block, epoch, measure_update=number == len(sessions)))
+        except RunFailure:
+            # The way to the failure is evidence; the epoch has nothing else to record.
+            log_steps(self.record, epoch, steps, first_step=first_step, clip_norm=clip_norm)
+            self.record.close_epoch(epoch)
+            raise
+        log_steps(self.record, epoch, steps, first_step=first_step, clip_norm=clip_norm)
+        self.record.log("loader_wait_s", waited, epoch=epoch)
+        return log_epoch(
+            self.record,
+            epoch,
+            steps,
+            components=list(self.components),
+            loss_weights=settings.loss.weights_at(epoch),
+            clip_norm=clip_norm,
+        )
 
     def _shuffled_blocks(self, epoch: int) -> list[NDArray[np.int64]]:
+        """The training sessions in blocks; the first cut falls at a random session of what would be the first block."""
         rng = np.random.default_rng([self.config.train.seed, epoch])
         sessions, batch = self.split.train, self.config.train.batch_size
-        offset = int(rng.integers(len(self.data.sessions_per_block(sessions, batch)[0])))
-        parts = [part for part in (sessions[:offset], sessions[offset:]) if len(part)]
+        cut = rng.choice(self.data.sessions_per_block(sessions, batch)[0])
+        parts = (sessions[sessions < cut], sessions[sessions >= cut])
         blocks = [block for part in parts for block in self.data.sessions_per_block(part, batch)]
         return [blocks[i] for i in rng.permutation(len(blocks))]
 
@@ -230,21 +244,23 @@ class Trainer:
         self._require_finite("loss", terms.total, epoch)
         self.optimizer.zero_grad(set_to_none=True)
         terms.total.backward()
-        component_l2 = torch.stack([_l2([p.grad for p in ps if p.grad is not None]) for ps in self.components.values()])
+        component_l2 = torch.stack(
+            [l2_norm([p.grad for p in ps if p.grad is not None]) for ps in self.components.values()]
+        )
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.train.optimizer.clip_norm)
         self._require_finite("gradient", grad_norm, epoch)
-        before = [p.detach().clone() for p in self.model.parameters()] if measure_update else None
+        before = {name: [p.detach().clone() for p in ps] for name, ps in self.components.items() if measure_update}
         lr = self.schedule.lr
         self.optimizer.step()
         self.schedule.step()
         self.average.update(self.model, self.step)
         self.step += 1
-        if before is not None:
-            self._log_update(epoch, before)
+        if measure_update:
+            log_update(self.record, epoch, self.components, before)
         return StepFigures(
             terms.total.detach(),
-            {name: value.detach() for name, value in terms.raw.items()},
-            {name: value.detach() for name, value in terms.weighted.items()},
+            terms.raw,
+            terms.weighted,
             grad_norm.detach(),
             component_l2.detach(),
             lr,
@@ -253,13 +269,14 @@ class Trainer:
         )
 
     def _require_finite(self, what: str, value: Tensor, epoch: int) -> None:
-        if not bool(torch.isfinite(value)):
-            self.record.log("non_finite", 1.0, epoch=epoch, step=self.step, component=what)
-            self.record.close_epoch(epoch)
-            raise RunFailure(
-                f"epoch {epoch}, step {self.step}: the {what} is {float(value)}; stopped before the update. Look at"
-                f" `atft diagnose {self.record.run_dir}`; a lower train.optimizer.lr is the usual remedy"
-            )
+        if bool(torch.isfinite(value)):
+            return
+        found = float(value.detach())
+        self.record.log("non_finite", found, epoch=epoch, step=self.step, component=what)
+        raise RunFailure(
+            f"epoch {epoch}, step {self.step}: the {what} is {found}; stopped before the update. Look at"
+            f" `atft diagnose {self.record.run_dir}`; a lower train.optimizer.lr is the usual remedy"
+        )
 
     # Validation ------------------------------------------------------------------------------------------------
 
@@ -277,21 +294,26 @@ class Trainer:
             epoch=epoch,
         )
 
-    def _validate(self, epoch: int) -> dict[str, float]:
-        """Scores the validation sessions with the averaged weights, records what they earn, guards against collapse."""
-        model, config = self.average.model, self.config.evaluation
-        scores = {"validation": self._score(model, self.split.validation, epoch)}
-        if self._keeps_predictions(epoch):
-            scores["test"] = self._score(model, self.split.test, epoch)
+    def _score_splits(self, epoch: int) -> dict[str, Scores]:
+        """Scores of the averaged weights; where predictions are kept, of the test sessions too, and written."""
+        scores = {"validation": self._score(self.average.model, self.split.validation, epoch)}
+        if epoch in (1, 5, self.config.evaluation.criterion_epoch, self.config.train.epochs) or epoch % 10 == 0:
+            scores["test"] = self._score(self.average.model, self.split.test, epoch)
             write_predictions(self.record.run_dir / "predictions" / f"epoch_{epoch:03d}.parquet", self.panel, scores)
-        weights = weights_hash(model)
+        return scores
+
+    def _evaluate(self, epoch: int, scores: dict[str, Scores]) -> Evaluation:
+        """Records what the scores earn in every slice; returns the evaluation that the criterion reads."""
+        config = self.config.evaluation
+        weights = weights_hash(self.average.model)
+        evaluations = {}
         for split, split_scores in scores.items():
             predictions = predictions_hash(split_scores, self.panel)
-            for universe in covered_slices(self.config.train.universe):
+            for universe in evaluable_slices(self.panel, split_scores.sessions, self.config.train.universe):
                 evaluation = evaluate_scores(split_scores, self.panel, universe, config)
+                evaluations[split, universe] = evaluation
                 rows, daily = evaluation_rows(
                     evaluation,
-                    self.panel.sessions[split_scores.sessions],
                     epoch=epoch,
                     split=split,
                     universe=universe,
@@ -302,49 +324,31 @@ class Trainer:
                 if not evaluation.valid:
                     self.log(f"epoch {epoch}: evaluation of {split}, {universe}, is invalid: {evaluation.reason}")
         validation = scores["validation"]
-        for name, value in validation.loss_raw.items():
-            self.record.log("loss_raw", value, epoch=epoch, split="validation", component="loss", term=name)
-        for name, value in validation.loss_weighted.items():
-            self.record.log("loss_weighted", value, epoch=epoch, split="validation", component="loss", term=name)
-        self._guard(epoch, validation)
-        if epoch in self._battery_epochs():
-            hashes = {"weights_hash": weights, "predictions_hash": predictions_hash(validation, self.panel)}
-            self._run_battery(epoch, validation, hashes)
-        headline = evaluate_scores(validation, self.panel, config.universe, config)
-        return {"validation_loss": validation.loss_weighted["total"]} | {
-            short: _number(headline.statistics[name].value) if headline.valid else math.nan
-            for short, name in (("ic", "ic_mean"), ("rank_ic", "rank_ic_mean"), ("sharpe", "sharpe_daily"))
-        }
+        for metric, terms in (("loss_raw", validation.loss_raw), ("loss_weighted", validation.loss_weighted)):
+            for term, value in terms.items():
+                self.record.log(metric, value, epoch=epoch, split="validation", component="loss", term=term)
+        return evaluations["validation", config.universe]
 
-    def _keeps_predictions(self, epoch: int) -> bool:
-        return epoch in (1, 5, self.config.evaluation.criterion_epoch, self.config.train.epochs) or epoch % 10 == 0
-
-    def _battery_epochs(self) -> set[int]:
-        return {self.config.evaluation.criterion_epoch, self.config.train.epochs}
-
-    def _run_battery(self, epoch: int, trained: Scores, hashes: dict[str, str]) -> None:
+    def _run_battery(self, epoch: int, trained: Scores, largest_lr: float) -> None:
         """The validity battery on this epoch's scores, kept for the verdict."""
-        torch.manual_seed(_mix(self.config.train.seed, -1))
-        fresh = type(self.model)(self.config.model, len(self.panel.manifest["features"]), self.model.live).to(
-            self.device
-        )
-        # Twice with another block partition: a score that depended on its batch would show here.
-        again = self._score(
-            self.average.model, self.split.validation, epoch, batch_size=4 * self.config.train.batch_size
-        )
-        reinitialised = self._score(fresh, self.split.validation, epoch)
+        model, sessions = self.average.model, self.split.validation
+        fresh = self._new_model(_mix(self.config.train.seed, -1))
         self.battery.run(
             self.record.run_dir,
             epoch,
             trained=trained,
-            again=again,
-            reinitialised=reinitialised,
-            hashes=hashes,
+            # In other blocks: a score that depended on its batch would show here.
+            again=self._score(model, sessions, epoch, batch_size=4 * self.config.train.batch_size),
+            reinitialised=self._score(fresh, sessions, epoch),
+            hashes=self._hashes(model, trained),
             previous_hashes=self._hashes_before(epoch),
-            learning_rate=self.largest_lr,
-            on_gpu=self.device.type == "cuda",
+            learning_rate=largest_lr,
+            exact=self.device.type == "cpu" and self.config.train.precision == "float32",
             train_sessions=self.split.train,
         )
+
+    def _hashes(self, model: nn.Module, scores: Scores) -> dict[str, str]:
+        return {"weights_hash": weights_hash(model), "predictions_hash": predictions_hash(scores, self.panel)}
 
     def _hashes_before(self, epoch: int) -> dict[str, str] | None:
         """Hashes of the previous epoch as recorded, or of the initial weights before the first."""
@@ -378,83 +382,23 @@ class Trainer:
         for parameter in self.model.prediction_head.output.parameters():
             self.optimizer.state.pop(parameter, None)
 
-    # Record ----------------------------------------------------------------------------------------------------
-
-    def _log_steps(self, epoch: int, steps: Sequence[StepFigures]) -> None:
-        losses = torch.stack([s.loss for s in steps]).double().cpu().tolist()
-        norms = torch.stack([s.grad_norm for s in steps]).double().cpu().tolist()
-        clip = self.config.train.optimizer.clip_norm
-        clipped = [min(norm, clip) for norm in norms]
-        first = self.step - len(steps)
-        for i, (loss, norm, after) in enumerate(zip(losses, norms, clipped, strict=True)):
-            self.record.log("loss", loss, epoch=epoch, step=first + i, term="total")
-            self.record.log("lr", steps[i].lr, epoch=epoch, step=first + i, component="all")
-            self.record.log("grad_norm", norm, epoch=epoch, step=first + i, term="before_clip")
-            self.record.log("grad_norm", after, epoch=epoch, step=first + i, term="after_clip")
-        weights = self.config.train.loss.weights_at(epoch)
-        sessions = sum(s.sessions for s in steps)
-        for metric, terms in (("loss_raw", [s.raw for s in steps]), ("loss_weighted", [s.weighted for s in steps])):
-            for name in terms[0]:
-                mean = sum(float(t[name]) * s.sessions for t, s in zip(terms, steps, strict=True)) / sessions
-                self.record.log(metric, mean, epoch=epoch, component="loss", term=name)
-        self.train_loss = sum(x * s.sessions for x, s in zip(losses, steps, strict=True)) / sessions
-        self.record.log("loss_weighted", self.train_loss, epoch=epoch, component="loss", term="total")
-        for name, weight in weights.items():
-            self.record.log("loss_weight", weight, epoch=epoch, component="loss", term=name)
-        self.largest_lr = max(s.lr for s in steps)
-        self.record.log("lr", steps[-1].lr, epoch=epoch, component="all")
-        self.grad_norm = float(np.mean(norms))
-        self.record.log("grad_norm", self.grad_norm, epoch=epoch, component="total", term="before_clip")
-        self.record.log("grad_norm", float(np.mean(clipped)), epoch=epoch, component="total", term="after_clip")
-        self.record.log("clipped_share", float(np.mean([norm > clip for norm in norms])), epoch=epoch)
-        component_l2 = torch.stack([s.component_l2 for s in steps]).double().mean(dim=0).cpu().tolist()
-        for name, l2 in zip(self.components, component_l2, strict=True):
-            self.record.log("grad_l2", l2, epoch=epoch, component=name)
-            self.record.log("gradient_warning", float(l2 < GRADIENT_WARNING_L2), epoch=epoch, component=name)
-        self.samples = sum(s.samples for s in steps)
-
-    @torch.no_grad()
-    def _log_update(self, epoch: int, before: Sequence[Tensor]) -> None:
-        """Update-to-weight ratio of the epoch's last step, per component."""
-        previous = dict(zip(map(id, self.model.parameters()), before, strict=True))
-        for name, parameters in self.components.items():
-            weight = float(_l2([previous[id(p)] for p in parameters]))
-            update = float(_l2([p - previous[id(p)] for p in parameters]))
-            self.record.log("weight_l2", weight, epoch=epoch, component=name)
-            self.record.log("update_to_weight", update / max(weight, 1e-12), epoch=epoch, component=name)
-
-    def _log_machine(self, epoch: int) -> None:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
-        self.record.log("peak_rss_bytes", peak, epoch=epoch)
-        if self.device.type == "cuda":
-            self.record.log("gpu_memory_bytes", torch.cuda.max_memory_allocated(self.device), epoch=epoch)
-            try:
-                self.record.log("gpu_utilisation", torch.cuda.utilization(self.device) / 100, epoch=epoch)
-            except ModuleNotFoundError:  # needs NVIDIA's management library; absent is not zero, so no row
-                return
-
     # Checkpoints -----------------------------------------------------------------------------------------------
 
     def _save_start(self) -> None:
         """The initial weights and what they score: what a trained run must differ from."""
-        self._write_checkpoint("epoch_000.pt", {"weights": self.average.model.state_dict()})
-        scores = self._score(self.average.model, self.split.validation, epoch=1)
-        self.record.update(
-            initial_weights_hash=weights_hash(self.average.model),
-            initial_predictions_hash=predictions_hash(scores, self.panel),
-        )
+        self._save_evaluated(0)
+        model = self.average.model
+        hashes = self._hashes(model, self._score(model, self.split.validation, epoch=1))
+        self.record.update(**{f"initial_{name}": value for name, value in hashes.items()})
+
+    def _save_evaluated(self, epoch: int) -> None:
+        """The weights that the epoch's evaluation is of: taken before the guard may re-draw their head."""
+        content = self._identity(epoch) | {"weights": self.average.model.state_dict()}
+        self._write_checkpoint(f"epoch_{epoch:03d}.pt", content)
 
     def _save(self, epoch: int) -> None:
-        identity = {
-            "epoch": epoch,
-            "run_key": self.plan.key,
-            "features": self.panel.manifest["features"],
-            "registry_fingerprint": self.panel.manifest["registry_fingerprint"],
-            "model_config": asdict(self.config.model),
-        }
-        self._write_checkpoint(f"epoch_{epoch:03d}.pt", identity | {"weights": self.average.model.state_dict()})
-        # Replaced last: a kill before this line repeats the epoch, and its parts are written over.
-        state = identity | {
+        """What the next epoch starts from. Written last: a kill before repeats the epoch, over its own parts."""
+        state = {
             "step": self.step,
             "model": self.model.state_dict(),
             "average": self.average.model.state_dict(),
@@ -462,7 +406,16 @@ class Trainer:
             "schedule": self.schedule.state_dict(),
             "guard_low_checks": self.guard.low_checks,
         }
-        self._write_checkpoint("resume.pt", state)
+        self._write_checkpoint("resume.pt", self._identity(epoch) | state)
+
+    def _identity(self, epoch: int) -> dict[str, Any]:
+        return {
+            "epoch": epoch,
+            "run_key": self.plan.key,
+            "features": self.panel.manifest["features"],
+            "registry_fingerprint": self.panel.manifest["registry_fingerprint"],
+            "model_config": asdict(self.config.model),
+        }
 
     def _write_checkpoint(self, name: str, content: dict[str, Any]) -> None:
         with replacing(self.record.run_dir / "checkpoints" / name) as temporary:
@@ -486,6 +439,22 @@ class Trainer:
         self.record.update(resumed_after_epoch=state["epoch"])
         self.log(f"run {self.record.run_dir.name}: goes on after epoch {state['epoch']}")
         return int(state["epoch"])
+
+
+def _require_usable(panel: Panel, split: Split, plan: Plan) -> None:
+    """Raises InputError when there is nothing to train on, or nothing that the criterion could be read from."""
+    train, evaluation = plan.config.train, plan.config.evaluation
+    if not panel.member[split.train].any():
+        raise InputError(
+            f"{plan.dataset}: no stock is in the universe {train.universe!r} in the {len(split.train)} training"
+            " sessions; give more history or set train.universe"
+        )
+    for name, sessions in (("validation", split.validation), ("test", split.test)):
+        if evaluation.universe not in evaluable_slices(panel, sessions, train.universe):
+            raise InputError(
+                f"{plan.dataset}: fewer than two of the {len(sessions)} {name} sessions have two stocks of the slice"
+                f" {evaluation.universe!r} with a target; give more history or set evaluation.universe"
+            )
 
 
 def _optimizer(model: nn.Module, config: PipelineConfig) -> torch.optim.AdamW:
@@ -523,12 +492,6 @@ def prefetched(make: Callable[[T], B], items: Sequence[T], workers: int) -> Iter
 def _mix(seed: int, epoch: int) -> int:
     """A seed of its own for every epoch of every seed."""
     return int(np.random.SeedSequence([seed, epoch + 1]).generate_state(1, np.uint64)[0] >> 1)
-
-
-def _l2(tensors: Sequence[Tensor]) -> Tensor:
-    """l2 norm over all tensors together; 0 where there are none."""
-    norms = torch._foreach_norm(list(tensors)) if tensors else [torch.zeros(())]
-    return torch.stack([norm.float() for norm in norms]).norm()
 
 
 def _number(value: float | None) -> float:

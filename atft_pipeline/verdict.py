@@ -81,10 +81,13 @@ class Battery:
         hashes: Mapping[str, str],
         previous_hashes: Mapping[str, str] | None,
         learning_rate: float,
-        on_gpu: bool,
+        exact: bool,
         train_sessions: NDArray[np.int64],
     ) -> None:
-        """`learning_rate` is the largest of the epoch; `again` scores the same weights in other blocks."""
+        """`again` scores the same weights in other blocks; `learning_rate` is the largest of the epoch.
+
+        `exact`: float32 on a CPU. A GPU adds in any order, and bf16 has eight bits.
+        """
         panel, config, universe = self.panel, self.config.evaluation, self.config.evaluation.universe
         sessions = trained.sessions
         inside = slice_mask(panel, universe)[sessions]
@@ -104,7 +107,7 @@ class Battery:
             again_scores=scores(again),
             statistics=first.values() if first.valid else {},
             again_statistics=second.values() if second.valid else {},
-            repeat_tolerance=REPEAT_TOLERANCE_GPU if on_gpu else REPEAT_TOLERANCE_CPU,
+            repeat_tolerance=REPEAT_TOLERANCE_CPU if exact else REPEAT_TOLERANCE_GPU,
             recomputed_targets=recomputed[sessions],
             previous_hashes=previous_hashes,
             current_hashes=hashes,
@@ -154,20 +157,20 @@ def write_verdict(run_dir: Path) -> dict[str, Any]:
     header = read_run(run_dir)
     config = from_dict(header["config"])
     evals = read_table(run_dir, "evals").to_pylist()
-    batteries = {path.stem: json.loads(path.read_text()) for path in sorted((run_dir / "validity").glob("*.json"))}
+    batteries = [json.loads(path.read_text()) for path in sorted((run_dir / "validity").glob("epoch_*.json"))]
     last = header["epochs_done"]
     judged = config.evaluation.criterion_epoch if last >= config.evaluation.criterion_epoch else last
-    battery = batteries.get(f"epoch_{judged:03d}", {})
+    battery = next((b for b in batteries if b["epoch"] == judged), None)
     final_hashes = [row for row in evals if row["epoch"] == last and row["split"] == "validation"]
     verdict = judge(
         config=config.evaluation,
         epochs_planned=header["epochs_planned"],
         epochs_done=last,
         evidence=_evidence(evals, config, judged),
-        validity=_validity(batteries),
+        validity=_validity(batteries) if battery else [],
         health=_health(run_dir),
         progress=_progress(run_dir, evals, config),
-        reversal_sharpe=battery.get("reversal_sharpe"),
+        reversal_sharpe=battery["reversal_sharpe"] if battery else None,
         final={split: _statistics(evals, last, split, config.evaluation.universe) for split in ("validation", "test")},
         identifiers={
             "run_key": header["key"],
@@ -176,7 +179,7 @@ def write_verdict(run_dir: Path) -> dict[str, Any]:
             "weights_hash": final_hashes[0]["weights_hash"] if final_hashes else None,
             "predictions_hash": final_hashes[0]["predictions_hash"] if final_hashes else None,
         },
-        warnings=list(battery.get("lag_scan", {}).get("warnings", [])),
+        warnings=battery["lag_scan"]["warnings"] if battery else [],
     )
     write_json(run_dir / "verdict.json", verdict)
     return verdict
@@ -217,11 +220,11 @@ def _evidence(evals: Rows, config: PipelineConfig, epoch: int) -> CriterionEvide
     )
 
 
-def _validity(batteries: Mapping[str, Any]) -> list[ValidityItem]:
+def _validity(batteries: Rows) -> list[ValidityItem]:
     """Every item of every battery that was run; a later one cannot make up for an earlier one."""
     return [
         ValidityItem(**(item | {"name": f"{item['name']} (epoch {battery['epoch']})"}))
-        for battery in batteries.values()
+        for battery in batteries
         for item in battery["items"]
     ]
 

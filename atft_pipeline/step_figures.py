@@ -1,0 +1,131 @@
+"""What optimizer steps leave for the record: rows per step, rows per epoch, and the few numbers the epoch needs itself.
+
+Figures stay tensors on the device until the epoch ends: reading one earlier would make every step wait for it.
+"""
+
+from __future__ import annotations
+
+import platform
+import resource
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from atft_pipeline.criterion import GRADIENT_FLOOR_L2
+from atft_pipeline.lineage import RunRecord
+
+Components = Mapping[str, Sequence[Tensor]]
+"""Named component of the model -> its parameters."""
+
+
+@dataclass(frozen=True)
+class StepFigures:
+    """One optimizer step."""
+
+    loss: Tensor
+    raw: dict[str, Tensor]
+    weighted: dict[str, Tensor]
+    grad_norm: Tensor
+    """Global l2 before clipping."""
+    component_l2: Tensor
+    """[components] gradient l2 before clipping."""
+    lr: float
+    samples: int
+    sessions: int
+
+
+@dataclass(frozen=True)
+class EpochFigures:
+    """One epoch of training."""
+
+    loss: float
+    """Mean over sessions."""
+    grad_norm: float
+    """Mean over steps, before clipping."""
+    largest_lr: float
+    samples: int
+
+
+def log_steps(
+    record: RunRecord, epoch: int, steps: Sequence[StepFigures], *, first_step: int, clip_norm: float
+) -> None:
+    """Loss, rate and gradient norm of each step."""
+    for step, figures in enumerate(steps, start=first_step):
+        norm = float(figures.grad_norm)
+        record.log("loss", float(figures.loss), epoch=epoch, step=step, term="total")
+        record.log("lr", figures.lr, epoch=epoch, step=step, component="all")
+        record.log("grad_norm", norm, epoch=epoch, step=step, term="before_clip")
+        record.log("grad_norm", min(norm, clip_norm), epoch=epoch, step=step, term="after_clip")
+
+
+def log_epoch(
+    record: RunRecord,
+    epoch: int,
+    steps: Sequence[StepFigures],
+    *,
+    components: Sequence[str],
+    loss_weights: Mapping[str, float],
+    clip_norm: float,
+) -> EpochFigures:
+    """The epoch's figures: losses are means over sessions, gradients means over steps."""
+    sessions = np.array([s.sessions for s in steps], np.float64)
+
+    def mean_loss(values: Sequence[Tensor]) -> float:
+        return float(np.average(_numbers(values), weights=sessions))
+
+    for metric, terms in (("loss_raw", [s.raw for s in steps]), ("loss_weighted", [s.weighted for s in steps])):
+        for term in terms[0]:
+            record.log(metric, mean_loss([t[term] for t in terms]), epoch=epoch, component="loss", term=term)
+    loss = mean_loss([s.loss for s in steps])
+    record.log("loss_weighted", loss, epoch=epoch, component="loss", term="total")
+    for term, weight in loss_weights.items():
+        record.log("loss_weight", weight, epoch=epoch, component="loss", term=term)
+    record.log("lr", steps[-1].lr, epoch=epoch, component="all")
+
+    norms = _numbers([s.grad_norm for s in steps])
+    grad_norm = float(norms.mean())
+    record.log("grad_norm", grad_norm, epoch=epoch, component="total", term="before_clip")
+    clipped = float(np.minimum(norms, clip_norm).mean())
+    record.log("grad_norm", clipped, epoch=epoch, component="total", term="after_clip")
+    record.log("clipped_share", float((norms > clip_norm).mean()), epoch=epoch)
+    component_l2 = torch.stack([s.component_l2 for s in steps]).double().mean(dim=0).tolist()
+    for name, l2 in zip(components, component_l2, strict=True):
+        record.log("grad_l2", l2, epoch=epoch, component=name)
+        record.log("gradient_warning", float(l2 < GRADIENT_FLOOR_L2), epoch=epoch, component=name)
+    return EpochFigures(loss, grad_norm, max(s.lr for s in steps), sum(s.samples for s in steps))
+
+
+@torch.no_grad()
+def log_update(record: RunRecord, epoch: int, components: Components, before: Components) -> None:
+    """Weight l2 and update-to-weight ratio of one step per component; `before` holds copies of the weights."""
+    for name, parameters in components.items():
+        weight = float(l2_norm(before[name]))
+        update = float(l2_norm([new - old for new, old in zip(parameters, before[name], strict=True)]))
+        record.log("weight_l2", weight, epoch=epoch, component=name)
+        record.log("update_to_weight", update / max(weight, 1e-12), epoch=epoch, component=name)
+
+
+def log_machine(record: RunRecord, epoch: int, device: torch.device) -> None:
+    """Peak memory of the process and, on CUDA, memory and utilisation of the device."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
+    record.log("peak_rss_bytes", peak, epoch=epoch)
+    if device.type != "cuda":
+        return
+    record.log("gpu_memory_bytes", torch.cuda.max_memory_allocated(device), epoch=epoch)
+    try:
+        record.log("gpu_utilisation", torch.cuda.utilization(device) / 100, epoch=epoch)
+    except ModuleNotFoundError:  # needs NVIDIA's management library; absent is not zero, so no row
+        return
+
+
+def l2_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """l2 norm over all tensors together; 0 where there are none."""
+    norms = torch._foreach_norm(list(tensors)) if tensors else [torch.zeros(())]
+    return torch.stack([norm.float() for norm in norms]).norm()
+
+
+def _numbers(values: Sequence[Tensor]) -> np.ndarray:
+    return np.array(torch.stack(list(values)).double().tolist())
