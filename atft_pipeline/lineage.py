@@ -118,7 +118,7 @@ def read_run(run_dir: Path) -> dict[str, Any]:
         raise InputError(
             f"run directory {run_dir}: run.json is not JSON ({error}); the run must be made again"
         ) from error
-    missing = [name for name in ("key", "config", "status") if not isinstance(header, dict) or name not in header]
+    missing = [name for name in ("key", "status") if not isinstance(header, dict) or name not in header]
     if missing:
         raise InputError(f"run directory {run_dir}: run.json has no {missing[0]!r}; the run must be made again")
     return dict(header)

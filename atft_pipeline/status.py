@@ -37,7 +37,7 @@ def run_snapshot(run_dir: Path) -> dict[str, Any]:
     if state == "running" and not is_held(run_dir):
         state = "killed"
     done, planned = header.get("epochs_done"), header.get("epochs_planned")
-    eta_s = _epoch_length(series) * (planned - done) if state == "running" and done else None
+    length = _epoch_length(series) if state == "running" else None
     return {
         "run": run_dir.name,
         "state": state,
@@ -45,7 +45,7 @@ def run_snapshot(run_dir: Path) -> dict[str, Any]:
         "reason": header.get("reason"),
         "epoch": done,
         "epochs": planned,
-        "eta_s": None if eta_s is None else round(eta_s, 1),
+        "eta_s": None if length is None else round(length * (planned - done), 1),
         "train_loss": _newest(series, "loss_weighted", split="train", term="total"),
         "validation_loss": _newest(series, "loss_weighted", split="validation", term="total"),
         "grad_norm": _newest(series, "grad_norm", component="total", term="before_clip"),
@@ -55,11 +55,11 @@ def run_snapshot(run_dir: Path) -> dict[str, Any]:
     }
 
 
-def _epoch_length(series: pa.Table) -> float:
-    """Mean seconds of the newest epochs, training and validation."""
+def _epoch_length(series: pa.Table) -> float | None:
+    """Mean seconds of the newest epochs, training and validation; None before the first is complete."""
     trained, validated = series_values(series, "epoch_s"), series_values(series, "validation_s")
-    newest = sorted(trained)[-ETA_EPOCHS:]
-    return statistics.mean(trained[epoch] + validated[epoch] for epoch in newest)
+    newest = [trained[epoch] + validated.get(epoch, 0.0) for epoch in sorted(trained)[-ETA_EPOCHS:]]
+    return statistics.mean(newest) if newest else None
 
 
 def _newest(series: pa.Table, metric: str, **where: str) -> float | None:
