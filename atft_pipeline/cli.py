@@ -34,6 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # A path that cannot be read or written: the library opens files where it needs them and does not ask before.
         place = f"{error.filename}: " if error.filename else ""
         return _refuse(options.name, f"{place}{error.strerror or error}; check the path, its permissions and space", 2)
+    except ModuleNotFoundError as error:
+        # A training machine has only what training needs.
+        return _refuse(options.name, f"needs the package {error.name}, which is not installed here; install it", 2)
     except KeyboardInterrupt:
         return _refuse(options.name, "interrupted", 130)
     try:
@@ -55,16 +58,22 @@ def _say(sentence: str) -> None:
     print(sentence, file=sys.stderr, flush=True)
 
 
-def _text(content: dict[str, Any]) -> str:
+def _text(content: dict[str, Any], indent: str = "") -> str:
+    """`content` as indented lines: one per scalar, list item and row of a table."""
     lines = []
     for name, value in content.items():
-        if isinstance(value, list) and value and isinstance(value[0], dict):
-            lines += [name + ":"] + ["  " + "  ".join(f"{k} {_cell(v)}" for k, v in row.items()) for row in value]
-        elif isinstance(value, dict):
-            lines += [name + ":"] + [f"  {k}: {_cell(v)}" for k, v in value.items()]
+        if isinstance(value, dict):
+            lines += [f"{indent}{name}:", _text(value, indent + "  ")]
+        elif isinstance(value, list):
+            lines += [f"{indent}{name}:" if value else f"{indent}{name}: none"]
+            lines += [f"{indent}  " + (_row(item) if isinstance(item, dict) else _cell(item)) for item in value]
         else:
-            lines.append(f"{name}: {_cell(value)}")
-    return "\n".join(lines)
+            lines.append(f"{indent}{name}: {_cell(value)}")
+    return "\n".join(line for line in lines if line)
+
+
+def _row(row: dict[str, Any]) -> str:
+    return "  ".join(f"{name} {_cell(value)}" for name, value in row.items())
 
 
 def _cell(value: Any) -> str:
@@ -130,7 +139,6 @@ def _graph(options: argparse.Namespace) -> Result:
 
 def _train(options: argparse.Namespace) -> Result:
     from atft_pipeline.dataset import read_manifest
-    from atft_pipeline.training import train
 
     config, overrides = _configuration(options, sections=("split", "model", "train", "evaluation"))
     sessions = read_manifest(options.dataset, kind="ml_dataset")["sessions"]
@@ -139,6 +147,8 @@ def _train(options: argparse.Namespace) -> Result:
             f"{options.dataset}: {sessions} sessions are fewer than the window of {config.model.window_sessions}; give"
             " a longer price history or a smaller model.window_sessions"
         )
+    from atft_pipeline.training import train  # seconds of torch, which a refusal need not wait for
+
     outcome = train(
         config,
         options.dataset,
@@ -177,7 +187,11 @@ def _diagnose(options: argparse.Namespace) -> Result:
 
     diagnosis = diagnose(options.run_dir)
     paths = write_report(options.run_dir, diagnosis)
-    return diagnosis.to_dict() | {"report_html": str(paths.html), "report_markdown": str(paths.markdown)}, 0
+    content = diagnosis.to_dict() | {"report_html": str(paths.html), "report_markdown": str(paths.markdown)}
+    if not options.json:  # what did not fire, and the numbers behind it, are in the report
+        content["findings"] = [finding for finding in content["findings"] if finding["status"] == "fired"]
+        del content["signals"]
+    return content, 0
 
 
 def _status(options: argparse.Namespace) -> Result:

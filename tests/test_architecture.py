@@ -1,0 +1,233 @@
+"""The shape of the code: which way imports point, what may be imported where, and what no tracked file holds."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from atft_process import (
+    DATASET_SETTINGS,
+    GRAPH_SETTINGS,
+    REPO,
+    SESSIONS,
+    STOCKS,
+    TRAIN_SETTINGS,
+    atft_here,
+    environment,
+)
+
+LAYERS: tuple[str, ...] = (
+    "errors", "files", "config", "presets",
+    "sources", "contracts", "trading_calendar", "universe", "point_in_time",
+    "dataset", "targets", "features.expressions", "features.market", "features.registry", "features.panel",
+    "splits", "graph", "blocks",
+    "model.variable_selection", "model.adaptive_norm", "model.temporal_encoder", "model.backbone_projection",
+    "model.fusion", "model.prediction_head", "model.gat", "model.atft_gat_fan", "model",
+    "losses", "schedule",
+    "portfolio", "metrics", "evaluation", "validity", "criterion",
+    "lineage", "scoring", "degeneracy", "weight_average", "step_figures", "run_plan", "verdict", "status", "training",
+    "baselines",
+    "diagnostics.record", "diagnostics.signals", "diagnostics.rules", "diagnostics.experiments", "diagnostics.plots",
+    "diagnostics.report", "diagnostics",
+    "synthetic",
+    "cli",
+)  # fmt: skip
+"""Modules in the order in which they may import: each one only from those before it."""
+
+EMPTY_PACKAGES = {"", "features"}
+"""Packages whose `__init__` imports nothing."""
+
+THIRD_PARTY_OF_TRAINING = {"numpy", "pyarrow", "torch", "torch_geometric", "tqdm"}
+"""What a GPU machine has; tqdm comes with torch-geometric."""
+
+BLOCKED = (
+    "polars", "duckdb", "pandera", "dagster", "sklearn", "lightgbm", "arch", "matplotlib", "exchange_calendars",
+)  # fmt: skip
+
+
+def module_name(file: Path) -> str:
+    parts = file.relative_to(REPO / "atft_pipeline").with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def library() -> dict[str, ast.Module]:
+    files = sorted((REPO / "atft_pipeline").rglob("*.py"))
+    return {module_name(file): ast.parse(file.read_text(encoding="utf-8")) for file in files}
+
+
+def imported(tree: ast.Module, *, lazily: bool = True) -> Iterator[str]:
+    """Full names of what is imported, inside functions too unless `lazily` is False; type-checking imports included."""
+    nodes = ast.walk(tree) if lazily else iter(tree.body)
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def own(names: Iterator[str]) -> Iterator[str]:
+    """Modules of the library among `names`: `atft_pipeline.config.HORIZONS` is `config`."""
+    for name in names:
+        if name.split(".")[0] == "atft_pipeline":
+            path = name.split(".")[1:]
+            found = (".".join(path[:length]) for length in range(len(path), 0, -1))
+            yield next((module for module in found if module in LAYERS), "")
+
+
+TREES = library()
+
+
+def test_every_module_has_its_place() -> None:
+    assert set(TREES) - EMPTY_PACKAGES == set(LAYERS)
+
+
+@pytest.mark.parametrize("module", LAYERS)
+def test_imports_point_one_way(module: str) -> None:
+    place = LAYERS.index(module)
+    for other in own(imported(TREES[module])):
+        assert not other or LAYERS.index(other) < place, f"{module} imports {other}, which comes later"
+
+
+def test_an_import_the_other_way_is_found() -> None:
+    tree = ast.parse("def f():\n    from atft_pipeline.training import train\n")
+    assert list(own(imported(tree))) == ["training"]
+    assert list(own(imported(ast.parse("import atft_pipeline.model.gat")))) == ["model.gat"]
+
+
+def test_nothing_but_the_command_imports_the_generator() -> None:
+    users = {module for module, tree in TREES.items() if "synthetic" in own(imported(tree))}
+    assert users == {"cli"}
+
+
+def test_the_library_never_imports_dagster() -> None:
+    for module, tree in TREES.items():
+        roots = {name.split(".")[0] for name in imported(tree)}
+        assert not roots & {"dagster", "assets", "resources"}, module
+
+
+def environment_readers(tree: ast.Module) -> set[str]:
+    names = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    names |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    return names & {"environ", "getenv", "environb"}
+
+
+def test_only_resources_read_the_environment() -> None:
+    readers = {module for module, tree in TREES.items() if environment_readers(tree)}
+    assert readers == {"cli"}, "the command passes the environment on to report_overrides, as resources do"
+    assert len(re.findall(r"os\.environ", (REPO / "atft_pipeline/cli.py").read_text())) == 1
+    for file in sorted((REPO / "assets").glob("*.py")):
+        found = environment_readers(ast.parse(file.read_text(encoding="utf-8")))
+        # `python -m assets` has no instance yet and looks where Dagster's own would be.
+        assert not found or file.name == "__main__.py", file.name
+
+
+def test_the_training_path_imports_only_what_a_gpu_machine_has() -> None:
+    path, found = ["training", "status", "errors"], set[str]()
+    seen: set[str] = set()
+    while path:
+        module = path.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        tree = TREES[module]
+        found |= {name.split(".")[0] for name in imported(tree)}
+        path += [name for name in own(imported(tree)) if name]
+    third_party = found - set(sys.stdlib_module_names) - {"atft_pipeline", "__future__"}
+    lazily_used = {"arch", "numba"}  # bootstrap intervals and sorted folds; both are done without where absent
+    assert third_party - lazily_used <= THIRD_PARTY_OF_TRAINING
+
+
+BLOCKER = f"""
+import sys
+from importlib.machinery import PathFinder
+
+class Bare(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.split(".")[0] in {BLOCKED!r} else super().find_spec(name, path, target)
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = Bare
+"""
+"""sitecustomize of a machine on which the blocked packages are not installed: looking for one finds nothing."""
+
+
+def test_training_runs_where_nothing_else_is_installed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """train, evaluate and status as processes in which every other package is absent."""
+    monkeypatch.chdir(tmp_path)
+    assert atft_here("market", "source", "--stocks", STOCKS, "--sessions", SESSIONS) == 0
+    assert atft_here("features", "source", "d.parquet", *DATASET_SETTINGS) == 0
+    assert atft_here("graph", "d.parquet", "g.parquet", *GRAPH_SETTINGS) == 0
+    capsys.readouterr()
+    (tmp_path / "absent").mkdir()
+    (tmp_path / "absent" / "sitecustomize.py").write_text(BLOCKER)
+
+    def on_a_bare_machine(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "atft_pipeline.cli", *arguments],
+            capture_output=True,
+            text=True,
+            env=environment({"PYTHONPATH": f"{tmp_path / 'absent'}:{REPO}"}),
+        )
+
+    refused = on_a_bare_machine("features", "source", "again.parquet")
+    assert refused.returncode == 2
+    assert refused.stderr == "atft features: needs the package pandera, which is not installed here; install it\n"
+    settings = ("--set", "train.epochs=1", "--set", "evaluation.criterion_epoch=20")
+    trained = on_a_bare_machine("train", "d.parquet", "g.parquet", "runs/bare", *TRAIN_SETTINGS, *settings)
+    assert trained.returncode == 0, trained.stderr
+    evaluated = on_a_bare_machine("evaluate", "runs/bare/predictions/epoch_001.parquet", "--json")
+    assert evaluated.returncode == 0, evaluated.stderr
+    status = on_a_bare_machine("status", "--runs", "runs")
+    assert status.returncode == 0, status.stderr
+    assert "state finished" in status.stdout
+
+
+# --- tracked files ------------------------------------------------------------------------------------------
+
+
+def tracked() -> list[Path]:
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=REPO, capture_output=True, text=True)
+    if listed.returncode != 0:
+        pytest.skip("needs git and a checkout to know which files are tracked")
+    return [REPO / name for name in listed.stdout.split("\0") if name and (REPO / name).is_file()]
+
+
+MARKS = re.compile(
+    "|".join(["TO" + "DO", "FIX" + "ME", "X" * 3 + r"\b", "/ho" + r"me/\w", "/Us" + r"ers/\w", "/wo" + "rk/"])
+)
+"""Unfinished work, and paths of somebody's machine; spelled so that this file does not hold them."""
+
+
+def test_tracked_files_hold_no_unfinished_work_and_no_path_of_a_machine() -> None:
+    for file in tracked():
+        try:
+            text = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue
+        hit = MARKS.search(text)
+        assert hit is None, f"{file.relative_to(REPO)} holds {hit[0]!r}"
+
+
+def test_marks_are_found_where_they_are() -> None:
+    assert MARKS.search("# TO" + "DO later")
+    assert MARKS.search("/ho" + "me/someone/data")
+    assert not MARKS.search("to do, at home")
+
+
+def test_nothing_generated_is_tracked() -> None:
+    names = [file.relative_to(REPO).as_posix() for file in tracked()]
+    assert not [name for name in names if name.endswith((".parquet", ".pt", ".pyc", ".db"))]
+    assert not [name for name in names if name.startswith("output/") and not name.endswith(".gitkeep")]
+
+
+def test_layers_name_each_module_once() -> None:
+    assert all(a < b for a, b in pairwise(sorted(LAYERS)))
