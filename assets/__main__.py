@@ -6,20 +6,30 @@ line, and the command for the UI.
 
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
+from dagster._core.utils import make_new_run_id
 
 from assets.definitions import defs
+from resources.execution import executing, release_killed_runs
 
 MAIN_SELECTION = '+key:"model_50ep" or +key:"diagnostics_50ep"'
+_DIAGNOSTICS = dg.AssetKey("diagnostics_50ep")
 
 
-def main() -> int:
+def main(run_config: Mapping[str, Any] | None = None) -> int:
     job = dg.define_asset_job("main", selection=MAIN_SELECTION)
     resolved = dg.Definitions.merge(defs, dg.Definitions(jobs=[job])).resolve_job_def("main")
+    run_id = make_new_run_id()
     with _instance() as instance:
-        result = resolved.execute_in_process(instance=instance, raise_on_error=False)
+        release_killed_runs(instance)
+        with executing(instance, run_id):
+            result = resolved.execute_in_process(
+                instance=instance, run_id=run_id, run_config=run_config, raise_on_error=False
+            )
     reports = [event for event in result.get_asset_materialization_events() if event.asset_key == _DIAGNOSTICS]
     if not reports:
         print("\nmain job: stopped before diagnostics; the first error above says where", file=sys.stderr)
@@ -37,8 +47,6 @@ def _instance() -> dg.DagsterInstance:
         return dg.DagsterInstance.get()
     return dg.DagsterInstance.from_config(str(Path.cwd()))
 
-
-_DIAGNOSTICS = dg.AssetKey("diagnostics_50ep")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,5 +1,7 @@
 """What simpler models earn on the same dataset, split and evaluation."""
 
+from typing import Any
+
 import dagster as dg
 
 from assets.evaluation import statistics_table
@@ -13,6 +15,11 @@ from resources.compute import Compute
 from resources.dataset_store import DatasetStore
 
 
+class BaselineOverrides(dg.Config):
+    overrides: dict[str, Any] = {}  # noqa: RUF012 - Dagster copies it
+    """Fields of the split, train and evaluation sections, those of the run the baselines are to be compared with."""
+
+
 @dg.asset(
     group_name="evaluation",
     deps=["ml_dataset"],
@@ -20,22 +27,29 @@ from resources.dataset_store import DatasetStore
     description="Ridge, LightGBM and the best one-factor reversal, fitted on the training sessions and evaluated by the"
     " definition the network is held to.",
 )
-def baselines(context: dg.AssetExecutionContext, store: DatasetStore, compute: Compute) -> dg.MaterializeResult:
+def baselines(
+    context: dg.AssetExecutionContext, config: BaselineOverrides, store: DatasetStore, compute: Compute
+) -> dg.MaterializeResult:
     with failing_with_one_sentence(context):
         dataset, manifest = store.current("ml_dataset", "baselines")
-        config, _ = compute.configuration(embedded=store.is_embedded(manifest), overrides={})
-        panel = load_panel(dataset, config.train.universe)
-        split = make_split(panel.sessions, config.split)
-        member = slice_mask(panel, config.evaluation.universe)
+        settings, _ = compute.configuration(
+            "baselines",
+            sections=("split", "train", "evaluation"),
+            embedded=store.is_embedded(manifest["source"]["path"]),
+            overrides=config.overrides,
+        )
+        panel = load_panel(dataset, settings.train.universe)
+        split = make_split(panel.sessions, settings.split)
+        member = slice_mask(panel, settings.evaluation.universe)
         evaluations: dict[str, Evaluation] = {}
-        for name, scores in fit_baselines(panel, split, config.train.seed).items():
+        for name, scores in fit_baselines(panel, split, settings.train.seed).items():
             for part, sessions in (("validation", split.validation), ("test", split.test)):
                 evaluations[f"{name}, {part}"] = evaluate(
                     scores[sessions],
                     panel.targets[sessions, :, 0],
                     panel.sessions[sessions],
                     panel.codes,
-                    config.evaluation,
+                    settings.evaluation,
                     days_per_year=int(manifest["days_per_year"]),
                     bootstrap=True,
                     member=member[sessions],

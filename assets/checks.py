@@ -71,6 +71,23 @@ def judged_run(instance: dg.DagsterInstance, run: dg.AssetKey) -> Path:
     return run_dir
 
 
+def recorded_run(context: dg.AssetExecutionContext, epochs: int) -> Path:
+    """`judged_run` for what explains a run. Raises InputError also where it could be an earlier run than meant.
+
+    A step waits for the keys it depends on; where a Dagster run trains for `model_{N}ep` alone, nothing makes this one
+    wait for the training, and it would explain the run before.
+    """
+    model, run = dg.AssetKey(f"model_{epochs}ep"), dg.AssetKey(f"training_run_{epochs}ep")
+    selected = context.job_def.asset_layer.selected_asset_keys
+    if model in selected and run not in selected:
+        name, record = context.asset_key.to_user_string(), run.to_user_string()
+        raise InputError(
+            f"{name}: selected with {model.to_user_string()} but without {record}, so it does not wait for the"
+            f" training; select {record} too, or {name} alone afterwards"
+        )
+    return judged_run(context.instance, run)
+
+
 def criterion_result(verdict: dict[str, Any], model: dg.AssetKey) -> dg.AssetCheckResult:
     """Passes when the verdict is `passed`, or when the run is too short to be judged, which it says."""
     criterion = verdict["criterion"]

@@ -13,6 +13,7 @@ from assets.schedules import nightly_retrain, nightly_schedule
 from assets.training import RUN_LENGTHS, training_definitions
 from resources.compute import Compute
 from resources.dataset_store import DatasetStore
+from resources.execution import one_process_per_step
 
 defs = dg.Definitions(
     assets=[
@@ -29,4 +30,5 @@ defs = dg.Definitions(
     jobs=[nightly_retrain],
     schedules=[nightly_schedule],
     resources={"store": DatasetStore(), "compute": Compute()},
+    executor=one_process_per_step,
 )

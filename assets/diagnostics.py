@@ -2,7 +2,7 @@
 
 import dagster as dg
 
-from assets.checks import judged_run
+from assets.checks import recorded_run
 from assets.outcomes import failing_with_one_sentence, markdown_table, numbers
 from assets.training import run_asset_key
 from atft_pipeline.diagnostics import diagnose, write_report
@@ -21,7 +21,7 @@ def diagnostics_asset(epochs: int) -> dg.AssetsDefinition:
     )
     def diagnostics(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
         with failing_with_one_sentence(context):
-            run_dir = judged_run(context.instance, run_asset_key(epochs))
+            run_dir = recorded_run(context, epochs)
             diagnosis = diagnose(run_dir)
             report = write_report(run_dir, diagnosis)
         context.log.info(f"{diagnosis.headline} Report: {report.html}")

@@ -6,7 +6,7 @@ from typing import Any
 
 import dagster as dg
 
-from assets.checks import judged_run
+from assets.checks import recorded_run
 from assets.outcomes import failing_with_one_sentence, markdown_table, numbers
 from assets.pictures import cumulative_return, embedded
 from assets.training import run_asset_key
@@ -42,19 +42,13 @@ def evaluation_asset(epochs: int) -> dg.AssetsDefinition:
     )
     def evaluation(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
         with failing_with_one_sentence(context):
-            run_dir = judged_run(context.instance, run_asset_key(epochs))
+            run_dir = recorded_run(context, epochs)
             evaluations = evaluate_run(run_dir)
-        last = read_run(run_dir)["epochs_done"]
-        problems = differences_from_record(run_dir, last, evaluations)
-        daily = {
-            split: [
-                row
-                for row in read_table(run_dir, "daily").to_pylist()
-                if (row["epoch"], row["split"], row["slice"]) == (last, split, "liquid")
-            ]
-            for split in evaluations
-        }
-        pictures = draw(open_record(run_dir))
+            problems = differences_from_record(run_dir, evaluations)
+            daily = {split: recorded_rows(run_dir, "daily", split) for split in evaluations}
+            pictures = draw(open_record(run_dir))
+        for problem in problems:
+            context.log.error(f"{run_dir}: {problem}")
         return dg.MaterializeResult(
             metadata={
                 "run_dir": dg.MetadataValue.path(str(run_dir)),
@@ -96,18 +90,21 @@ def evaluate_run(run_dir: Path) -> dict[str, Evaluation]:
     }
 
 
-def differences_from_record(run_dir: Path, epoch: int, evaluations: dict[str, Evaluation]) -> list[str]:
+def recorded_rows(run_dir: Path, table: str, split: str) -> list[dict[str, Any]]:
+    """What `evals` or `daily` hold for the last epoch and the slice that the run is judged on."""
+    header = read_run(run_dir)
+    wanted = (header["epochs_done"], split, from_dict(header["config"]).evaluation.universe)
+    rows = read_table(run_dir, table).to_pylist()
+    return [row for row in rows if (row["epoch"], row["split"], row["slice"]) == wanted]
+
+
+def differences_from_record(run_dir: Path, evaluations: dict[str, Evaluation]) -> list[str]:
     """Where the recomputed figures differ from those the run recorded for the same epoch, split and slice."""
-    config = from_dict(read_run(run_dir)["config"]).evaluation
-    recorded = {
-        (row["split"], row["metric"]): row["value"]
-        for row in read_table(run_dir, "evals").to_pylist()
-        if row["epoch"] == epoch and row["slice"] == config.universe
-    }
     problems = []
     for split, evaluation in evaluations.items():
+        recorded = {row["metric"]: row["value"] for row in recorded_rows(run_dir, "evals", split)}
         for metric in ("sharpe_daily", "sharpe_daily_net", "ic_mean", "rank_ic_mean", "sessions"):
-            now, then = evaluation.value(metric), recorded.get((split, metric))
+            now, then = evaluation.value(metric), recorded.get(metric)
             if not _agree(now, then):
                 problems.append(f"{split} {metric}: recorded {then}, recomputed {now}")
     return problems

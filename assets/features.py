@@ -43,8 +43,14 @@ def prices(
     context: dg.AssetExecutionContext, config: DatasetOverrides, store: DatasetStore, compute: Compute
 ) -> dg.MaterializeResult:
     with failing_with_one_sentence(context):
-        settings, _ = compute.configuration(embedded=True, overrides=config.overrides)
-        checked = read_checked(store.open_source())
+        source = store.open_source()
+        settings, _ = compute.configuration(
+            "prices",
+            sections=("dataset",),
+            embedded=store.is_embedded(source.folder),
+            overrides=config.overrides,
+        )
+        checked = read_checked(source)
         result = build_prices(checked.tables, settings.dataset)
         contract = check_prices(result.prices)
         path, manifest = store.write_prices(

@@ -3,17 +3,26 @@
 from typing import Any
 
 import dagster as dg
+from dagster._core.storage.asset_check_execution_record import (
+    COMPLETED_ASSET_CHECK_EXECUTION_RECORD_STATUSES as EVALUATED,
+)
 
 GATE_MODEL = dg.AssetKey("model_20ep")
 GATE_CHECK = dg.AssetCheckKey(GATE_MODEL, "success_criterion")
 
 
 def last_check(instance: dg.DagsterInstance) -> dict[str, Any] | None:
-    """The newest evaluation of `model_20ep`'s criterion: outcome, the materialization it judged, what it was run on."""
-    records = instance.event_log_storage.get_asset_check_execution_history(check_key=GATE_CHECK, limit=1)
-    if not records or records[0].event is None:
+    """The newest evaluation of `model_20ep`'s criterion: outcome, the materialization it judged, what it was run on.
+
+    A check that was planned and never ran, because its run stopped before it, is no evaluation.
+    """
+    records = instance.event_log_storage.get_asset_check_execution_history(
+        check_key=GATE_CHECK, limit=1, status=EVALUATED
+    )
+    event = records[0].event.dagster_event if records and records[0].event else None
+    if event is None:
         return None
-    evaluation = records[0].event.dagster_event.asset_check_evaluation_data  # type: ignore[union-attr]
+    evaluation = event.asset_check_evaluation_data
     return {
         "timestamp": records[0].create_timestamp,
         "run_id": records[0].run_id,

@@ -37,7 +37,12 @@ def stock_graph(
 ) -> dg.MaterializeResult:
     with failing_with_one_sentence(context):
         dataset, data = store.current("ml_dataset", "stock_graph")
-        settings, _ = compute.configuration(embedded=store.is_embedded(data), overrides=config.overrides)
+        settings, _ = compute.configuration(
+            "stock_graph",
+            sections=("graph",),
+            embedded=store.is_embedded(data["source"]["path"]),
+            overrides=config.overrides,
+        )
         key = sha256_of({"dataset": data["fingerprint"], "config": to_dict(settings.graph)})
         path = store.product("stock_graph", key)
         build_graph_file(dataset, path, settings.graph)

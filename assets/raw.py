@@ -4,7 +4,6 @@ import dagster as dg
 
 from assets.outcomes import failing_with_one_sentence, numbers
 from atft_pipeline.contracts import check_table
-from atft_pipeline.errors import InputError
 from atft_pipeline.sources import RAW_TABLES
 from resources.dataset_store import DatasetStore
 
@@ -41,14 +40,9 @@ def raw_asset(table: str) -> dg.AssetsDefinition:
             if not RAW_TABLES[table].required and table not in source.tables:
                 return _absent(table, str(source.folder))
             frame = source.read(table)
-        try:
-            report = check_table(table, frame)
-        except InputError as error:
-            context.log.error(str(error))
-            return dg.MaterializeResult(
-                metadata={"source": str(source.folder), "rows": frame.height},
-                check_results=[dg.AssetCheckResult(passed=False, check_name="contract", description=str(error))],
-            )
+            report = check_table(table, frame, where=str(source.where(table)))
+        for failure in report.failures:
+            context.log.error(failure)
         return dg.MaterializeResult(
             metadata={
                 "source": str(source.folder),
@@ -59,7 +53,12 @@ def raw_asset(table: str) -> dg.AssetsDefinition:
             },
             data_version=dg.DataVersion(source.fingerprint(table)),
             check_results=[
-                dg.AssetCheckResult(passed=True, check_name="contract", metadata=numbers({"rows": report.rows}))
+                dg.AssetCheckResult(
+                    passed=report.passed,
+                    check_name="contract",
+                    description="; ".join(report.failures) or f"{report.rows} rows hold their contract",
+                    metadata=numbers({"rows": report.rows}),
+                )
             ],
         )
 

@@ -1,7 +1,7 @@
 """One training op per run length, with two keys: the gated model and the record of its run."""
 
+import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import dagster as dg
@@ -12,7 +12,7 @@ from atft_pipeline.criterion import gate_decision
 from atft_pipeline.errors import InputError
 from atft_pipeline.lineage import config_key, read_run
 from atft_pipeline.run_plan import Plan, plan_run
-from atft_pipeline.training import train
+from atft_pipeline.training import Outcome, train
 from resources.compute import Compute
 from resources.dataset_store import DatasetStore
 
@@ -45,8 +45,10 @@ def training_assets(epochs: int) -> dg.AssetsDefinition:
     model's blocking check fails.
     """
     upstream = [dg.AssetKey("ml_dataset"), dg.AssetKey("stock_graph")]
-    gate = [GATE_MODEL] if epochs == GATED_LENGTH else []
+    if epochs == GATED_LENGTH:
+        upstream.append(GATE_MODEL)
     model, run = model_key(epochs), run_asset_key(epochs)
+    name = model.to_user_string()
 
     @dg.multi_asset(
         name=f"train_{epochs}ep",
@@ -56,14 +58,14 @@ def training_assets(epochs: int) -> dg.AssetsDefinition:
         specs=[
             dg.AssetSpec(
                 model,
-                deps=[*upstream, *gate],
+                deps=upstream,
                 description=f"Checkpoint after {epochs} epochs; downstream work needs its success criterion.",
                 kinds={"pytorch"},
                 skippable=True,
             ),
             dg.AssetSpec(
                 run,
-                deps=[*upstream, *gate],
+                deps=upstream,
                 description=f"Run directory of the {epochs}-epoch training: lineage, predictions, checkpoints.",
                 kinds={"parquet"},
                 skippable=True,
@@ -74,48 +76,62 @@ def training_assets(epochs: int) -> dg.AssetsDefinition:
         context: dg.AssetExecutionContext, config: TrainingRunConfig, store: DatasetStore, compute: Compute
     ) -> Iterator[dg.MaterializeResult]:
         with failing_with_one_sentence(context):
-            dataset, data = store.current("ml_dataset", model.to_user_string())
-            graph, _ = store.current("stock_graph", model.to_user_string())
+            dataset, data = store.current("ml_dataset", name)
+            graph, _ = store.current("stock_graph", name)
+            if "train.epochs" in config.overrides:
+                raise InputError(
+                    f"{name}: override 'train.epochs' is refused, its name says {epochs}; use another model"
+                )
             settings, recorded = compute.configuration(
-                embedded=store.is_embedded(data), overrides=config.overrides | {"train.epochs": epochs}
+                name,
+                sections=("split", "model", "train", "evaluation"),
+                embedded=store.is_embedded(data["source"]["path"]),
+                overrides=config.overrides | {"train.epochs": epochs},
             )
             plan = plan_run(settings, dataset, graph)
+            gate: dict[str, str] = {}
             if epochs == GATED_LENGTH:
-                recorded = recorded | require_open_gate(context, plan, config.override_reason)
+                gate = require_open_gate(context, plan, config.override_reason)
             elif config.override_reason is not None:
-                raise InputError(f"{model.to_user_string()}: override_reason only applies to model_{GATED_LENGTH}ep")
+                raise InputError(f"{name}: override_reason only applies to model_{GATED_LENGTH}ep")
             compute.apply_threads()
             outcome = train(
                 settings,
                 dataset,
                 graph,
-                store.runs / f"{model.to_user_string()}-{plan.key}",
+                store.runs / f"{name}-{plan.key}",
                 device=compute.device,
                 force=config.force,
-                overrides=recorded,
+                overrides=recorded | gate,
                 log=context.log.info,
             )
-        yield from _results(context, epochs, outcome.run_dir, outcome.verdict, reused=outcome.reused)
+        yield from _results(context, epochs, outcome, gate)
 
     return training
 
 
 def require_open_gate(context: dg.AssetExecutionContext, plan: Plan, override_reason: str | None) -> dict[str, str]:
-    """What the gate adds to the run's record; raises dg.Failure when `model_20ep` does not speak for this run."""
+    """What the gate adds to the run's record; raises InputError when `model_20ep` does not speak for this run."""
     current = {"dataset_fingerprint": plan.dataset_manifest["fingerprint"], "config_key": config_key(plan.config)}
     decision = gate_decision(
         last_check(context.instance), last_materialization(context.instance), current, override_reason
     )
     if not decision.open:
-        raise InputError(decision.message)
+        reason = json.dumps({"ops": {f"train_{GATED_LENGTH}ep": {"config": {"override_reason": "WHY"}}}})
+        raise InputError(f"{decision.message}: --config-json '{reason}'")
     context.log.info(decision.message)
-    return {"gate": decision.message}
+    override = {"override_reason": decision.override_recorded} if decision.override_recorded else {}
+    return {"gate": decision.message, **override}
 
 
 def _results(
-    context: dg.AssetExecutionContext, epochs: int, run_dir: Path, verdict: dict[str, Any], *, reused: bool
+    context: dg.AssetExecutionContext, epochs: int, outcome: Outcome, gate: dict[str, str]
 ) -> Iterator[dg.MaterializeResult]:
-    """Materializations of what was selected; the run's record is logged even when it was not."""
+    """Materializations of what was selected; the run's record is logged even when it was not.
+
+    The gate's decision stands here too: a reused run keeps the header of the day it was trained.
+    """
+    run_dir, verdict = outcome.run_dir, outcome.verdict
     header = read_run(run_dir)
     identity = {
         "run_dir": dg.MetadataValue.path(str(run_dir)),
@@ -123,7 +139,8 @@ def _results(
         "dataset_fingerprint": header["dataset_fingerprint"],
         "config_key": header["config_key"],
         "verdict": verdict["summary"],
-        "reused": reused,
+        "reused": outcome.reused,
+        **gate,
     }
     model, run = model_key(epochs), run_asset_key(epochs)
     record_metadata = identity | numbers(

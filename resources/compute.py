@@ -1,12 +1,14 @@
 """What the machine offers a training run: device, threads, and the run size that fits them."""
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import dagster as dg
 import torch
 
 from atft_pipeline.config import PipelineConfig, report_overrides, with_overrides
+from atft_pipeline.errors import InputError
 from atft_pipeline.presets import preset
 
 PRESET_VARIABLE = "ATFT_PRESET"
@@ -22,14 +24,22 @@ class Compute(dg.ConfigurableResource):
     preset: str | None = None
     """quick, cpu or production; the environment's ATFT_PRESET where this is not set."""
 
-    def configuration(self, *, embedded: bool, overrides: dict[str, Any]) -> tuple[PipelineConfig, dict[str, Any]]:
-        """The configuration of a run and the overrides that shaped it, the report's variables included.
+    def configuration(
+        self, asset: str, *, sections: tuple[str, ...], embedded: bool, overrides: Mapping[str, Any]
+    ) -> tuple[PipelineConfig, dict[str, Any]]:
+        """The configuration `asset` works with, and the overrides that shaped it.
 
-        The run config wins over the environment. Without a preset: `quick` for the embedded market, `production` where
-        CUDA is present, else `cpu`. Raises InputError for a preset or field that does not exist.
+        `sections` are those the asset reads; the report's variables count where `train` is among them, and the run
+        config wins over the environment. Without a preset: `quick` for the embedded market, `production` where CUDA is
+        present, else `cpu`. Raises InputError for a preset or field that does not exist, and for a field of a section
+        that would change nothing here.
         """
+        for field in overrides:
+            if field.split(".")[0] not in sections:
+                read = ", ".join(f"{section}.*" for section in sections)
+                raise InputError(f"{asset}: override {field!r} has no effect here; this asset reads only {read}")
         name = self.preset or os.environ.get(PRESET_VARIABLE) or self._default_preset(embedded)
-        recorded = report_overrides(os.environ) | overrides
+        recorded = (report_overrides(os.environ) if "train" in sections else {}) | dict(overrides)
         return with_overrides(preset(name), recorded), {"preset": name, **recorded}
 
     @staticmethod

@@ -69,9 +69,9 @@ class DatasetStore(dg.ConfigurableResource):
                 )
         return folder
 
-    def is_embedded(self, manifest: dict[str, Any]) -> bool:
-        """Whether a product was made from the embedded market."""
-        return Path(manifest["source"]["path"]).resolve().parent == self.datasets.resolve()
+    def is_embedded(self, source: Path | str) -> bool:
+        """Whether `source`, e.g. of a manifest, is the embedded market."""
+        return Path(source).resolve().parent == self.datasets.resolve()
 
     # Products --------------------------------------------------------------------------------------------------
 
