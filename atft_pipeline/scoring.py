@@ -23,8 +23,6 @@ from atft_pipeline.evaluation import Evaluation, evaluate
 from atft_pipeline.lineage import statistics_rows, write_parquet
 from atft_pipeline.losses import CompositeLoss
 
-AUTOCAST = {"float32": None, "bf16-mixed": torch.bfloat16}
-
 
 @dataclass(frozen=True)
 class Scores:
@@ -47,13 +45,13 @@ def score_sessions(
     *,
     batch_size: int,
     device: torch.device,
-    precision: str,
     loss: LossConfig | None = None,
     epoch: int = 1,
 ) -> Scores:
     """The model's scores in evaluation mode; the model's mode is restored.
 
-    A stock's score does not depend on the block it is computed in, so `batch_size` only decides speed and memory.
+    A stock's score does not depend on the block it is computed in, so `batch_size` only decides speed and memory. In
+    float32 whatever the training precision: rounded to bf16, two partitions differ by 5 % of the scores' spread.
     """
     panel = data.panel
     values = np.full((len(sessions), len(panel.codes), len(HORIZONS)), np.nan, dtype=np.float32)
@@ -64,8 +62,7 @@ def score_sessions(
     done = 0
     for indices in data.sessions_per_block(sessions, batch_size):
         block = to_device(data.block(indices), device)
-        with torch.autocast(device.type, AUTOCAST[precision], enabled=AUTOCAST[precision] is not None):
-            scores = model(block)  # [n, S, H]
+        scores = model(block)  # [n, S, H]
         if criterion is not None:
             terms = criterion(scores, block.target, block.member, epoch)
             for name, value in terms.raw.items():

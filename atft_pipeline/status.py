@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -36,16 +37,16 @@ def run_snapshot(run_dir: Path) -> dict[str, Any]:
     state = header["status"]
     if state == "running" and not is_held(run_dir):
         state = "killed"
-    done, planned = header.get("epochs_done"), header.get("epochs_planned")
+    left = int(header.get("epochs_planned", 0)) - int(header.get("epochs_done", 0))
     length = _epoch_length(series) if state == "running" else None
     return {
         "run": run_dir.name,
         "state": state,
         "started": header.get("started"),
         "reason": header.get("reason"),
-        "epoch": done,
-        "epochs": planned,
-        "eta_s": None if length is None else round(length * (planned - done), 1),
+        "epoch": header.get("epochs_done"),
+        "epochs": header.get("epochs_planned"),
+        "eta_s": None if length is None else round(length * left, 1),
         "train_loss": _newest(series, "loss_weighted", split="train", term="total"),
         "validation_loss": _newest(series, "loss_weighted", split="validation", term="total"),
         "grad_norm": _newest(series, "grad_norm", component="total", term="before_clip"),
@@ -63,5 +64,7 @@ def _epoch_length(series: pa.Table) -> float | None:
 
 
 def _newest(series: pa.Table, metric: str, **where: str) -> float | None:
+    """The figure of the newest epoch; None where there is none or it is not finite, which JSON cannot say."""
     values = series_values(series, metric, **where)
-    return values[max(values)] if values else None
+    newest = values[max(values)] if values else math.nan
+    return newest if math.isfinite(newest) else None

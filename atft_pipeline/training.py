@@ -34,7 +34,6 @@ from atft_pipeline.model.atft_gat_fan import ATFTGATFAN
 from atft_pipeline.run_plan import Plan, claim_directory, plan_run, resolve_device, run_header
 from atft_pipeline.schedule import LearningRateSchedule
 from atft_pipeline.scoring import (
-    AUTOCAST,
     Scores,
     evaluable_slices,
     evaluate_scores,
@@ -237,8 +236,7 @@ class Trainer:
         return [blocks[i] for i in rng.permutation(len(blocks))]
 
     def _step(self, block: Block, epoch: int, *, measure_update: bool) -> StepFigures:
-        precision = AUTOCAST[self.config.train.precision]
-        with torch.autocast(self.device.type, precision, enabled=precision is not None):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16-mixed"):
             scores = self.model(block)  # [n, S, H]
         terms = self.loss(scores, block.target, block.member, epoch)
         self._require_finite("loss", terms.total, epoch)
@@ -289,7 +287,6 @@ class Trainer:
             sessions,
             batch_size=batch_size or self.config.train.batch_size,
             device=self.device,
-            precision=self.config.train.precision,
             loss=self.config.train.loss,
             epoch=epoch,
         )
@@ -343,7 +340,7 @@ class Trainer:
             hashes=self._hashes(model, trained),
             previous_hashes=self._hashes_before(epoch),
             learning_rate=largest_lr,
-            exact=self.device.type == "cpu" and self.config.train.precision == "float32",
+            on_gpu=self.device.type == "cuda",
             train_sessions=self.split.train,
         )
 

@@ -81,13 +81,10 @@ class Battery:
         hashes: Mapping[str, str],
         previous_hashes: Mapping[str, str] | None,
         learning_rate: float,
-        exact: bool,
+        on_gpu: bool,
         train_sessions: NDArray[np.int64],
     ) -> None:
-        """`again` scores the same weights in other blocks; `learning_rate` is the largest of the epoch.
-
-        `exact`: float32 on a CPU. A GPU adds in any order, and bf16 has eight bits.
-        """
+        """`again` scores the same weights in other blocks; `learning_rate` is the largest of the epoch."""
         panel, config, universe = self.panel, self.config.evaluation, self.config.evaluation.universe
         sessions = trained.sessions
         inside = slice_mask(panel, universe)[sessions]
@@ -107,7 +104,7 @@ class Battery:
             again_scores=scores(again),
             statistics=first.values() if first.valid else {},
             again_statistics=second.values() if second.valid else {},
-            repeat_tolerance=REPEAT_TOLERANCE_CPU if exact else REPEAT_TOLERANCE_GPU,
+            repeat_tolerance=REPEAT_TOLERANCE_GPU if on_gpu else REPEAT_TOLERANCE_CPU,
             recomputed_targets=recomputed[sessions],
             previous_hashes=previous_hashes,
             current_hashes=hashes,
