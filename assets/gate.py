@@ -1,4 +1,7 @@
-"""Reads from the instance what the gate of `model_120ep` needs; the decision itself is `criterion.gate_decision`."""
+"""Reads from the instance what the gate of `model_120ep` needs; the decision itself is `criterion.gate_decision`.
+
+An event that was reported by hand belongs to no run: Dagster gives it an empty run id, the gate None.
+"""
 
 from typing import Any
 
@@ -19,27 +22,27 @@ def last_check(instance: dg.DagsterInstance) -> dict[str, Any] | None:
     records = instance.event_log_storage.get_asset_check_execution_history(
         check_key=GATE_CHECK, limit=1, status=EVALUATED
     )
-    event = records[0].event.dagster_event if records and records[0].event else None
-    if event is None:
+    entry = records[0].event if records else None
+    if entry is None or entry.dagster_event is None:
         return None
-    evaluation = event.asset_check_evaluation_data
+    evaluation = entry.dagster_event.asset_check_evaluation_data
     return {
-        "timestamp": records[0].create_timestamp,
-        "run_id": records[0].run_id,
+        # When it was evaluated; the record's own timestamp is when its run planned it, in whole seconds.
+        "timestamp": entry.timestamp,
+        "run_id": records[0].run_id or None,
         **_values(evaluation.metadata, "status", "dataset_fingerprint", "config_key", "summary"),
     }
 
 
 def last_materialization(instance: dg.DagsterInstance, key: dg.AssetKey = GATE_MODEL) -> dict[str, Any] | None:
     """The newest materialization of an asset: its id, its run and the metadata that ties it to a run directory."""
-    records = instance.fetch_materializations(key, limit=1).records
-    if not records or records[0].asset_materialization is None:
+    record = next(iter(instance.fetch_materializations(key, limit=1).records), None)
+    if record is None or record.asset_materialization is None:
         return None
-    record = records[0]
     return {
         "timestamp": record.timestamp,
-        "run_id": record.run_id,
-        **_values(records[0].asset_materialization.metadata, "run_dir", "dataset_fingerprint", "config_key", "run_key"),
+        "run_id": record.run_id or None,
+        **_values(record.asset_materialization.metadata, "run_dir", "dataset_fingerprint", "config_key", "run_key"),
     }
 
 

@@ -1,0 +1,141 @@
+"""The code location on a market small enough to run all of it on, in this process or as its users start it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+
+from assets.definitions import defs
+from atft_pipeline.config import REPORT_VARIABLES
+from atft_pipeline.synthetic import write_market
+
+REPO = Path(__file__).resolve().parents[1]
+BIN = Path(sys.executable).parent
+STOCKS, SESSIONS = 40, 330
+
+EVER, NEVER = -9.0, 9.0
+"""Thresholds of the criterion that every and no run of this market passes."""
+
+TINY = {
+    "model.hidden_size": 8,
+    "model.window_sessions": 3,
+    "model.normalisation_window_sessions": 3,
+    "train.batch_size": 100_000,
+    "evaluation.bootstrap_samples": 10,
+}
+"""A model of tenths of a second per epoch."""
+
+UPSTREAM = '+key:"stock_graph"'
+UPSTREAM_CONFIG = {
+    "stock_graph": {"config": {"overrides": {"graph.lookback_sessions": 60, "graph.refresh_sessions": 20}}}
+}
+
+
+def training(epochs: int, sharpe: float, overrides: Mapping[str, Any] | None = None, **config: Any) -> dict[str, Any]:
+    """Op config of `train_{epochs}ep` with a tiny model and a threshold."""
+    fields = {**TINY, "evaluation.criterion_sharpe": sharpe, **(overrides or {})}
+    return {f"train_{epochs}ep": {"config": {"overrides": fields, **config}}}
+
+
+def make_source(folder: Path) -> Path:
+    """A source folder of all five raw tables."""
+    folder.mkdir(parents=True)
+    write_market(folder, stocks=STOCKS, sessions=SESSIONS, seed=1)
+    return folder
+
+
+def make(
+    selection: str | dg.AssetSelection, instance: dg.DagsterInstance, ops: Mapping[str, Any] | None = None
+) -> dg.ExecuteInProcessResult:
+    """Materialises a selection in this process; outputs are relative to the working directory."""
+    job = dg.define_asset_job("selected", selection=selection)
+    resolved = dg.Definitions.merge(defs, dg.Definitions(jobs=[job])).resolve_job_def("selected")
+    return resolved.execute_in_process(instance=instance, run_config={"ops": dict(ops or {})}, raise_on_error=False)
+
+
+def outcomes(result: dg.ExecuteInProcessResult) -> dict[str, dg.AssetCheckEvaluation]:
+    """The evaluated checks by `asset:check`."""
+    return {
+        f"{check.asset_key.to_user_string()}:{check.check_name}": check
+        for check in result.get_asset_check_evaluations()
+    }
+
+
+def failures(result: dg.ExecuteInProcessResult) -> dict[str, str]:
+    """Failed step -> its sentence: the description of a Failure, else the error's message."""
+    sentences = {}
+    for event in result.all_events:
+        if event.is_step_failure:
+            data = event.step_failure_data
+            user = data.user_failure_data
+            sentences[str(event.step_key)] = (user.description if user else None) or (
+                data.error.message if data.error else ""
+            )
+    return sentences
+
+
+def made(result: dg.ExecuteInProcessResult) -> set[str]:
+    return {event.asset_key.to_user_string() for event in result.get_asset_materialization_events() if event.asset_key}
+
+
+def first_error(output: str) -> str:
+    """The first line of a console that reports an error, a stack trace's included."""
+    signs = (" - ERROR - ", "Traceback", "Stack Trace", "Error:")
+    return next((line for line in output.splitlines() if any(sign in line for sign in signs)), "")
+
+
+# Processes -----------------------------------------------------------------------------------------------------
+
+
+def workspace(folder: Path) -> Path:
+    """A folder that stands in for the checkout: the configuration files, no output, no history."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("dagster.yaml", "workspace.yaml", "pyproject.toml"):
+        shutil.copy(REPO / name, folder / name)
+    return folder
+
+
+def environment(source: Path | None, **extra: str) -> dict[str, str]:
+    """The caller's environment without anything that configures this project."""
+    dropped = {*REPORT_VARIABLES, "ATFT_SOURCE", "ATFT_PRESET", "DAGSTER_HOME"}
+    kept = {k: v for k, v in os.environ.items() if k not in dropped and not k.startswith("DAGSTER_CLI")}
+    named = {} if source is None else {"ATFT_SOURCE": str(source)}
+    return kept | {"OMP_NUM_THREADS": "1", "ATFT_PRESET": "quick"} | named | extra
+
+
+def command(
+    folder: Path, arguments: list[str], source: Path | None = None, **extra: str
+) -> subprocess.CompletedProcess[str]:
+    """A command of the virtual environment as a process of its own in `folder`; stdout and stderr are one text."""
+    return subprocess.run(
+        [str(BIN / arguments[0]), *arguments[1:]],
+        cwd=folder,
+        env=environment(source, **extra),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+
+
+def materialize(
+    folder: Path, select: str, ops: Mapping[str, Any] | None = None, source: Path | None = None, **extra: str
+) -> subprocess.CompletedProcess[str]:
+    """`dagster asset materialize --select SELECT`."""
+    config = ["--config-json", json.dumps({"ops": dict(ops)})] if ops else []
+    return command(folder, ["dagster", "asset", "materialize", "--select", select, *config], source, **extra)
+
+
+def history(folder: Path) -> dg.DagsterInstance:
+    """What the commands in `folder` remember. The working directory must be `folder`: the paths are relative."""
+    assert Path.cwd() == folder
+    return dg.DagsterInstance.from_config(str(folder))
