@@ -16,6 +16,9 @@ from atft_pipeline.errors import InputError
 from atft_pipeline.lineage import read_run
 from atft_pipeline.verdict import read_verdict
 
+PASSES = ("passed", "not_applicable")
+"""Statuses of a verdict with which the criterion's check passes: a run too short to be judged has not failed."""
+
 
 def run_checks(epochs: int) -> dg.AssetChecksDefinition:
     """success_criterion (blocking), training_health and milestones of the run of this length."""
@@ -45,7 +48,8 @@ def run_checks(epochs: int) -> dg.AssetChecksDefinition:
     def judge(context: dg.AssetCheckExecutionContext) -> Iterator[dg.AssetCheckResult]:
         with failing_with_one_sentence(context):
             verdict = read_verdict(judged_run(context.instance, run))
-        context.log.info(verdict["summary"])
+        say = context.log.info if verdict["status"] in PASSES else context.log.error
+        say(f"{model.to_user_string()}: {verdict['summary']}")
         for result in (health_result(verdict, run), milestones_result(verdict, run), criterion_result(verdict, model)):
             assert result.asset_key is not None
             assert result.check_name is not None
@@ -64,6 +68,8 @@ def judged_run(instance: dg.DagsterInstance, run: dg.AssetKey) -> Path:
     made = last_materialization(instance, run)
     if made is None:
         raise InputError(f"{name} was never materialized; run `dagster asset materialize --select '+key:{name}'`")
+    if made["run_dir"] is None:
+        raise InputError(f"{name}: its last materialization was reported by hand and names no run; train again")
     run_dir = Path(made["run_dir"])
     found = read_run(run_dir)["key"]
     if found != made["run_key"]:
@@ -94,7 +100,7 @@ def criterion_result(verdict: dict[str, Any], model: dg.AssetKey) -> dg.AssetChe
     return dg.AssetCheckResult(
         asset_key=model,
         check_name="success_criterion",
-        passed=verdict["status"] in ("passed", "not_applicable"),
+        passed=verdict["status"] in PASSES,
         description=verdict["summary"],
         metadata={
             "status": verdict["status"],

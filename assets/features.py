@@ -5,7 +5,7 @@ from typing import Any
 import dagster as dg
 import polars as pl
 
-from assets.outcomes import failing_with_one_sentence, markdown_table, numbers
+from assets.outcomes import failing_with_one_sentence, held, markdown_table, numbers
 from atft_pipeline.config import to_dict
 from atft_pipeline.contracts import check_ml_dataset, check_prices, read_checked
 from atft_pipeline.dataset import TARGETS, read_manifest, read_table, write_dataset
@@ -57,8 +57,9 @@ def prices(
             result.prices, result.quarantine, source=checked.record, config=to_dict(settings.dataset)
         )
     figures = universe_figures(result.prices)
-    failures = list(contract.failures)
-    if not failures and figures["investable_rows"]:
+    universe = f"{figures['investable_rows']} investable rows, {figures['liquid_rows']} of them liquid"
+    empty = [] if figures["investable_rows"] else [f"prices: {universe}; nothing can be trained on"]
+    if contract.passed and not empty:
         store.publish("prices", path)
     backfilled = figures["listed_backfilled_rows"]
     return dg.MaterializeResult(
@@ -71,12 +72,8 @@ def prices(
         },
         data_version=dg.DataVersion(manifest["fingerprint"]),
         check_results=[
-            dg.AssetCheckResult(passed=not failures, check_name="contract", description="; ".join(failures) or None),
-            dg.AssetCheckResult(
-                passed=figures["investable_rows"] > 0,
-                check_name="universe_not_empty",
-                description=f"{figures['investable_rows']} investable rows, {figures['liquid_rows']} of them liquid",
-            ),
+            held(context, "contract", contract.failures, f"all {contract.rows} rows"),
+            held(context, "universe_not_empty", empty, universe),
             dg.AssetCheckResult(
                 passed=backfilled == 0,
                 severity=dg.AssetCheckSeverity.WARN,
@@ -142,7 +139,7 @@ def ml_dataset(context: dg.AssetExecutionContext, store: DatasetStore) -> dg.Mat
         del features, membership
         report = check_ml_dataset(pl.from_arrow(read_table(path)), manifest["features"], TARGETS)  # type: ignore[arg-type]
         manifest = read_manifest(path, kind="ml_dataset")
-    if not report.failures:
+    if report.passed:
         store.publish("ml_dataset", path)
     live, count = len(manifest["live_features"]), len(manifest["features"])
     for warning in manifest["warnings"]:
@@ -166,9 +163,7 @@ def ml_dataset(context: dg.AssetExecutionContext, store: DatasetStore) -> dg.Mat
         },
         data_version=dg.DataVersion(manifest["fingerprint"]),
         check_results=[
-            dg.AssetCheckResult(
-                passed=not report.failures, check_name="contract", description="; ".join(report.failures) or None
-            ),
+            held(context, "contract", report.failures, f"all {report.rows} rows"),
             live_features_result(manifest, count, live),
         ],
     )

@@ -1,7 +1,7 @@
 """How library errors and figures appear in Dagster: one sentence on failure, numbers as numbers."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,27 @@ def failing_with_one_sentence(context: dg.AssetExecutionContext | dg.AssetCheckE
     except (InputError, RunFailure) as error:
         context.log.error(str(error))
         raise dg.Failure(description=str(error), allow_retries=False) from None
+
+
+def held(
+    context: dg.AssetExecutionContext,
+    check_name: str,
+    problems: Sequence[str],
+    otherwise: str,
+    metadata: Mapping[str, dg.MetadataValue] | None = None,
+) -> dg.AssetCheckResult:
+    """A check that fails with `problems` as its description, or passes with `otherwise`.
+
+    The problems are logged too: for a failed blocking check Dagster's own error names the check and not the reason.
+    """
+    for problem in problems:
+        context.log.error(problem)
+    return dg.AssetCheckResult(
+        passed=not problems,
+        check_name=check_name,
+        description="; ".join(problems) or otherwise,
+        metadata=metadata,
+    )
 
 
 def numbers(figures: Mapping[str, float | int | None]) -> dict[str, dg.MetadataValue]:

@@ -2,7 +2,7 @@
 
 import dagster as dg
 
-from assets.outcomes import failing_with_one_sentence, numbers
+from assets.outcomes import failing_with_one_sentence, held, numbers
 from atft_pipeline.contracts import check_table
 from atft_pipeline.sources import RAW_TABLES
 from resources.dataset_store import DatasetStore
@@ -41,8 +41,6 @@ def raw_asset(table: str) -> dg.AssetsDefinition:
                 return _absent(table, str(source.folder))
             frame = source.read(table)
             report = check_table(table, frame, where=str(source.where(table)))
-        for failure in report.failures:
-            context.log.error(failure)
         return dg.MaterializeResult(
             metadata={
                 "source": str(source.folder),
@@ -53,12 +51,7 @@ def raw_asset(table: str) -> dg.AssetsDefinition:
             },
             data_version=dg.DataVersion(source.fingerprint(table)),
             check_results=[
-                dg.AssetCheckResult(
-                    passed=report.passed,
-                    check_name="contract",
-                    description="; ".join(report.failures) or f"{report.rows} rows hold their contract",
-                    metadata=numbers({"rows": report.rows}),
-                )
+                held(context, "contract", report.failures, f"all {report.rows} rows", numbers({"rows": report.rows}))
             ],
         )
 
