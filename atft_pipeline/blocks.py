@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from atft_pipeline.config import Slice
-from atft_pipeline.dataset import KEYS, TARGETS, read_manifest, read_membership, resolved
+from atft_pipeline.dataset import KEYS, TARGETS, read_manifest, read_membership, readable, resolved
 from atft_pipeline.errors import InputError
 from atft_pipeline.graph import UNIVERSE_COLUMNS, StockGraph
 
@@ -117,21 +117,18 @@ def _read_rows(dataset: Path, names: list[str], membership: pa.Table) -> Iterato
     expected = [*KEYS, *names]
     start = 0
     for file in sorted(data.glob("*.parquet")) if data.is_dir() else [data]:
-        try:
-            part = pq.ParquetFile(file)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise InputError(f"{file}: not a readable parquet file ({error}); build the dataset again") from error
-        if part.schema_arrow.names != expected:
-            raise InputError(_column_difference(file, expected, part.schema_arrow.names))
-        for batch in part.iter_batches(batch_size=ROWS_PER_READ):
-            keys = membership.select(list(KEYS)).slice(start, batch.num_rows)
-            if not pa.Table.from_batches([batch]).select(list(KEYS)).cast(keys.schema).equals(keys):
-                raise InputError(f"{file}: its Date and Code are not those of the membership table; build both again")
-            start += batch.num_rows
-            rows = np.empty((batch.num_rows, len(names)), dtype=np.float32)
-            for j in range(len(names)):
-                rows[:, j] = batch.column(j + len(KEYS)).to_numpy(zero_copy_only=False)
-            yield rows
+        with readable(file), pq.ParquetFile(file) as part:
+            if part.schema_arrow.names != expected:
+                raise InputError(_column_difference(file, expected, part.schema_arrow.names))
+            for batch in part.iter_batches(batch_size=ROWS_PER_READ):
+                keys = membership.select(list(KEYS)).slice(start, batch.num_rows)
+                if not pa.Table.from_batches([batch]).select(list(KEYS)).cast(keys.schema).equals(keys):
+                    raise InputError(f"{file}: its Date and Code are not the membership table's; build both again")
+                start += batch.num_rows
+                rows = np.empty((batch.num_rows, len(names)), dtype=np.float32)
+                for j in range(len(names)):
+                    rows[:, j] = batch.column(j + len(KEYS)).to_numpy(zero_copy_only=False)
+                yield rows
 
 
 def _column_difference(file: Path, expected: list[str], found: list[str]) -> str:

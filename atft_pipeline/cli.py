@@ -138,15 +138,7 @@ def _graph(options: argparse.Namespace) -> Result:
 
 
 def _train(options: argparse.Namespace) -> Result:
-    from atft_pipeline.dataset import read_manifest
-
     config, overrides = _configuration(options, sections=("split", "model", "train", "evaluation"))
-    sessions = read_manifest(options.dataset, kind="ml_dataset")["sessions"]
-    if sessions < config.model.window_sessions:
-        raise InputError(
-            f"{options.dataset}: {sessions} sessions are fewer than the window of {config.model.window_sessions}; give"
-            " a longer price history or a smaller model.window_sessions"
-        )
     from atft_pipeline.training import train  # seconds of torch, which a refusal need not wait for
 
     outcome = train(

@@ -30,7 +30,15 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from atft_pipeline.config import GraphConfig, to_dict
-from atft_pipeline.dataset import read_manifest, read_membership, read_table, resolved, sha256_of, write_manifest
+from atft_pipeline.dataset import (
+    manifest_path,
+    read_manifest,
+    read_membership,
+    read_table,
+    resolved,
+    sha256_of,
+    write_manifest,
+)
 from atft_pipeline.errors import InputError
 from atft_pipeline.files import replacing
 
@@ -202,6 +210,8 @@ def write_graph(path: Path, graph: StockGraph) -> None:
     with replacing(resolved(path)) as temporary:
         # Without arrow's own schema a reader sees plain strings, as the contract of the table says.
         pq.write_table(table, temporary, compression="zstd", store_schema=False)
+        # Without its manifest a product does not exist: no kill in between pairs new edges with an old one.
+        manifest_path(path).unlink(missing_ok=True)
 
 
 def load_graph(path: Path) -> StockGraph:

@@ -71,6 +71,11 @@ def plan_run(config: PipelineConfig, dataset: Path, graph: Path) -> Plan:
             "evaluation.universe: 'all' has stocks that a model of train.universe 'liquid' never scores; set both to"
             " 'all', or evaluation.universe to 'liquid'"
         )
+    if data["sessions"] < config.model.window_sessions:
+        raise InputError(
+            f"{dataset}: {data['sessions']} sessions are fewer than the window of {config.model.window_sessions}; give"
+            " a longer price history or a smaller model.window_sessions"
+        )
     used = replace(config, dataset=type(config.dataset)(**data["config"]), graph=GraphConfig(**edges["config"]))
     return Plan(used, dataset, graph, data, edges)
 

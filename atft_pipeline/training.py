@@ -100,7 +100,13 @@ def train(
         record = RunRecord(run_dir, earlier | run_header(plan, run_dir, chosen, overrides or {}) | progress)
         record.update()
         try:
-            Trainer(plan, record, chosen, log).run()
+            trainer = Trainer(plan, record, chosen, log)
+        except InputError:
+            if not earlier:  # nothing was trained, so the directory stays free for corrected settings
+                (run_dir / "run.json").unlink()
+            raise
+        try:
+            trainer.run()
             verdict = write_verdict(run_dir)
         except BaseException as error:
             record.update(status="failed", reason=_reason(error), ended=now())

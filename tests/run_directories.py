@@ -67,12 +67,15 @@ class Tables:
         return run_dir
 
 
+BASE_LR = 1e-3
+
+
 def healthy(skill: float = 0.5, overrides: Row | None = None) -> Tables:
     """20 epochs of a run that learns: losses fall, IC and Sharpe rise, every hash changes.
 
     `skill`: weight of the true signal in the last epoch's scores; 0 is a run that learns nothing worth trading.
     """
-    config = with_overrides(quick(), overrides or {})
+    config = with_overrides(quick(), {"train.optimizer.lr": BASE_LR} | (overrides or {}))
     rng = np.random.default_rng(7)
     signal = rng.standard_normal((SESSIONS, STOCKS))
     targets = (0.01 * signal + 0.02 * rng.standard_normal((SESSIONS, STOCKS))).astype(np.float32).astype(float)
@@ -144,7 +147,7 @@ def _log_series(tables: Tables, config: Any, epoch: int) -> None:
         log("loss_weight", weight, "train", "loss", term)
     warmup = config.train.schedule.warmup_fraction
     cosine = 0.5 * (1 + math.cos(math.pi * max(0.0, (progress - warmup) / (1 - warmup))))
-    log("lr", 1e-3 * (0.01 + 0.99 * cosine), component="all")
+    log("lr", BASE_LR * (0.01 + 0.99 * cosine), component="all")
     for component in COMPONENTS:
         log("grad_l2", 0.2 + 0.05 * progress, component=component)
         log("weight_l2", 5.0, component=component)

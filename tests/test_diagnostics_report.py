@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from run_directories import frozen_failure, healthy
+from run_directories import BASE_LR, frozen_failure, healthy
 
 from atft_pipeline.config import PipelineConfig, parse_assignments, to_dict, with_overrides
 from atft_pipeline.diagnostics import Diagnosis, diagnose, write_report
@@ -86,7 +86,7 @@ def test_experiment_command_is_this_run_with_one_change(
         failed.run["graph_path"],
         f"{failed.run_dir}-experiment-{experiment.lower()}",
     ]
-    run_config = with_overrides(quick(), {"train.loss.sharpe": 0.01})
+    run_config = with_overrides(quick(), {"train.optimizer.lr": BASE_LR, "train.loss.sharpe": 0.01})
     assert to_dict(config) == to_dict(with_overrides(run_config, changed))
 
 

@@ -63,8 +63,21 @@ class TrailingSliceNorm(nn.Module):
         return Normalised(inputs, (mean, std))
 
     def _window_sum(self, values: Tensor) -> Tensor:
-        """Each window on its own: differences of running sums would depend on where the block starts."""
-        return values.unfold(1, self.window_sessions, 1).sum(-1)
+        """Sums over windows of W sessions, bit for bit the same in every block.
+
+        The window is put together from spans of 1, 2, 4, ... sessions, so the order of the additions is fixed. Running
+        sums would depend on where the block starts, and a library's reduction on the block's shape.
+        """
+        windows = values.shape[1] - self.window_sessions + 1
+        total = torch.zeros_like(values[:, :windows])
+        span, length, begin = values, 1, 0
+        while begin < self.window_sessions:
+            if self.window_sessions & length:
+                total += span[:, begin : begin + windows]
+                begin += length
+            span = span[:, :-length] + span[:, length:]
+            length *= 2
+        return total
 
     def restore(self, state: Tensor, removed: tuple[Tensor, ...]) -> Tensor:
         """The encoded state `[N, S, D]` with what the S newest removed statistics say about the level added back."""
