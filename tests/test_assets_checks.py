@@ -17,6 +17,8 @@ from dagster_runs import EVER, NEVER, UPSTREAM_CONFIG, failures, made, make, mak
 import assets.features
 import assets.graph
 from assets.checks import criterion_result, health_result, milestones_result
+from atft_pipeline.config import GraphConfig
+from atft_pipeline.dataset import write_manifest
 from atft_pipeline.sources import RAW_TABLES
 
 RAW = "group:raw"
@@ -197,9 +199,17 @@ def test_an_infinite_feature_breaks_the_contract_of_ml_dataset(
     assert linked(work) == before
 
 
-def test_a_graph_without_edges_does_not_belong_to_the_dataset(work: Path, instance: dg.DagsterInstance) -> None:
+def test_a_graph_without_edges_does_not_belong_to_the_dataset(
+    work: Path, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = assets.graph.build_graph_file
+
+    def without_edges(dataset: Path, out: Path, config: GraphConfig) -> None:
+        write_manifest(out, build(dataset, out, config) | {"edges": 0})
+
+    monkeypatch.setattr(assets.graph, "build_graph_file", without_edges)
     before = linked(work)
-    ops = {"stock_graph": {"config": {"overrides": {"graph.refresh_sessions": 10_000}}}}
+    ops = {"stock_graph": {"config": {"overrides": {"graph.lookback_sessions": 80}}}}
     result = make('key:"stock_graph" or key:"model_5ep"', instance, ops | training(5, EVER))
     assert not result.success
     assert "no edges" in str(outcomes(result)["stock_graph:belongs_to_dataset"].description)

@@ -1,0 +1,236 @@
+"""Bad input through Dagster: one clear sentence before any stack trace, exit code 1, earlier outputs as they were."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import dagster as dg
+import polars as pl
+import pytest
+from dagster_runs import (
+    EVER,
+    UPSTREAM,
+    UPSTREAM_CONFIG,
+    failures,
+    first_error,
+    make,
+    make_source,
+    materialize,
+    training,
+    workspace,
+)
+
+MODEL = 'key:"model_5ep"'
+
+
+@pytest.fixture(scope="module")
+def upstream(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a source, a dataset and its graph."""
+    folder = workspace(tmp_path_factory.mktemp("upstream"))
+    with pytest.MonkeyPatch.context() as patch, dg.DagsterInstance.ephemeral() as instance:
+        patch.chdir(folder)
+        make_source(folder / "source")
+        patch.setenv("ATFT_SOURCE", "source")
+        patch.setenv("ATFT_PRESET", "quick")
+        assert make(UPSTREAM, instance, UPSTREAM_CONFIG).success
+    return folder
+
+
+@pytest.fixture
+def work(upstream: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy to damage, as the working directory; no variable is set but the source's."""
+    folder = tmp_path / "work"
+    shutil.copytree(upstream, folder, symlinks=True)
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("ATFT_SOURCE", "source")
+    monkeypatch.setenv("ATFT_PRESET", "quick")
+    return folder
+
+
+@pytest.fixture
+def instance() -> Iterator[dg.DagsterInstance]:
+    with dg.DagsterInstance.ephemeral() as ephemeral:
+        yield ephemeral
+
+
+def outputs(work: Path) -> dict[str, str]:
+    """What lies in the datasets folder: links with their targets, files with their sizes."""
+    return {
+        str(path.relative_to(work)): str(path.readlink()) if path.is_symlink() else str(path.stat().st_size)
+        for path in sorted((work / "output").rglob("*"))
+        if path.is_symlink() or path.is_file()
+    }
+
+
+def edit(table: str, change: Callable[[pl.DataFrame], pl.DataFrame]) -> Callable[[Path], None]:
+    def damage(source: Path) -> None:
+        file = source / f"{table}.parquet"
+        change(pl.read_parquet(file)).write_parquet(file)
+
+    return damage
+
+
+def truncate(source: Path) -> None:
+    file = source / "prices.parquet"
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
+    "missing folder": (shutil.rmtree, ("source is not a folder",)),
+    "missing table": (lambda s: (s / "listed.parquet").unlink(), ("listed: table not found", "listed.parquet")),
+    "missing column": (edit("prices", lambda f: f.drop("Volume")), ("Volume is missing", "prices.parquet")),
+    "wrong type": (
+        edit("prices", lambda f: f.with_columns(Close=pl.lit("dear"))),
+        ("column Close", "prices.parquet", "'dear'"),
+    ),
+    "empty table": (edit("index", lambda f: f.clear()), ("index: no rows", "index.parquet")),
+    "truncated file": (truncate, ("prices.parquet cannot be read as parquet",)),
+    "duplicate keys": (edit("prices", lambda f: pl.concat([f, f.tail(1)])), ("prices in ", "prices.parquet")),
+    "dates out of order": (edit("prices", lambda f: f.reverse()), ("prices in ", "prices.parquet")),
+    "no price at all": (
+        edit("prices", lambda f: f.with_columns(pl.lit(None, pl.Float64).alias("Close"))),
+        ("column Close holds no value", "prices.parquet"),
+    ),
+    "one stock": (
+        edit("prices", lambda f: f.filter(pl.col("Code") == f["Code"][0])),
+        ("one stock only", "prices.parquet"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_source_is_one_sentence_and_changes_nothing(
+    work: Path, instance: dg.DagsterInstance, capfd: pytest.CaptureFixture[str], name: str
+) -> None:
+    damage, named = DAMAGES[name]
+    damage(work / "source")
+    before = outputs(work)
+    capfd.readouterr()
+    result = make(UPSTREAM, instance, UPSTREAM_CONFIG)
+    assert not result.success
+    line = first_error(capfd.readouterr().err)
+    assert " - ERROR - " in line
+    for text in named:
+        assert text in line
+    assert outputs(work) == before
+
+
+@pytest.mark.parametrize(
+    ("selection", "ops", "said"),
+    [
+        ('key:"prices"', {"prices": {"dataset.executon": "x"}}, "unknown field 'dataset.executon'"),
+        ('key:"prices"', {"prices": {"model.hidden_size": 8}}, "prices: override 'model.hidden_size' has no effect"),
+        ('key:"stock_graph"', {"stock_graph": {"graph.lookback": 60}}, "unknown field 'graph.lookback'"),
+        (MODEL, {"train_5ep": {"model.hidden": 8}}, "unknown field 'model.hidden'"),
+        (MODEL, {"train_5ep": {"graph.neighbours": 3}}, "model_5ep: override 'graph.neighbours' has no effect"),
+        (MODEL, {"train_5ep": {"train.epochs": 7}}, "override 'train.epochs' is refused"),
+        (MODEL, {"train_5ep": {"model.hidden_size": "wide"}}, "model.hidden_size: expected int, found 'wide'"),
+        (MODEL, {"train_5ep": {"split.train_fraction": 0.05}}, "sessions"),
+    ],
+)
+def test_an_override_that_cannot_be_used_is_one_sentence(
+    work: Path,
+    instance: dg.DagsterInstance,
+    capfd: pytest.CaptureFixture[str],
+    selection: str,
+    ops: dict[str, dict[str, object]],
+    said: str,
+) -> None:
+    before = outputs(work)
+    capfd.readouterr()
+    config = {op: {"config": {"overrides": overrides}} for op, overrides in ops.items()}
+    assert not make(selection, instance, config).success
+    line = first_error(capfd.readouterr().err)
+    assert " - ERROR - " in line
+    assert said in line
+    assert {k: v for k, v in outputs(work).items() if "/runs/" not in k} == before
+
+
+@pytest.mark.parametrize("selection", ['key:"prices"', 'key:"stock_graph"', MODEL, 'key:"baselines"'])
+def test_unknown_preset_lists_the_known_ones(
+    work: Path,  # noqa: ARG001
+    instance: dg.DagsterInstance,
+    monkeypatch: pytest.MonkeyPatch,
+    selection: str,
+) -> None:
+    monkeypatch.setenv("ATFT_PRESET", "nope")
+    (sentence,) = failures(make(selection, instance)).values()
+    assert sentence == "preset: expected one of cpu, production, quick, found 'nope'"
+
+
+@pytest.mark.parametrize("asset", ["ml_dataset", "stock_graph", "model_5ep", "baselines"])
+def test_another_source_than_the_manifests_is_refused_by_name(
+    work: Path, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch, asset: str
+) -> None:
+    """The raw tables and prices would be of one market, and what is trained on of another."""
+    shutil.copytree(work / "source", work / "other")
+    monkeypatch.setenv("ATFT_SOURCE", "other")
+    assert make("group:raw", instance).success
+    before = outputs(work)
+    (sentence,) = failures(make(f'key:"{asset}"', instance)).values()
+    assert sentence.startswith(f"{asset}: ATFT_SOURCE is other, but its inputs were made from source;")
+    assert f"--select '+key:{asset}'" in sentence
+    assert outputs(work) == before
+
+
+def test_a_later_command_needs_no_variable(
+    work: Path,  # noqa: ARG001
+    instance: dg.DagsterInstance,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The manifest says where the dataset came from."""
+    monkeypatch.delenv("ATFT_SOURCE")
+    assert make('key:"ml_dataset" or key:"stock_graph"', instance, UPSTREAM_CONFIG).success
+
+
+def test_a_source_that_changed_since_its_prices_is_refused_by_name(work: Path, instance: dg.DagsterInstance) -> None:
+    edit("prices", lambda frame: frame.with_columns(pl.col("Volume") + 1))(work / "source")
+    before = outputs(work)
+    (sentence,) = failures(make('key:"ml_dataset"', instance)).values()
+    assert sentence.startswith("ml_dataset: source changed since prices were made from it")
+    assert "--select '+key:ml_dataset'" in sentence
+    assert outputs(work) == before
+
+
+@pytest.mark.parametrize("asset", ["ml_dataset", "stock_graph", "model_120ep", "evaluation_5ep", "baselines"])
+def test_nothing_upstream_names_the_command(
+    tmp_path: Path, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch, asset: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("ATFT_SOURCE", raising=False)
+    (sentence,) = failures(make(f'key:"{asset}"', instance)).values()
+    assert f"--select '+key:{asset.replace('evaluation', 'training_run')}'" in sentence
+    assert "\n" not in sentence
+
+
+def test_a_training_that_breaks_names_the_diagnosis_of_its_run(work: Path, instance: dg.DagsterInstance) -> None:
+    """An absurd learning rate stops the run before an update with a loss that is not finite."""
+    ops = training(5, EVER, {"train.optimizer.lr": 1e30, "train.optimizer.clip_norm": 1e30})
+    (sentence,) = failures(make(MODEL, instance, ops)).values()
+    (run_dir,) = (work / "output" / "runs").iterdir()
+    assert "stopped before the update" in sentence
+    assert f"atft diagnose {run_dir.relative_to(work)}" in sentence
+
+
+# As processes --------------------------------------------------------------------------------------------------
+
+
+def test_missing_source_folder_exits_1_with_the_sentence_first(work: Path) -> None:
+    before = outputs(work)
+    done = materialize(work, "+key:model_5ep", UPSTREAM_CONFIG, source=work / "nowhere")
+    assert done.returncode == 1
+    line = first_error(done.stdout)
+    assert " - ERROR - " in line
+    assert f"source: {work / 'nowhere'} is not a folder" in line
+    assert outputs(work) == before
+
+
+def test_broken_contract_exits_1_with_the_sentence_first(work: Path) -> None:
+    edit("prices", lambda frame: pl.concat([frame, frame.tail(1)]))(work / "source")
+    done = materialize(work, "raw_prices,prices", source=work / "source")
+    assert done.returncode == 1
+    line = first_error(done.stdout)
+    assert " - ERROR - " in line
+    assert "prices.parquet" in line
