@@ -8,7 +8,7 @@ STAMP := .venv/.installed
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
-$(STAMP): pyproject.toml constraints.txt packaging_hook.py atft_pipeline_dagster_default.pth
+$(STAMP): pyproject.toml constraints.txt packaging_hook.py atft_pipeline_defaults.pth
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $(STAMP)
