@@ -219,7 +219,7 @@ def test_a_training_that_breaks_names_the_diagnosis_of_its_run(work: Path, insta
 
 def test_missing_source_folder_exits_1_with_the_sentence_first(work: Path) -> None:
     before = outputs(work)
-    done = materialize(work, "+key:model_5ep", UPSTREAM_CONFIG, source=work / "nowhere")
+    done = materialize(work, "raw_prices", source=work / "nowhere")
     assert done.returncode == 1
     line = first_error(done.stdout)
     assert " - ERROR - " in line
@@ -229,7 +229,7 @@ def test_missing_source_folder_exits_1_with_the_sentence_first(work: Path) -> No
 
 def test_broken_contract_exits_1_with_the_sentence_first(work: Path) -> None:
     edit("prices", lambda frame: pl.concat([frame, frame.tail(1)]))(work / "source")
-    done = materialize(work, "raw_prices,prices", source=work / "source")
+    done = materialize(work, "raw_prices", source=work / "source")
     assert done.returncode == 1
     line = first_error(done.stdout)
     assert " - ERROR - " in line

@@ -17,6 +17,7 @@ from dagster_runs import EVER, NEVER, UPSTREAM_CONFIG, failures, made, make, mak
 import assets.features
 import assets.graph
 from assets.checks import criterion_result, health_result, milestones_result
+from assets.evaluation import recorded_rows
 from atft_pipeline.config import GraphConfig
 from atft_pipeline.dataset import write_manifest
 from atft_pipeline.sources import RAW_TABLES
@@ -330,6 +331,20 @@ def test_constant_predictions_are_not_evaluated_silently(work: Path, instance: d
     pl.read_parquet(file).with_columns(score_1d=pl.lit(1.0, pl.Float32)).write_parquet(file)
     check = outcomes(evaluated(run_dir, instance))["evaluation_20ep:reproduces_record"]
     assert not check.passed
+
+
+def test_a_run_judged_on_all_stocks_is_evaluated_on_all_stocks(work: Path, instance: dg.DagsterInstance) -> None:
+    everywhere = {"train.universe": "all", "evaluation.universe": "all"}
+    selection = 'key:"training_run_5ep" or key:"evaluation_5ep"'
+    result = make(selection, instance, training(5, EVER, everywhere))
+    assert outcomes(result)["evaluation_5ep:reproduces_record"].passed
+    (run_dir,) = (work / "output" / "runs").glob("model_5ep-*")
+    assert {row["slice"] for row in recorded_rows(run_dir, "daily", "validation")} == {"all"}
+    (event,) = [e for e in result.get_asset_materialization_events() if e.asset_key == dg.AssetKey("evaluation_5ep")]
+    metadata = event.materialization.metadata
+    assert isinstance(metadata["validation_sharpe_daily"], dg.FloatMetadataValue)
+    assert str(metadata["statistics"].value).startswith("| statistic | unit | validation | test |")
+    assert str(metadata["cumulative_return"].value).startswith("![Cumulative long-short return](data:image/png;base64,")
 
 
 def test_a_run_directory_that_is_gone_or_another_run_is_refused(work: Path, instance: dg.DagsterInstance) -> None:

@@ -1,0 +1,162 @@
+"""The commands as a user types them: real processes, one folder, history kept between calls, exit codes.
+
+The tests build on each other in the order of the file, as a user's calls do; each says what it starts from.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+from dagster_runs import (
+    BIN,
+    EVER,
+    NEVER,
+    UPSTREAM_CONFIG,
+    command,
+    environment,
+    first_error,
+    history,
+    make_source,
+    materialize,
+    training,
+    workspace,
+)
+
+from assets.__main__ import main
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder all commands run in; it starts with nothing but the configuration files and a source."""
+    path = workspace(tmp_path_factory.mktemp("checkout"))
+    make_source(path / "source")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(path)
+        patch.delenv("DAGSTER_HOME", raising=False)
+        yield path
+
+
+def newest(folder: Path, asset: str) -> dict[str, Any]:
+    """Metadata of the asset's newest materialization, {} when it was never made."""
+    with history(folder) as instance:
+        event = instance.get_latest_materialization_event(dg.AssetKey(asset))
+    return {} if event is None else {k: v.value for k, v in event.asset_materialization.metadata.items()}
+
+
+def test_nothing_upstream_is_one_line_that_names_the_command(folder: Path) -> None:
+    done = materialize(folder, "model_50ep")
+    assert done.returncode == 1
+    line = first_error(done.stdout)
+    assert " - ERROR - " in line
+    assert "model_50ep: there is no ml_dataset yet" in line
+    assert "run `dagster asset materialize --select '+key:model_50ep'`" in line
+    assert not (folder / "output").exists()
+
+
+def test_failed_criterion_exits_1_and_is_explained_and_the_long_run_does_not_start(folder: Path) -> None:
+    """From nothing: everything upstream, model_20ep, its explanation, and model_120ep behind the gate."""
+    ops = UPSTREAM_CONFIG | training(20, NEVER) | training(120, NEVER)
+    done = materialize(folder, "+key:model_120ep,+key:diagnostics_20ep", ops, source=folder / "source")
+    assert done.returncode == 1
+    assert "model_20ep: failed: Sharpe" in first_error(done.stdout)
+    assert newest(folder, "model_20ep")["run_dir"] == newest(folder, "evaluation_20ep")["run_dir"]
+    assert Path(newest(folder, "diagnostics_20ep")["report_html"]).is_file()
+    assert newest(folder, "model_120ep") == {}
+    assert "epoch 1/120" not in done.stdout
+
+
+def test_gate_stays_shut_in_a_later_run(folder: Path) -> None:
+    """From a model_20ep whose criterion failed."""
+    done = materialize(folder, "model_120ep", training(120, NEVER))
+    assert done.returncode == 1
+    line = first_error(done.stdout)
+    assert "gate shut: the success criterion of model_20ep failed (failed: Sharpe" in line
+    assert "dagster asset materialize --select model_20ep" in line
+    assert """--config-json '{"ops": {"train_120ep": {"config": {"override_reason": "WHY"}}}}'""" in line
+
+
+def test_dg_launch_works_on_the_same_history_and_a_later_call_explains_that_very_run(folder: Path) -> None:
+    """Only model_20ep is selected, with another criterion than before; its record is written all the same."""
+    before = newest(folder, "evaluation_20ep")["run_dir"]
+    config = json.dumps({"ops": training(20, EVER)})
+    done = command(folder, ["dg", "launch", "--assets", "model_20ep", "--config-json", config])
+    assert done.returncode == 0, done.stdout
+    run_dir = newest(folder, "training_run_20ep")["run_dir"]
+    assert run_dir == newest(folder, "model_20ep")["run_dir"] != before
+
+    assert materialize(folder, "evaluation_20ep,diagnostics_20ep").returncode == 0
+    assert newest(folder, "evaluation_20ep")["run_dir"] == run_dir
+    assert newest(folder, "diagnostics_20ep")["run_dir"] == run_dir
+
+
+def test_a_killed_training_gives_its_slot_back_and_goes_on_where_it_stopped(folder: Path) -> None:
+    """The whole process group of a model_50ep is killed, as a machine that runs out of memory would."""
+    arguments = ["dagster", "asset", "materialize", "--select", "model_50ep"]
+    config = ["--config-json", json.dumps({"ops": training(50, EVER)})]
+    output = folder / "killed.log"
+    with output.open("w") as log:
+        process = subprocess.Popen(
+            [str(BIN / arguments[0]), *arguments[1:], *config],
+            cwd=folder, env=environment(None), stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+        deadline = time.monotonic() + 120
+        while "epoch 3/50" not in output.read_text() and time.monotonic() < deadline:
+            assert process.poll() is None, output.read_text()
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+    done = materialize(folder, "model_50ep", training(50, EVER))
+    assert done.returncode == 0, done.stdout
+    assert "goes on after epoch" in done.stdout
+    assert "epoch 1/50" not in done.stdout
+
+
+def assert_last_lines(output: str, verdict_begins: str) -> None:
+    report, verdict, ui = [line for line in output.splitlines() if line.strip()][-3:]
+    assert report.startswith("report:   ")
+    assert Path(report.split()[1]).is_file()
+    assert verdict.startswith(f"verdict:  {verdict_begins}")
+    assert ui == "UI:       make ui"
+
+
+def test_main_job_returns_0_when_the_criterion_passed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In this process; reuses the run that was killed and finished, on a dataset made again."""
+    monkeypatch.setenv("ATFT_SOURCE", str(folder / "source"))
+    monkeypatch.setenv("ATFT_PRESET", "quick")
+    assert main({"ops": UPSTREAM_CONFIG | training(50, EVER)}) == 0
+    assert_last_lines(capsys.readouterr().out, "passed")
+    assert newest(folder, "model_50ep")["reused"] is True
+
+
+def test_main_job_exits_1_when_the_criterion_failed_and_still_ends_with_the_report(folder: Path) -> None:
+    ops = UPSTREAM_CONFIG | training(50, NEVER)
+    script = f"import sys; from assets.__main__ import main; sys.exit(main({{'ops': {ops!r}}}))"
+    done = command(folder, ["python", "-c", script], source=folder / "source")
+    assert done.returncode == 1, done.stdout
+    assert_last_lines(done.stdout, "failed: Sharpe")
+
+
+def test_main_job_that_cannot_start_says_so_and_exits_1(folder: Path) -> None:
+    done = command(folder, ["python", "-m", "assets"], source=folder / "nowhere")
+    assert done.returncode == 1
+    assert "nowhere is not a folder" in first_error(done.stdout)
+    assert "main job: stopped before diagnostics" in done.stdout
+
+
+def test_code_location_loads_from_the_workspace_file(folder: Path) -> None:
+    """What `make ui` loads."""
+    done = command(folder, ["dagster", "definitions", "validate", "-w", "workspace.yaml"])
+    assert done.returncode == 0, done.stdout
+    assert "Validation successful for code location assets.definitions" in done.stdout
