@@ -6,10 +6,7 @@ import dagster as dg
 
 from assets.evaluation import statistics_table
 from assets.outcomes import failing_with_one_sentence, markdown_table, numbers
-from atft_pipeline.baselines import fit_baselines
-from atft_pipeline.blocks import load_panel
 from atft_pipeline.evaluation import Evaluation, evaluate
-from atft_pipeline.scoring import slice_mask
 from atft_pipeline.splits import make_split
 from resources.compute import Compute
 from resources.dataset_store import DatasetStore
@@ -30,6 +27,10 @@ class BaselineOverrides(dg.Config):
 def baselines(
     context: dg.AssetExecutionContext, config: BaselineOverrides, store: DatasetStore, compute: Compute
 ) -> dg.MaterializeResult:
+    from atft_pipeline.baselines import fit_baselines
+    from atft_pipeline.blocks import load_panel
+    from atft_pipeline.scoring import slice_mask
+
     with failing_with_one_sentence(context):
         dataset, manifest = store.current("ml_dataset", "baselines")
         settings, _ = compute.configuration(

@@ -14,7 +14,6 @@ from assets.gate import last_materialization
 from assets.outcomes import failing_with_one_sentence, markdown_table, numbers
 from atft_pipeline.errors import InputError
 from atft_pipeline.lineage import read_run
-from atft_pipeline.verdict import read_verdict
 
 PASSES = ("passed", "not_applicable")
 """Statuses of a verdict with which the criterion's check passes: a run too short to be judged has not failed."""
@@ -46,6 +45,8 @@ def run_checks(epochs: int) -> dg.AssetChecksDefinition:
         ],
     )
     def judge(context: dg.AssetCheckExecutionContext) -> Iterator[dg.AssetCheckResult]:
+        from atft_pipeline.verdict import read_verdict
+
         with failing_with_one_sentence(context):
             verdict = read_verdict(judged_run(context.instance, run))
         say = context.log.info if verdict["status"] in PASSES else context.log.error

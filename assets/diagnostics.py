@@ -5,7 +5,6 @@ import dagster as dg
 from assets.checks import recorded_run
 from assets.outcomes import failing_with_one_sentence, markdown_table, numbers
 from assets.training import run_asset_key
-from atft_pipeline.diagnostics import diagnose, write_report
 
 
 def diagnostics_asset(epochs: int) -> dg.AssetsDefinition:
@@ -20,6 +19,8 @@ def diagnostics_asset(epochs: int) -> dg.AssetsDefinition:
         description=f"Findings over the lineage of the {epochs}-epoch run, with evidence, next steps and experiments.",
     )
     def diagnostics(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
+        from atft_pipeline.diagnostics import diagnose, write_report
+
         with failing_with_one_sentence(context):
             run_dir = recorded_run(context, epochs)
             diagnosis = diagnose(run_dir)

@@ -8,12 +8,9 @@ import dagster as dg
 
 from assets.checks import recorded_run
 from assets.outcomes import failing_with_one_sentence, held, markdown_table, numbers
-from assets.pictures import cumulative_return, embedded
 from assets.training import run_asset_key
 from atft_pipeline.config import from_dict
 from atft_pipeline.dataset import read_table as read_parquet
-from atft_pipeline.diagnostics.plots import draw
-from atft_pipeline.diagnostics.record import open_record
 from atft_pipeline.evaluation import Evaluation, evaluate_table
 from atft_pipeline.lineage import read_run, read_table
 
@@ -41,6 +38,10 @@ def evaluation_asset(epochs: int) -> dg.AssetsDefinition:
         ],
     )
     def evaluation(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
+        from assets.pictures import cumulative_return, embedded
+        from atft_pipeline.diagnostics.plots import draw
+        from atft_pipeline.diagnostics.record import open_record
+
         with failing_with_one_sentence(context):
             run_dir = recorded_run(context, epochs)
             evaluations = evaluate_run(run_dir)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
@@ -11,10 +11,12 @@ from assets.outcomes import failing_with_one_sentence, numbers
 from atft_pipeline.criterion import gate_decision
 from atft_pipeline.errors import InputError
 from atft_pipeline.lineage import config_key, read_run
-from atft_pipeline.run_plan import Plan, plan_run
-from atft_pipeline.training import Outcome, train
 from resources.compute import Compute
 from resources.dataset_store import DatasetStore
+
+if TYPE_CHECKING:
+    from atft_pipeline.run_plan import Plan
+    from atft_pipeline.training import Outcome
 
 RUN_LENGTHS = (5, 20, 50, 120)
 """Epochs of the runs this project offers; the last one is gated by the one of 20."""
@@ -75,6 +77,9 @@ def training_assets(epochs: int) -> dg.AssetsDefinition:
     def training(
         context: dg.AssetExecutionContext, config: TrainingRunConfig, store: DatasetStore, compute: Compute
     ) -> Iterator[dg.MaterializeResult]:
+        from atft_pipeline.run_plan import plan_run
+        from atft_pipeline.training import train
+
         with failing_with_one_sentence(context):
             dataset, data = store.current("ml_dataset", name)
             graph, _ = store.current("stock_graph", name)
@@ -110,7 +115,7 @@ def training_assets(epochs: int) -> dg.AssetsDefinition:
     return training
 
 
-def require_open_gate(context: dg.AssetExecutionContext, plan: Plan, override_reason: str | None) -> dict[str, str]:
+def require_open_gate(context: dg.AssetExecutionContext, plan: "Plan", override_reason: str | None) -> dict[str, str]:
     """What the gate adds to the run's record; raises InputError when `model_20ep` does not speak for this run."""
     current = {"dataset_fingerprint": plan.dataset_manifest["fingerprint"], "config_key": config_key(plan.config)}
     decision = gate_decision(
@@ -125,7 +130,7 @@ def require_open_gate(context: dg.AssetExecutionContext, plan: Plan, override_re
 
 
 def _results(
-    context: dg.AssetExecutionContext, epochs: int, outcome: Outcome, gate: dict[str, str]
+    context: dg.AssetExecutionContext, epochs: int, outcome: "Outcome", gate: dict[str, str]
 ) -> Iterator[dg.MaterializeResult]:
     """Materializations of what was selected; the run's record is logged even when it was not.
 

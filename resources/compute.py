@@ -1,11 +1,14 @@
-"""What the machine offers a training run: device, threads, and the run size that fits them."""
+"""What the machine offers a training run: device, threads, and the run size that fits them.
+
+Here and in `assets/`, torch and matplotlib are imported where they are used: a command that only starts steps in other
+processes would wait seconds for them.
+"""
 
 import os
 from collections.abc import Mapping
 from typing import Any
 
 import dagster as dg
-import torch
 
 from atft_pipeline.config import PipelineConfig, report_overrides, with_overrides
 from atft_pipeline.errors import InputError
@@ -46,8 +49,12 @@ class Compute(dg.ConfigurableResource):
     def _default_preset(embedded: bool) -> str:
         if embedded:
             return "quick"
+        import torch
+
         return "production" if torch.cuda.is_available() else "cpu"
 
     def apply_threads(self) -> None:
         if self.threads > 0:
+            import torch
+
             torch.set_num_threads(self.threads)

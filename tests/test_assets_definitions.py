@@ -68,6 +68,12 @@ def test_one_training_at_a_time_and_nothing_is_retried() -> None:
     assert not [name for name, op in ops.items() if getattr(op, "retry_policy", None)]
 
 
+def test_the_code_location_loads_without_what_only_steps_need() -> None:
+    """Every command starts with this import; torch and matplotlib would more than double it."""
+    script = "import sys, assets.definitions; print([m for m in ('torch', 'matplotlib') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
 def test_steps_run_in_processes_of_their_own() -> None:
     assert defs.executor is one_process_per_step
 

@@ -11,7 +11,7 @@ import dagster as dg
 import pytest
 from dagster_runs import EVER, NEVER, UPSTREAM, UPSTREAM_CONFIG, failures, made, make, make_source, outcomes, training
 
-import assets.training
+import atft_pipeline.training
 from assets.gate import GATE_MODEL, last_check, last_materialization
 from atft_pipeline.config import with_overrides
 from atft_pipeline.errors import RunFailure
@@ -54,7 +54,7 @@ def instance() -> Iterator[dg.DagsterInstance]:
 def started(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What the long run records of its overrides once it starts; 120 epochs would show no more."""
     recorded: dict[str, Any] = {}
-    train = assets.training.train
+    train = atft_pipeline.training.train
 
     def starts(settings: Any, *inputs: Any, overrides: dict[str, Any], **options: Any) -> Any:
         if settings.train.epochs < 120:
@@ -62,7 +62,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         recorded.update(overrides)
         raise RunFailure("seen enough")
 
-    monkeypatch.setattr(assets.training, "train", starts)
+    monkeypatch.setattr(atft_pipeline.training, "train", starts)
     return recorded
 
 
