@@ -191,7 +191,7 @@ def _stability(signals: Signals) -> str:
         "gradient warnings": "gradient_warnings",
         "share of steps clipped": "clipped_share",
         "share of time waiting for data": "loader_wait_share",
-        "std of scores over std of targets": "score_dispersion",
+        "std of scores over std of raw returns": "score_dispersion",
         "live features": "live_features",
         "features": "features",
     }

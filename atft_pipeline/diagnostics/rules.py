@@ -160,7 +160,7 @@ RULES: tuple[Rule, ...] = (
         "validity",
         "invalid",
         _when(("score_dispersion", "<", 1e-6)),
-        "std of the scores over std of the targets, median session: {score_dispersion:.2g}",
+        "std of the scores over std of the raw returns, median session: {score_dispersion:.2g}",
         "re-draw the head earlier and learn from ranks: {train} --set train.guard.patience=1 --set train.loss.ic=0.5",
         "Are the predictions degenerate?",
     ),
