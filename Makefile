@@ -17,7 +17,7 @@ run: $(STAMP)  ## embedded market to a judged model_50ep, with evaluation and di
 	$(BIN)/python -m assets
 
 test: $(STAMP) lint  ## lint, types and the whole test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .
