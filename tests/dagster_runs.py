@@ -87,9 +87,14 @@ def made(result: dg.ExecuteInProcessResult) -> set[str]:
 
 
 def first_error(output: str) -> str:
-    """The first line of a console that reports an error, a stack trace's included."""
+    """The first line of a console that reports an error, a stack trace's included.
+
+    A step that does not start because another failed is no error of its own. The console shows it before or after the
+    failure: Dagster passes what a step's process prints through a file.
+    """
     signs = (" - ERROR - ", "Traceback", "Stack Trace", "Error:")
-    return next((line for line in output.splitlines() if any(sign in line for sign in signs)), "")
+    lines = [line for line in output.splitlines() if "Dependencies for step" not in line]
+    return next((line for line in lines if any(sign in line for sign in signs)), "")
 
 
 # Processes -----------------------------------------------------------------------------------------------------
