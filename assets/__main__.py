@@ -4,6 +4,7 @@ Exits 0 when everything held, 1 when the criterion or a step failed; ends with w
 line, and the command for the UI.
 """
 
+import json
 import os
 import sys
 from collections.abc import Mapping
@@ -35,7 +36,11 @@ def main(run_config: Mapping[str, Any] | None = None) -> int:
         print("\nmain job: stopped before diagnostics; the first error above says where", file=sys.stderr)
         return 1
     metadata = reports[0].materialization.metadata
-    print(f"\nreport:   {metadata['report_html'].value}")
+    verdict = json.loads((Path(str(metadata["run_dir"].value)) / "verdict.json").read_text(encoding="utf-8"))
+    print()
+    for warning in verdict["warnings"]:
+        print(f"warning:  {warning}")
+    print(f"report:   {metadata['report_html'].value}")
     print(f"verdict:  {metadata['verdict'].value}")
     print("UI:       make ui")
     return 0 if result.success else 1

@@ -32,6 +32,7 @@ def diagnostics_asset(epochs: int) -> dg.AssetsDefinition:
                 "run_dir": dg.MetadataValue.path(str(run_dir)),
                 "headline": diagnosis.headline,
                 "verdict": diagnosis.verdict_line,
+                "warnings": markdown_table([{"warning": warning} for warning in diagnosis.warnings]),
                 "report_html": dg.MetadataValue.path(str(report.html)),
                 **numbers({status: statuses.count(status) for status in ("fired", "not_fired", "not_assessable")}),
                 "findings": markdown_table(diagnosis.table()),

@@ -8,7 +8,8 @@ import dagster as dg
 
 from assets.gate import GATE_MODEL, last_check, last_materialization
 from assets.outcomes import failing_with_one_sentence, numbers
-from atft_pipeline.criterion import gate_decision
+from atft_pipeline.config import EvaluationConfig
+from atft_pipeline.criterion import changed_criterion, gate_decision
 from atft_pipeline.errors import InputError
 from atft_pipeline.lineage import config_key, read_run
 from resources.compute import Compute
@@ -28,6 +29,8 @@ class TrainingRunConfig(dg.Config):
     """Any field of the configuration by its dotted name, e.g. {"model.hidden_size": 512}."""
     force: bool = False
     """Train again although a finished run of the same configuration, code and data exists."""
+    criterion_reason: str | None = None
+    """Why the success criterion is not the defined one, where overrides change it. Recorded with the run."""
     override_reason: str | None = None
     """model_120ep only: why it should run although the gate is shut. Recorded with the run."""
 
@@ -93,6 +96,7 @@ def training_assets(epochs: int) -> dg.AssetsDefinition:
                 embedded=store.is_embedded(data["source"]["path"]),
                 overrides=config.overrides | {"train.epochs": epochs},
             )
+            recorded |= require_criterion(name, settings.evaluation, config.criterion_reason)
             plan = plan_run(settings, dataset, graph)
             gate: dict[str, str] = {}
             if epochs == GATED_LENGTH:
@@ -113,6 +117,19 @@ def training_assets(epochs: int) -> dg.AssetsDefinition:
         yield from _results(context, epochs, outcome, gate)
 
     return training
+
+
+def require_criterion(name: str, evaluation: EvaluationConfig, reason: str | None) -> dict[str, str]:
+    """What a changed criterion adds to the run's record; raises InputError when it is changed without a reason."""
+    changed = changed_criterion(evaluation)
+    stated = (reason or "").strip()
+    if changed is None and stated:
+        raise InputError(f"{name}: criterion_reason is set, but no override changes the success criterion; drop it")
+    if changed is not None and not stated:
+        raise InputError(
+            f"{name}: overrides change the success criterion ({changed}); drop them, or say why in criterion_reason"
+        )
+    return {"criterion_reason": stated} if stated else {}
 
 
 def require_open_gate(context: dg.AssetExecutionContext, plan: "Plan", override_reason: str | None) -> dict[str, str]:

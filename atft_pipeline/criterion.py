@@ -76,6 +76,21 @@ MILESTONES: tuple[tuple[int, float, float], ...] = ((5, 0.08, 0.10), (20, 0.10, 
 BEYOND_50: tuple[float, float] = (0.30, 0.85)
 
 
+CRITERION_FIELDS: tuple[str, ...] = ("criterion_sharpe", "criterion_epoch", "universe", "quantile")
+"""Fields of the evaluation that define the criterion; their defaults are the definition."""
+
+
+def changed_criterion(config: EvaluationConfig) -> str | None:
+    """How `config` departs from the success criterion as defined, or None."""
+    defined = EvaluationConfig()
+    changes = [
+        f"{name} {getattr(config, name)} instead of {getattr(defined, name)}"
+        for name in CRITERION_FIELDS
+        if getattr(config, name) != getattr(defined, name)
+    ]
+    return ", ".join(changes) or None
+
+
 def judge(
     *,
     config: EvaluationConfig,
@@ -120,6 +135,7 @@ def judge(
         },
         "final": _plain(final),
         "warnings": [
+            *([f"not the success criterion as defined: {changed}"] if (changed := changed_criterion(config)) else []),
             *_evidence_warnings(status, evidence),
             *_reversal_warning(evidence, reversal_sharpe),
             *(f"training health: {item.name}: {item.explanation}" for item in health if item.passed is not True),

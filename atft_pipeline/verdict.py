@@ -40,6 +40,7 @@ from atft_pipeline.validity import (
     ValidityItem,
     forward_returns,
     lag_scan,
+    not_assessable,
     validity_battery,
 )
 
@@ -164,7 +165,7 @@ def write_verdict(run_dir: Path) -> dict[str, Any]:
         epochs_planned=header["epochs_planned"],
         epochs_done=last,
         evidence=_evidence(evals, config, judged),
-        validity=_validity(batteries) if battery else [],
+        validity=[*_validity(batteries), _weights_left_their_start(header, evals, judged)] if battery else [],
         health=_health(run_dir),
         progress=_progress(run_dir, evals, config),
         reversal_sharpe=battery["reversal_sharpe"] if battery else None,
@@ -224,6 +225,23 @@ def _validity(batteries: Rows) -> list[ValidityItem]:
         for battery in batteries
         for item in battery["items"]
     ]
+
+
+def _weights_left_their_start(header: Mapping[str, Any], evals: Rows, epoch: int) -> ValidityItem:
+    """Passes when the weights judged are not the initial ones: a Sharpe of untrained weights is luck."""
+    name = "weights_left_their_start"
+    judged = {row["weights_hash"] for row in evals if row["epoch"] == epoch}
+    initial = header.get("initial_weights_hash")
+    if not judged or initial is None:
+        return not_assessable(name, "the hash of the initial or of the judged weights is not recorded")
+    same = initial in judged
+    return ValidityItem(
+        name,
+        not same,
+        float(same),
+        0.0,
+        "the weights judged are the initial ones" if same else "trained weights",
+    )
 
 
 def _health(run_dir: Path) -> list[HealthItem]:

@@ -157,6 +157,19 @@ def test_blank_override_reason_does_not_open_the_gate(work: Path, instance: dg.D
     assert "never materialized" in refusal(instance, override_reason="  ")
 
 
+def test_changed_criterion_needs_a_reason(work: Path, instance: dg.DagsterInstance) -> None:  # noqa: ARG001
+    result = make('key:"model_5ep"', instance, training(5, EVER, criterion_reason=None))
+    assert failures(result)["train_5ep"] == (
+        "model_5ep: overrides change the success criterion (criterion_sharpe -9.0 instead of 0.1);"
+        " drop them, or say why in criterion_reason"
+    )
+
+
+def test_criterion_reason_without_a_change_is_refused(work: Path, instance: dg.DagsterInstance) -> None:  # noqa: ARG001
+    result = make('key:"model_5ep"', instance, training(5, 0.1))
+    assert "no override changes the success criterion" in failures(result)["train_5ep"]
+
+
 def test_override_reason_belongs_to_the_gated_run_only(work: Path, instance: dg.DagsterInstance) -> None:  # noqa: ARG001
     result = make('key:"model_5ep"', instance, training(5, EVER, override_reason="because"))
     assert failures(result)["train_5ep"] == "model_5ep: override_reason only applies to model_120ep"

@@ -11,6 +11,7 @@ import pytest
 from training_runs import series, settings
 
 from atft_pipeline import lineage
+from atft_pipeline.config import PipelineConfig, to_dict
 from atft_pipeline.errors import InputError
 from atft_pipeline.lineage import (
     RunRecord,
@@ -41,6 +42,35 @@ def test_a_run_key_names_configuration_code_and_data(monkeypatch):
     monkeypatch.setattr(lineage, "code_revision", lambda: "other code")
     others.append(key(settings()))
     assert len({base, *others}) == 5
+
+
+def leaves(values, prefix=""):
+    for name, value in values.items():
+        dotted = f"{prefix}{name}"
+        yield from leaves(value, f"{dotted}.") if isinstance(value, dict) else [(dotted, value)]
+
+
+def changed(value):
+    """Another value of the same JSON type; hashing needs no valid configuration."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int | float):
+        return value + 1
+    return [*value, 0.5] if isinstance(value, list) else f"{value}-other"
+
+
+@pytest.mark.parametrize("dotted", [name for name, _ in leaves(to_dict(PipelineConfig()))])
+def test_every_field_of_the_configuration_is_in_the_run_key(dotted, monkeypatch):
+    """A field left out would hand one run's result to another: the failure that this project started from."""
+    values = to_dict(PipelineConfig())
+    base = key(PipelineConfig())
+    *stages, leaf = dotted.split(".")
+    section = values
+    for stage in stages:
+        section = section[stage]
+    section[leaf] = changed(section[leaf])
+    monkeypatch.setattr(lineage, "to_dict", lambda _: values)
+    assert key(PipelineConfig()) != base
 
 
 def test_a_config_key_leaves_out_the_epochs_and_nothing_else():

@@ -13,10 +13,15 @@ import pytest
 from training_runs import Data, evals, hashes, header, settings, train_quietly, validity, verdict
 
 from atft_pipeline import training
+from atft_pipeline import verdict as verdict_module
+from atft_pipeline.blocks import load_panel
+from atft_pipeline.config import EvaluationConfig
+from atft_pipeline.criterion import changed_criterion
 from atft_pipeline.dataset import manifest_path, membership_path
 from atft_pipeline.errors import InputError
 from atft_pipeline.portfolio import long_short
 from atft_pipeline.scoring import score_sessions
+from atft_pipeline.splits import make_split
 from atft_pipeline.verdict import read_verdict, write_verdict
 
 ITEMS = (
@@ -34,6 +39,31 @@ LOW, HIGH = {"evaluation.criterion_sharpe": -9.0}, {"evaluation.criterion_sharpe
 def copied(trained, tmp_path):
     """A finished run alone in a place of its own."""
     return shutil.copytree(trained(LOW), tmp_path / "alone" / "run")
+
+
+def test_a_changed_criterion_is_warned_of(trained):
+    changed = (
+        "not the success criterion as defined: criterion_sharpe -9.0 instead of 0.1, criterion_epoch 2 instead of 20"
+    )
+    assert changed in verdict(trained(LOW))["warnings"]
+    assert changed_criterion(EvaluationConfig(cost_bps=0.0, bootstrap_samples=5)) is None
+
+
+def test_the_reversal_beside_the_verdict_is_chosen_on_training_sessions_alone(data, tmp_path, monkeypatch):
+    chosen = []
+    reversal = verdict_module.one_factor_reversal
+
+    def watched(*arrays, **options):
+        chosen.append(arrays[-1])
+        return reversal(*arrays, **options)
+
+    monkeypatch.setattr(verdict_module, "one_factor_reversal", watched)
+    run_dir = train_quietly(settings(), data, tmp_path / "run").run_dir
+    panel = load_panel(data.dataset, "all")
+    train_sessions = make_split(panel.sessions, settings().split).train
+    assert len(chosen) == 2
+    assert all(np.array_equal(sessions, train_sessions) for sessions in chosen)
+    assert verdict(run_dir)["reversal_sharpe"] is not None
 
 
 # The criterion --------------------------------------------------------------------------------------------------
@@ -86,7 +116,7 @@ def test_a_verdict_names_what_it_judged(trained):
 
 def test_a_sound_run_passes_every_item_at_the_criterion_epoch_and_the_last(trained):
     expected = {f"{item} (epoch {epoch})" for epoch in (2, 3) for item in ITEMS}
-    assert set(validity(trained())) == expected
+    assert set(validity(trained())) == expected | {"weights_left_their_start"}
     assert all(passed is True for passed in validity(trained()).values())
 
 
@@ -123,10 +153,12 @@ def test_scores_that_stay_from_one_epoch_to_the_next_are_caught(data, tmp_path, 
     vetoed(data, tmp_path / "run", ITEMS[5])
 
 
-def test_a_rate_of_zero_excuses_scores_that_stay(data, tmp_path):
-    still = train_quietly(settings({"train.optimizer.lr": 0.0}), data, tmp_path / "run").run_dir
+def test_a_rate_of_zero_excuses_scores_that_stay_but_not_untrained_weights(data, tmp_path):
+    still = train_quietly(settings({"train.optimizer.lr": 0.0} | LOW), data, tmp_path / "run").run_dir
     assert len(set(hashes(still).values())) == 1
     assert validity(still)[f"{ITEMS[5]} (epoch 2)"] is True
+    assert validity(still)["weights_left_their_start"] is False
+    assert verdict(still)["status"] == "invalid"
     assert any("parameters_moved" in warning for warning in verdict(still)["warnings"])
 
 
@@ -189,8 +221,8 @@ def test_the_evaluation_of_a_neighbouring_run_cannot_enter(copied, trained):
     shutil.copytree(trained(LOW), copied.with_name("run-attempt2"))
     (copied / "evals" / "epoch_002.parquet").unlink()
     found = write_verdict(copied)
-    assert found["status"] == "failed"
-    assert "no Sharpe was measured at epoch 2" in found["summary"]
+    assert found["status"] == "invalid"
+    assert "the hash of the initial or of the judged weights is not recorded" in found["summary"]
     assert found["criterion"]["value"] is None
 
 

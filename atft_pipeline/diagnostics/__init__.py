@@ -28,6 +28,7 @@ def diagnose(run_dir: Path) -> Diagnosis:
             run=record.run,
             final=final if isinstance(final, dict) else {},
             verdict_line=str(record.verdict.get("summary") or "no verdict was written"),
+            warnings=[str(warning) for warning in record.verdict.get("warnings") or []],
             slice=record.slice,
             criterion_epoch=record.criterion_epoch,
             signals=signals,

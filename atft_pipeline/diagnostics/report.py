@@ -48,6 +48,8 @@ class Diagnosis:
     run: dict[str, Any]
     final: dict[str, Any]
     verdict_line: str
+    warnings: list[str]
+    """What the verdict warns of, whatever its status."""
     slice: str
     criterion_epoch: int
     signals: Signals
@@ -170,6 +172,7 @@ def _blind(count: int) -> str:
 
 def _final_results(diagnosis: Diagnosis) -> str:
     verdict = f"Verdict: {diagnosis.verdict_line}"
+    verdict += "".join(f"\n\nWarning: {warning}" for warning in diagnosis.warnings)
     splits = {name: s for name, s in diagnosis.final.items() if isinstance(s, Mapping)}
     if not splits:
         by_epoch = _shown(diagnosis, "sharpe_by_epoch")
@@ -191,7 +194,7 @@ def _stability(signals: Signals) -> str:
         "gradient warnings": "gradient_warnings",
         "share of steps clipped": "clipped_share",
         "share of time waiting for data": "loader_wait_share",
-        "std of scores over std of raw returns": "score_dispersion",
+        "std of scores within a session, targets 1": "score_dispersion",
         "live features": "live_features",
         "features": "features",
     }

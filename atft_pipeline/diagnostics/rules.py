@@ -160,7 +160,7 @@ RULES: tuple[Rule, ...] = (
         "validity",
         "invalid",
         _when(("score_dispersion", "<", 1e-6)),
-        "std of the scores over std of the raw returns, median session: {score_dispersion:.2g}",
+        "std of the scores within a session, median: {score_dispersion:.2g}",
         "re-draw the head earlier and learn from ranks: {train} --set train.guard.patience=1 --set train.loss.ic=0.5",
         "Are the predictions degenerate?",
     ),
@@ -368,6 +368,18 @@ RULES: tuple[Rule, ...] = (
         "check how the term is computed and that it reaches the total; meanwhile set its weight to 0",
         "Sharpe term absent from the loss?",
     ),
+    # Nothing learnt at all comes before what the loss lacks: a Sharpe term is no help without signal.
+    Rule(
+        "ic_flat",
+        "IC does not rise and cannot be told from zero: nothing was learnt that generalises",
+        "ic",
+        "explanation",
+        _when(("ic_rise_t", "<", 2.0), ("ic_last_t", "<", 2.0)),
+        "IC {ic_last:.4f}, RankIC {rank_ic_last:.4f}, at best {ic_last_t:.1f} standard errors from zero; change since"
+        " the first evaluation {ic_rise_t:.1f}",
+        "ask the baselines whether the features hold any signal: `dagster asset materialize --select baselines`",
+        "IC flat?",
+    ),
     Rule(
         "sharpe_term_absent",
         "the Sharpe is low and the loss has no Sharpe term",
@@ -399,17 +411,6 @@ RULES: tuple[Rule, ...] = (
         " errors (paired by session)",
         "weigh the tails, i.e. the Sharpe term (experiment B): {experiment_b}",
         "IC rising with Sharpe flat?",
-    ),
-    Rule(
-        "ic_flat",
-        "IC does not rise and cannot be told from zero: nothing was learnt that generalises",
-        "ic",
-        "explanation",
-        _when(("ic_rise_t", "<", 2.0), ("ic_last_t", "<", 2.0)),
-        "IC {ic_last:.4f}, RankIC {rank_ic_last:.4f}, at best {ic_last_t:.1f} standard errors from zero; change since"
-        " the first evaluation {ic_rise_t:.1f}",
-        "ask the baselines whether the features hold any signal: `dagster asset materialize --select baselines`",
-        "IC flat?",
     ),
     # Gradients -----------------------------------------------------------------------------------------------------
     Rule(

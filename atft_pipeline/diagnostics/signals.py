@@ -206,16 +206,18 @@ def sharpe_by_epoch(record: Record) -> str | None:
 
 
 def score_dispersion(record: Record) -> float | None:
-    """Median over sessions of std(score) / std(target), from the newest stored predictions, else from the series."""
+    """Median over sessions of the std of scores, from the newest stored predictions, else the recorded ratio.
+
+    Standardised targets have std 1, so this is on the scale of the guard's dispersion ratio.
+    """
     for epoch in sorted(record.predictions, reverse=True):
         table = _read_predictions(record.predictions[epoch])
         if table is None or not table.num_rows:
             continue
         record.connection.register("scores", table)
         ratio = record.scalar(
-            """SELECT median(s / nullif(t, 0)) FROM (
-                 SELECT stddev_pop(score_1d) AS s, stddev_pop(target_1d) AS t FROM scores
-                 WHERE isfinite(score_1d) AND isfinite(target_1d) GROUP BY Date, split HAVING count(*) > 1)"""
+            """SELECT median(s) FROM (SELECT stddev_samp(score_1d) AS s FROM scores
+                 WHERE isfinite(score_1d) GROUP BY Date, split HAVING count(*) > 1)"""
         )
         record.connection.unregister("scores")
         if ratio is not None:

@@ -181,7 +181,6 @@ def build_dataset(
             "market": manifest["market"],
             "config": manifest["config"],
             "registry": manifest["registry_fingerprint"],
-            "tables": {name: table.get("sha256") for name, table in source.get("tables", {}).items()},
             "content": _content_hash(features, membership),
         }
     )

@@ -287,7 +287,10 @@ FEATURE_NAMES: tuple[str, ...] = tuple(feature.name for feature in REGISTRY)
 
 
 def registry_fingerprint() -> str:
-    """Hash of every row's definition; dataset, graph, run and checkpoint carry it, and a different one is refused."""
+    """Hash of every row's definition as written (names, windows, tables, formula texts), not of its code.
+
+    Dataset, run and checkpoint carry it; what the code made is in the dataset's own fingerprint, which hashes values.
+    """
     return sha256_of([_definition(feature) for feature in REGISTRY])
 
 
