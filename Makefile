@@ -25,7 +25,7 @@ lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/mypy
 
 ui: $(STAMP)  ## the Dagster UI on http://localhost:3000
-	$(BIN)/dagster dev -w workspace.yaml
+	DAGSTER_HOME=$(CURDIR) $(BIN)/dagster dev -w workspace.yaml
 
 constraints: $(STAMP)  ## write what is installed back to constraints.txt
 	{ head -1 constraints.txt; $(BIN)/pip freeze --exclude-editable | sed 's/+cpu//'; } > .constraints.new
