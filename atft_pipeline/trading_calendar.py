@@ -102,6 +102,12 @@ def sessions(market: str, first: dt.date | str, last: dt.date | str) -> NDArray[
     return known[(known >= np.datetime64(start, "D")) & (known <= np.datetime64(end, "D"))]
 
 
+def known_sessions(market: str, first: dt.date | str | np.datetime64, last: dt.date | str | np.datetime64) -> Any:
+    """`sessions`, of the part of first to last that the calendar's rules reach; none before 1997 or after 2200."""
+    start, end = max(_as_date(first), _LIBRARY_FIRST), min(_as_date(last), _LIBRARY_LAST)
+    return sessions(market, start, end) if start <= end else np.empty(0, "datetime64[D]")
+
+
 def close_time(market: str, session: dt.date | str | np.datetime64) -> dt.time:
     """Closing time of `session` in the exchange's time zone; what is disclosed before it is known at that close.
 

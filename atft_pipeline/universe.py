@@ -9,37 +9,25 @@ Adjustment is forward: P~_t = P_t / prod_{s<=t} AdjustmentFactor_s, V~_t = V_t *
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
 from atft_pipeline import trading_calendar
+from atft_pipeline.adjustment import HIT, RULES, Listings, Passed, StockMemory, median_reaches, pass_through
 from atft_pipeline.config import DatasetConfig
 from atft_pipeline.errors import InputError
+from atft_pipeline.price_panel import Categories, Days, Panel, PricePanel, day_array, positions, scattered
 from atft_pipeline.trading_calendar import MarketFacts, market_facts
 
-PRICES_COLUMNS: tuple[str, ...] = (
-    "Date", "Code", "Open", "High", "Low", "Close", "Volume", "TurnoverValue", "cumulative_factor",
-    "is_traded", "is_investable", "is_liquid", "is_listed_backfilled", "Sector33Code", "MarketCode",
-)  # fmt: skip
-"""Columns of the prices table, in order."""
-
-PRICE_FIELDS = ("Open", "High", "Low", "Close")
-STALE_SESSIONS = 5
-"""A stock stays a member, and its last close a price, for this many sessions after its last trade."""
-JUMP = 0.6
-"""Absolute log move that no session's price limit allows; 80 rows of ten real years exceed it, mostly penny stocks."""
-BREAK = math.log(4.5)
-"""Absolute log move beyond any real one: from here on up a fivefold jump with its noise is an error of scale."""
-RATIO_TOLERANCE = 0.06
-"""Log distance within which a move is a split's; a wider one took a 45 % fall over halted sessions for a split."""
-SPLIT_RATIOS = (2, 3, 4, 5, 10, 20, 50, 100, 200, 500, 1000)
-QUIET_TURNOVER = 3.0
-"""A split leaves the turnover where it was, a real halving multiplies it: above this many medians it is not a split."""
+RAW_QUOTES = ("Open", "High", "Low", "Close", "Volume", "TurnoverValue", "AdjustmentFactor")
+SHARE_CLASS = r"^\d[0-9A-Z]\d[0-9A-Z][1-9]$"
+"""Tokyo's codes of preferred shares and the like: the fifth character is not 0."""
 
 
 @dataclass(frozen=True)
@@ -75,54 +63,308 @@ QUARANTINE_RULES: dict[str, QuarantineRule] = {
 
 
 @dataclass(frozen=True)
+class UniverseMemory:
+    """What the universe remembers after a session; with it, later sessions continue as if all had been passed at once."""
+
+    sessions: Days
+    """All sessions so far."""
+    codes: tuple[str, ...]
+    """Every code seen, ascending, whether kept or dropped."""
+    stocks: StockMemory
+    turnover: Panel
+    """[S, N] of the last sessions, one fewer than the window of its median."""
+    factors_stated: bool
+    """Whether anybody has stated an AdjustmentFactor."""
+
+    @staticmethod
+    def empty() -> UniverseMemory:
+        return UniverseMemory(np.empty(0, "datetime64[D]"), (), StockMemory.of(0), np.empty((0, 0)), False)
+
+    def of_codes(self, codes: Sequence[str]) -> UniverseMemory:
+        """The same for `codes`, which contain those seen."""
+        turnover = np.full((len(self.turnover), len(codes)), np.nan)
+        turnover[:, np.isin(codes, self.codes)] = self.turnover
+        stocks = self.stocks.aligned(self.codes, codes)
+        return UniverseMemory(self.sessions, tuple(codes), stocks, turnover, self.factors_stated)
+
+
+@dataclass(frozen=True)
 class PricesResult:
-    prices: pl.DataFrame
-    """Columns PRICES_COLUMNS, sorted by Date, Code; one row per stock and session from its first trade to
-    STALE_SESSIONS after its last. An untraded session's OHLCV is null. Prices and volumes are forward adjusted,
-    TurnoverValue is not."""
+    panel: PricePanel
+    """Of the sessions passed now, and of the stocks that have ever traded."""
     quarantine: pl.DataFrame
     """rule, decision, Date, Code, detail; one row per hit, per code where the whole code is dropped."""
-    summary: dict[str, Any]
-    """rows, sessions, stocks, listed_backfilled_rows, quarantine (hits per rule), warnings."""
+    memory: UniverseMemory
+
+    @cached_property
+    def prices(self) -> pl.DataFrame:
+        """The panel as the long table, sorted by Date, Code."""
+        return self.panel.frame()
+
+    @cached_property
+    def summary(self) -> dict[str, Any]:
+        """rows, sessions, stocks, listed_backfilled_rows, quarantine (hits per rule), warnings."""
+        rows, backfilled = int(self.panel.has_row.sum()), int(self.panel.is_listed_backfilled.sum())
+        late = f"listed: sector and market of {backfilled:,} of {rows:,} rows come from a later snapshot"
+        return {
+            "rows": rows,
+            "sessions": int(self.panel.has_row.any(axis=1).sum()),
+            "stocks": int(self.panel.has_row.any(axis=0).sum()),
+            "listed_backfilled_rows": backfilled,
+            "quarantine": dict(self.quarantine.group_by("rule").len().sort("rule").iter_rows()),
+            "warnings": [late] if backfilled else [],
+        }
 
 
-def build_prices(tables: Mapping[str, pl.DataFrame], config: DatasetConfig) -> PricesResult:
+def build_prices(
+    tables: Mapping[str, pl.DataFrame], config: DatasetConfig, before: UniverseMemory | None = None
+) -> PricesResult:
     """The universe of `tables` (prices, listed, index as `Source.read` gives them).
 
     Investable at t: common stock, at least `min_history_sessions` traded sessions up to t, last traded close at or
     above the market's price floor, traded within 5 sessions. Liquid: investable, and the median turnover of the
     trailing 20 sessions at or above the market's floor, untraded sessions left out and two thirds of them needed.
 
+    With `before`, the prices are those after its last session, and what it remembers is continued.
+
     Raises: InputError when fewer than two common stocks trade.
     """
     facts = market_facts(config.market)
-    hits: list[pl.DataFrame] = []
-    raw = _with_traded(tables["prices"].sort("Code", "Date"))
-    raw, sessions = _on_exchange_days(raw, tables["index"], config.market, hits)
-    raw = _common_stocks(raw, tables["listed"], config.market, hits)
-    raw = _masked(raw, facts, hits)
-    raw = _with_cumulative_factor(raw, sessions, facts, hits)
-    stocks = raw.filter("is_traded")["Code"].unique()
-    if stocks.is_empty():
+    before = before or UniverseMemory.empty()
+    prices = tables["prices"]
+    sessions, row_session, closed = _on_exchange_days(prices, config.market, before.sessions)
+    codes = sorted({*before.codes, *prices["Code"].unique().to_list()})
+    memory = before.of_codes(codes)
+    raw, present = _dense(prices, row_session, positions(prices["Code"], codes), (len(sessions), len(codes)))
+    stated = np.flatnonzero((~np.isnan(raw["AdjustmentFactor"])).any(axis=1))
+    factors_from = 0 if memory.factors_stated else int(stated[0]) if len(stated) else len(sessions)
+    listed = _Listed.of(tables["listed"], codes, sessions, config.market)
+    passed = pass_through(
+        raw,
+        present,
+        listed.listings,
+        memory.stocks,
+        first_session=len(before.sessions),
+        factors_from=factors_from,
+        price_floor=facts.price_floor,
+        min_history_sessions=config.min_history_sessions,
+    )
+    known = np.concatenate([before.sessions, sessions])
+    quarantine = pl.concat([closed, *_hits(passed.hits, known, len(before.sessions), codes, listed)])
+    traded = memory.stocks.history > 0
+    _require_stocks(np.array(codes)[traded], quarantine)
+    turnover = np.concatenate([memory.turnover, raw["TurnoverValue"]])
+    is_liquid = passed.is_investable & _is_liquid(turnover, len(memory.turnover), facts)
+    return PricesResult(
+        _panel(sessions, codes, raw, passed, is_liquid, listed, traded),
+        quarantine.sort("Date", "Code", "rule"),
+        UniverseMemory(
+            sessions=known,
+            codes=tuple(codes),
+            stocks=memory.stocks,
+            turnover=turnover[len(turnover) - min(len(turnover), facts.turnover_window_sessions - 1) :].copy(),
+            factors_stated=memory.factors_stated or len(stated) > 0,
+        ),
+    )
+
+
+def _is_liquid(turnover: Panel, first: int, facts: MarketFacts) -> NDArray[np.bool_]:
+    return median_reaches(turnover, facts.turnover_floor, facts.turnover_window_sessions, first)
+
+
+def _require_stocks(codes: NDArray[np.str_], quarantine: pl.DataFrame) -> None:
+    if len(codes) == 0:
+        counts = ", ".join(f"{rule} {n}" for rule, n in quarantine.group_by("rule").len().sort("rule").iter_rows())
         raise InputError(
-            f"prices: no traded row of a common stock is left ({_counts(hits) or 'Volume is 0 throughout'}); check Code"
+            f"prices: no traded row of a common stock is left ({counts or 'Volume is 0 throughout'}); check Code"
             " against the table listed, and prices and Volume"
         )
-    if len(stocks) == 1:
+    if len(codes) == 1:
         raise InputError(
-            f"prices: one stock only (Code {stocks[0]}) is left of the common stocks; a cross-section needs several"
+            f"prices: one stock only (Code {codes[0]}) is left of the common stocks; a cross-section needs several"
         )
-    panel = _with_attributes(_session_rows(raw, sessions), tables["listed"])
-    prices = _memberships(_adjusted(panel), config, facts).select(PRICES_COLUMNS).sort("Date", "Code")
-    quarantine = pl.concat(hits).sort("Date", "Code", "rule")
-    return PricesResult(prices, quarantine, _summary(prices, quarantine))
 
 
-def _counts(hits: list[pl.DataFrame]) -> str:
-    return ", ".join(f"{hit['rule'][0]} {hit.height}" for hit in hits if hit.height)
+def _panel(
+    sessions: Days,
+    codes: Sequence[str],
+    raw: Mapping[str, Panel],
+    passed: Passed,
+    is_liquid: NDArray[np.bool_],
+    listed: _Listed,
+    traded: NDArray[np.bool_],
+) -> PricePanel:
+    """The panel of the stocks that have ever traded: funds and unlisted codes take no columns."""
+
+    def kept(cells: NDArray[Any]) -> NDArray[Any]:
+        return cells if traded.all() else np.ascontiguousarray(cells[:, traded])
+
+    listing = kept(passed.listing)
+    return PricePanel(
+        sessions=sessions,
+        codes=tuple(np.array(codes)[traded].tolist()),
+        quotes={name: kept(raw[name]) for name in RAW_QUOTES if name != "AdjustmentFactor"},
+        cumulative_factor=kept(passed.cumulative_factor),
+        is_traded=kept(passed.is_traded),
+        is_investable=kept(passed.is_investable),
+        is_liquid=kept(is_liquid),
+        is_listed_backfilled=kept(passed.is_backfilled),
+        has_row=kept(passed.has_row),
+        sector=listed.sector.at(listing),
+        section=listed.section.at(listing),
+    )
 
 
-def _hit(rule: str, rows: pl.DataFrame, detail: pl.Expr) -> pl.DataFrame:
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+def _on_exchange_days(prices: pl.DataFrame, market: str, before: Days) -> tuple[Days, NDArray[np.int64], pl.DataFrame]:
+    """Sessions, the session of each row (−1 on a closed day), and a hit per closed day on which there are rows.
+
+    A session is a day on which anything traded, or one that the exchange's calendar knows, whether or not there are
+    rows: in Tokyo on 2020-10-01 nothing traded. Where the calendar's rules do not reach, the days with a trade are.
+    """
+    volume = pl.col("Volume")
+    priced = pl.any_horizontal(pl.col("Open", "High", "Low", "Close").is_finite().fill_null(value=False))
+    by_day = prices.group_by("Date").agg(rows=pl.len(), traded=volume.ne(0).fill_null(priced).any()).sort("Date")
+    days = day_array(by_day["Date"])
+    first = before[-1] + 1 if len(before) else days[0]
+    known = trading_calendar.known_sessions(market, first, days[-1])
+    sessions = np.union1d(days[by_day["traded"].to_numpy()], known)
+    place = np.searchsorted(sessions, days)
+    is_session = np.isin(days, sessions)
+    closed = by_day.filter(~pl.Series(is_session)).with_columns(Code=pl.lit(""))
+    hits = _named("no_trade_date", closed, pl.format("{} rows", "rows"))
+    runs = np.searchsorted(days, day_array(prices["Date"]))
+    return sessions, np.where(is_session, place, -1)[runs], hits
+
+
+def _dense(
+    prices: pl.DataFrame, t: NDArray[np.int64], n: NDArray[np.int32], shape: tuple[int, int]
+) -> tuple[dict[str, Panel], NDArray[np.bool_]]:
+    """`RAW_QUOTES` as `[T, N]`, and where there is a row."""
+    kept = None if (t >= 0).all() else np.flatnonzero(t >= 0)
+    cells = t * shape[1] + n
+    cells = cells if kept is None else cells[kept]
+
+    def values(name: str) -> Panel:
+        column = prices[name].cast(pl.Float64).to_numpy()
+        return column if kept is None else column[kept]
+
+    raw = {name: scattered(values(name), cells, shape, np.nan) for name in RAW_QUOTES}
+    return raw, scattered(np.ones(len(cells), np.bool_), cells, shape, absent=False)
+
+
+@dataclass(frozen=True)
+class _Attribute:
+    """A text column of the snapshots."""
+
+    names: tuple[str, ...]
+    number: NDArray[np.int32]
+    """[snapshots], and a last −1 for a stock that is in none."""
+
+    @staticmethod
+    def of(texts: pl.Series) -> _Attribute:
+        names = texts.unique().drop_nulls().sort().to_list()
+        return _Attribute(tuple(names), np.append(positions(texts, names), np.int32(-1)))
+
+    def at(self, listing: NDArray[np.int32]) -> Categories:
+        return Categories(self.names, self.number[listing])
+
+
+@dataclass(frozen=True)
+class _Listed:
+    """The snapshots of `listed`, sorted by code and date; of codes that have prices."""
+
+    listings: Listings
+    sector: _Attribute
+    section: _Attribute
+    attributes: pl.DataFrame
+    """Sector33Code and MarketCode as stated."""
+
+    @staticmethod
+    def of(listed: pl.DataFrame, codes: Sequence[str], sessions: Days, market: str) -> _Listed:
+        """A fund is told by its market; sector 9999 under a stock's own market is a stock that has been delisted since:
+        kept, its sector unknown."""
+        texts = [pl.col(name).str.strip_chars().replace("", None) for name in ("Sector33Code", "MarketCode")]
+        stock = pl.Series("n", positions(listed["Code"], codes))
+        rows = listed.select("Date", *texts).with_columns(stock).filter(pl.col("n") >= 0).sort("n", "Date")
+        sector, section = pl.col("Sector33Code"), pl.col("MarketCode")
+        is_fund = (section == "0109") | ((sector == "9999") & section.is_null())
+        share_class = pl.Series(codes, dtype=pl.String).str.contains(SHARE_CLASS).to_numpy()
+        listings = Listings(
+            start=np.searchsorted(rows["n"].to_numpy(), np.arange(len(codes) + 1)),
+            known_from=np.searchsorted(sessions, day_array(rows["Date"])),
+            is_fund=rows.select(is_fund.fill_null(value=False)).to_series().to_numpy(),
+            share_class=share_class if market == "tokyo" else np.zeros(len(codes), np.bool_),
+        )
+        industry = rows.select(pl.when(sector != "9999").then(sector)).to_series()
+        return _Listed(listings, _Attribute.of(industry), _Attribute.of(rows["MarketCode"]), rows)
+
+
+# --- quarantine -------------------------------------------------------------------------------------------------------
+
+_NUMBER = pl.Float64
+_QUOTE = ("open", "high", "low", "close", "volume")
+
+
+def _text(figure: str) -> pl.Expr:
+    return pl.col(figure).cast(pl.String).fill_null("null")
+
+
+_QUOTED = pl.format("O {} H {} L {} C {} V {}", *(_text(name) for name in _QUOTE))
+_JUMPED = pl.format(
+    "last close {}, open {}, close {}, published factor {}, correction {}",
+    "last_close", "open", "close", pl.col("factor").round(6), pl.col("correction").round(6),
+)  # fmt: skip
+_LISTED_AS = pl.format("MarketCode {} Sector33Code {}", _text("MarketCode"), _text("Sector33Code"))
+_DETAILS: dict[str, pl.Expr] = {
+    "not_listed": _LISTED_AS,
+    "not_common_stock": _LISTED_AS,
+    "price_not_positive": _QUOTED,
+    "negative_volume": _QUOTED,
+    "high_below_low": _QUOTED,
+    "price_outside_range": _QUOTED,
+    "range_too_wide": _QUOTED,
+    "bad_factor": pl.format("factor {}", _text("factor")),
+    "factor_without_jump": _JUMPED,
+    "split_without_factor": _JUMPED,
+    "level_break": _JUMPED,
+    "jump_without_factor": _JUMPED,
+    "jump_reverts": _JUMPED,
+}
+"""How each rule states its evidence."""
+
+
+def _hits(hits: Panel, known: Days, passed: int, codes: Sequence[str], listed: _Listed) -> list[pl.DataFrame]:
+    """The pass's hits as rows of the quarantine table. known: all sessions, of which `passed` came before the pass."""
+    session = hits[:, HIT.session].astype(np.int64) + passed
+    listing = pl.Series("listing", hits[:, HIT.listing]).fill_nan(None).cast(pl.Int64, strict=False)
+    frame = pl.DataFrame(
+        {
+            "rule": hits[:, HIT.rule].astype(np.int64),
+            "Date": pl.Series(known[session].astype(np.int32)).cast(pl.Date),
+            "Code": pl.Series(codes, dtype=pl.String).gather(hits[:, HIT.stock].astype(np.int64)),
+            **{name: pl.Series(hits[:, column], dtype=_NUMBER).fill_nan(None) for name, column in _figures().items()},
+            "listing": pl.Series(np.where(listing.is_null(), -1, listing.fill_null(-1))),
+        }
+    )
+    stated = listed.attributes.select("Sector33Code", "MarketCode").with_row_index("listing")
+    frame = frame.join(stated.with_columns(pl.col("listing").cast(pl.Int64)), on="listing", how="left")
+    return [
+        _named(RULES[number], rows, _DETAILS[RULES[number]])
+        for (number,), rows in frame.partition_by("rule", as_dict=True).items()
+        if isinstance(number, int)
+    ]
+
+
+def _figures() -> dict[str, int]:
+    return {
+        name: column for name, column in HIT._asdict().items() if name not in ("session", "stock", "rule", "listing")
+    }
+
+
+def _named(rule: str, rows: pl.DataFrame, detail: pl.Expr) -> pl.DataFrame:
     return rows.select(
         pl.lit(rule).alias("rule"),
         pl.lit(QUARANTINE_RULES[rule].decision).alias("decision"),
@@ -130,280 +372,3 @@ def _hit(rule: str, rows: pl.DataFrame, detail: pl.Expr) -> pl.DataFrame:
         "Code",
         detail.cast(pl.String).alias("detail"),
     )
-
-
-# --- rows -------------------------------------------------------------------------------------------------------------
-
-
-def _with_traded(prices: pl.DataFrame) -> pl.DataFrame:
-    """`is_traded`: volume above 0, or prices without a volume. Vendors repeat the last price on a volume of 0."""
-    finite = [pl.when(pl.col(c).is_finite()).then(pl.col(c)).alias(c) for c in (*PRICE_FIELDS, "AdjustmentFactor")]
-    priced = pl.any_horizontal(pl.col(PRICE_FIELDS).is_not_null())
-    return prices.with_columns(is_traded=pl.col("Volume").ne(0).fill_null(priced)).with_columns(finite)
-
-
-def _on_exchange_days(
-    raw: pl.DataFrame, index: pl.DataFrame, market: str, hits: list[pl.DataFrame]
-) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Rows on sessions, and the sessions (Date, session = 0, 1, ...): days with a trade, and known sessions without."""
-    traded = raw.filter("is_traded")["Date"].unique()
-    silent = pl.concat([raw["Date"], index["Date"]]).unique()
-    silent = silent.filter(~silent.is_in(traded.implode()))
-    if silent.len():
-        first, last = silent.min(), silent.max()
-        known = trading_calendar.sessions(market, first, last)  # type: ignore[arg-type]
-        is_session = np.isin(silent.to_numpy().astype("datetime64[D]"), known)
-        closed = raw.filter(pl.col("Date").is_in(silent.filter(~pl.Series(is_session)).implode()))
-        per_date = closed.group_by("Date").agg(pl.len(), Code=pl.lit(""))
-        hits.append(_hit("no_trade_date", per_date, pl.format("{} rows", pl.col("len"))))
-        raw = raw.join(per_date, on="Date", how="anti", maintain_order="left")
-        traded = pl.concat([traded, silent.filter(pl.Series(is_session))])
-    return raw, pl.DataFrame({"Date": traded.sort()}).with_row_index("session")
-
-
-def _common_stocks(raw: pl.DataFrame, listed: pl.DataFrame, market: str, hits: list[pl.DataFrame]) -> pl.DataFrame:
-    """Rows of common stocks; a code that is dropped gives one hit, at its first row.
-
-    Sector 9999 under a stock's own market code is a stock that has been delisted since: kept, its sector unknown.
-    """
-    sector, section = pl.col("Sector33Code"), pl.col("MarketCode")
-    fund = (section == "0109") | ((sector == "9999") & section.is_null())
-    share_class = pl.col("Code").str.contains(r"^\d[0-9A-Z]\d[0-9A-Z][1-9]$") if market == "tokyo" else pl.lit(False)
-    codes = listed["Code"].unique()
-    days = _as_of(raw.select("Date", "Code"), listed).select(
-        reason=pl.when(~pl.col("Code").is_in(codes.implode()))
-        .then(pl.lit("not_listed"))
-        .when(fund.fill_null(False) | share_class)
-        .then(pl.lit("not_common_stock")),
-        detail=pl.format("MarketCode {} Sector33Code {}", section.fill_null("null"), sector.fill_null("null")),
-    )
-    raw = pl.concat([raw, days], how="horizontal")
-    dropped = raw.filter(pl.col("reason").is_not_null()).group_by("Code", "reason", maintain_order=True).first()
-    hits += [
-        _hit(reason, dropped.filter(pl.col("reason") == reason), pl.col("detail"))
-        for reason in ("not_listed", "not_common_stock")
-    ]
-    return raw.filter(pl.col("reason").is_null()).drop("reason", "detail")
-
-
-def _masked(raw: pl.DataFrame, facts: MarketFacts, hits: list[pl.DataFrame]) -> pl.DataFrame:
-    """Rows whose quote cannot be right lose it; the first rule that fires names the row."""
-    o, h, lo, c = (pl.col(name) for name in PRICE_FIELDS)
-    slack = 1e-9  # adjusted sources carry rounding in the last digits
-    broken = pl.min_horizontal(o, c) < lo * (1 - slack)
-    rules = {
-        "price_not_positive": pl.any_horizontal((pl.col(p).is_null() | (pl.col(p) <= 0)) for p in PRICE_FIELDS),
-        "negative_volume": pl.col("Volume") < 0,
-        "high_below_low": h < lo * (1 - slack),
-        "price_outside_range": broken | (pl.max_horizontal(o, c) > h * (1 + slack)),
-        # A penny stock may trade at 1 and at 9 yen in one session.
-        "range_too_wide": ((h / lo).log() > BREAK) & (c >= facts.price_floor),
-    }
-    rule = pl.coalesce(pl.when(fires.fill_null(False)).then(pl.lit(name)) for name, fires in rules.items())
-    raw = raw.with_columns(rule=pl.when("is_traded").then(rule))
-    quote = pl.format(
-        "O {} H {} L {} C {} V {}",
-        *(pl.col(name).cast(pl.String).fill_null("null") for name in (*PRICE_FIELDS, "Volume")),
-    )
-    bad = raw.filter(pl.col("rule").is_not_null())
-    hits += [_hit(name, bad.filter(pl.col("rule") == name), quote) for name in rules]
-    kept = pl.col("is_traded") & pl.col("rule").is_null()
-    return raw.with_columns(is_traded=kept).drop("rule")
-
-
-# --- adjustment -------------------------------------------------------------------------------------------------------
-
-
-def _with_cumulative_factor(
-    raw: pl.DataFrame, sessions: pl.DataFrame, facts: MarketFacts, hits: list[pl.DataFrame]
-) -> pl.DataFrame:
-    """`cumulative_factor` of every row: the published factors, corrected on the sessions that show them to be wrong."""
-    factor = pl.col("AdjustmentFactor")
-    bad = raw.filter((factor <= 0) | (factor.is_null() & pl.col("is_traded")))
-    if bad.height < raw.height:  # a source without any factor states no events; it is not wrong on every row
-        hits.append(_hit("bad_factor", bad, pl.format("factor {}", factor.cast(pl.String).fill_null("null"))))
-    raw = raw.with_columns(AdjustmentFactor=pl.when(factor > 0).then(factor).otherwise(1.0))
-    raw = raw.with_columns(published=factor.cum_prod().over("Code"))
-    raw = raw.join(sessions, on="Date", how="left", maintain_order="left")
-    moves = _jumps(raw.filter("is_traded"), facts)
-    hits += _jump_hits(moves)
-    corrections = moves.filter(pl.col("correction") != 1.0).select("Date", "Code", "correction")
-    return (
-        raw.join(corrections, on=["Date", "Code"], how="left", maintain_order="left")
-        .with_columns(correction=pl.col("correction").fill_null(1.0).cum_prod().over("Code"))
-        .with_columns(cumulative_factor=pl.col("published") * pl.col("correction"))
-    )
-
-
-def _jumps(traded: pl.DataFrame, facts: MarketFacts) -> pl.DataFrame:
-    """Traded rows whose move from the last traded close the published factor does not explain: rule and correction.
-
-    `move_open`, `move_close`: log move of open and close against that close, after the published factor.
-    """
-    turnover = pl.col("TurnoverValue").fill_null(pl.col("Close") * pl.col("Volume"))
-    median = turnover.rolling_median(20, min_samples=5).shift(1).over("Code")
-    last = pl.col("Close").shift(1).over("Code")
-    step = pl.col("published") / pl.col("published").shift(1).over("Code")
-    traded = traded.with_columns(
-        last_close=last,
-        log_factor=step.log(),
-        move_open=(pl.col("Open") / last / step).log(),
-        move_close=(pl.col("Close") / last / step).log(),
-        gap=pl.col("session").cast(pl.Int32).diff().over("Code"),
-        quiet=turnover < QUIET_TURNOVER * median,
-    )
-    traded = traded.with_columns(
-        before=pl.col("move_close").shift(1).over("Code"),
-        after=pl.col("move_close").shift(-1).over("Code"),
-        date_before=pl.col("Date").shift(1).over("Code"),
-    )
-    suspects = traded.filter(
-        (pl.col("move_close").abs() > JUMP) | (pl.col("log_factor").abs() > JUMP) | (pl.col("before").abs() > BREAK)
-    )
-    return _decide(suspects, facts)
-
-
-def _decide(moves: pl.DataFrame, facts: MarketFacts) -> pl.DataFrame:
-    """`rule` and `correction` (of the factor) of each suspect row, from data up to that row."""
-    opened, closed = pl.col("move_open"), pl.col("move_close")
-    unmoved = (closed + pl.col("log_factor")).abs() < 0.25 * pl.col("log_factor").abs()
-    useless = (pl.col("log_factor").abs() > JUMP) & unmoved
-    both = (opened * closed > 0) & (pl.min_horizontal(opened.abs(), closed.abs()) > JUMP)
-    jumped = both & ~useless & (pl.col("last_close") >= facts.price_floor)
-    ratio = _nearest_ratio(moves)
-    moves = moves.with_columns(ratio=ratio)
-    looks_split = jumped & pl.col("ratio").is_not_null()
-    split = looks_split & pl.col("quiet").fill_null(False) & (pl.col("gap") <= STALE_SESSIONS)
-    level = jumped & (pl.min_horizontal(opened, closed) > BREAK) & ~split
-    rebased = pl.col("ratio").log() * closed.sign()
-    moves = moves.with_columns(
-        rule=pl.when(useless).then(pl.lit("factor_without_jump"))
-        .when(split).then(pl.lit("split_without_factor"))
-        .when(level).then(pl.lit("level_break"))
-        .when(looks_split).then(pl.lit("jump_without_factor")),
-        log_correction=pl.when(useless).then(-pl.col("log_factor"))
-        .when(split).then(rebased)
-        .when(level).then(pl.coalesce(rebased, opened))
-        .otherwise(0.0),
-    )  # fmt: skip
-    # The way back undoes exactly what the way out was given, so one bad quote leaves no step in the adjusted level.
-    out = moves.select("Code", date_before="Date", correction_before="log_correction")
-    moves = moves.join(out, on=["Code", "date_before"], how="left", maintain_order="left")
-    returned = (pl.col("before").abs() > BREAK) & ((pl.col("before") + closed).abs() < 0.3) & ~useless
-    undone = pl.when(returned.fill_null(False)).then(-pl.col("correction_before").fill_null(0.0))
-    return moves.with_columns(
-        correction=undone.otherwise(pl.col("log_correction")).exp(),
-        reverts=((closed.abs() > BREAK) & ((closed + pl.col("after")).abs() < 0.3) & ~useless).fill_null(False),
-    )
-
-
-def _nearest_ratio(moves: pl.DataFrame) -> pl.Series:
-    """The split ratio that the open's or the close's move comes within RATIO_TOLERANCE of; null where none is."""
-    ladder = np.log(np.array(SPLIT_RATIOS, dtype=float))
-    jumps = moves.select(pl.col("move_close", "move_open").abs().fill_null(np.inf)).to_numpy()
-    distance = (
-        np.abs(jumps[:, None, :] - ladder[None, :, None]).min(axis=2) if len(jumps) else np.empty((0, len(ladder)))
-    )
-    best = distance.argmin(axis=1)
-    near = distance[np.arange(len(best)), best] < RATIO_TOLERANCE
-    return pl.Series(np.where(near, np.array(SPLIT_RATIOS, dtype=float)[best], np.nan)).fill_nan(None)
-
-
-def _jump_hits(moves: pl.DataFrame) -> list[pl.DataFrame]:
-    detail = pl.format(
-        "last close {}, open {}, close {}, published factor {}, correction {}",
-        "last_close", "Open", "Close", pl.col("log_factor").exp().round(6), pl.col("correction").round(6),
-    )  # fmt: skip
-    named = moves.filter(pl.col("rule").is_not_null()).partition_by("rule", as_dict=True)
-    hits = [_hit(str(rule), rows, detail) for (rule,), rows in sorted(named.items(), key=lambda item: str(item[0]))]
-    return [*hits, _hit("jump_reverts", moves.filter("reverts"), detail)]
-
-
-# --- the panel --------------------------------------------------------------------------------------------------------
-
-
-def _session_rows(raw: pl.DataFrame, sessions: pl.DataFrame) -> pl.DataFrame:
-    """One row per stock and session from its first trade to STALE_SESSIONS after its last, sorted by Code, Date."""
-    span = raw.filter("is_traded").group_by("Code", maintain_order=True)
-    spans = span.agg(first=pl.col("session").min(), last=pl.col("session").max())
-    end = pl.min_horizontal(pl.col("last") + STALE_SESSIONS + 1, pl.lit(sessions.height))
-    grid = spans.select("Code", session=pl.int_ranges("first", end, dtype=pl.UInt32)).explode("session")
-    quotes = ("Code", "session", *PRICE_FIELDS, "Volume", "TurnoverValue", "is_traded", "cumulative_factor")
-    return (
-        grid.join(raw.select(quotes), on=["Code", "session"], how="left", maintain_order="left")
-        .join(sessions, on="session", how="left", maintain_order="left")
-        .with_columns(
-            pl.col("is_traded").fill_null(False), pl.col("cumulative_factor").forward_fill().over("Code")
-        )
-    )  # fmt: skip
-
-
-def _as_of(rows: pl.DataFrame, listed: pl.DataFrame) -> pl.DataFrame:
-    """`rows` (sorted by Code, Date) with Sector33Code, MarketCode as of Date; a code's earliest where none precedes."""
-    attributes = ["Sector33Code", "MarketCode"]
-    blank = [pl.when(pl.col(a).str.strip_chars() != "").then(pl.col(a)).alias(a) for a in attributes]
-    snapshots = listed.select("Code", pl.col("Date").alias("snapshot"), *blank).sort("Code", "snapshot")
-    earliest = snapshots.group_by("Code", maintain_order=True).first()
-    known = rows.join_asof(
-        snapshots, left_on="Date", right_on="snapshot", by="Code", strategy="backward", check_sortedness=False
-    )
-    missing = pl.col("snapshot").is_null()
-    return (
-        known.join(earliest, on="Code", how="left", suffix="_earliest", maintain_order="left")
-        .with_columns(
-            *(pl.when(missing).then(pl.col(f"{a}_earliest")).otherwise(pl.col(a)).alias(a) for a in attributes),
-            is_listed_backfilled=missing,
-        )
-        .drop("snapshot", "snapshot_earliest", *(f"{a}_earliest" for a in attributes))
-    )
-
-
-def _with_attributes(panel: pl.DataFrame, listed: pl.DataFrame) -> pl.DataFrame:
-    sector = pl.col("Sector33Code")
-    return _as_of(panel, listed).with_columns(Sector33Code=pl.when(sector != "9999").then(sector))
-
-
-def _adjusted(panel: pl.DataFrame) -> pl.DataFrame:
-    """Forward-adjusted quotes; `raw_close` keeps the last traded price as printed, carried over untraded sessions."""
-    factor, traded = pl.col("cumulative_factor"), pl.col("is_traded")
-    turnover = pl.col("TurnoverValue").fill_null(pl.col("Close") * pl.col("Volume"))
-    return panel.with_columns(
-        *(pl.when(traded).then(pl.col(name) / factor).alias(name) for name in PRICE_FIELDS),
-        Volume=pl.when(traded).then(pl.col("Volume") * factor),
-        TurnoverValue=pl.when(traded).then(turnover),
-        raw_close=pl.when(traded).then(pl.col("Close")).forward_fill().over("Code"),
-    )
-
-
-def _memberships(panel: pl.DataFrame, config: DatasetConfig, facts: MarketFacts) -> pl.DataFrame:
-    window = facts.turnover_window_sessions
-    needed = math.ceil(window * 2 / 3)
-    panel = panel.with_columns(
-        history=pl.col("is_traded").cum_sum().over("Code"),
-        last_trade=pl.when("is_traded").then(pl.col("session")).forward_fill().over("Code"),
-        median_turnover=pl.col("TurnoverValue").rolling_median(window, min_samples=needed).over("Code"),
-    )
-    investable = (
-        (pl.col("history") >= config.min_history_sessions)
-        & (pl.col("raw_close") >= facts.price_floor)
-        & (pl.col("session") - pl.col("last_trade") <= STALE_SESSIONS)
-    ).fill_null(False)
-    liquid = (pl.col("median_turnover") >= facts.turnover_floor).fill_null(False)
-    return panel.with_columns(is_investable=investable, is_liquid=investable & liquid)
-
-
-def _summary(prices: pl.DataFrame, quarantine: pl.DataFrame) -> dict[str, Any]:
-    backfilled = int(prices["is_listed_backfilled"].sum())
-    warnings = []
-    if backfilled:
-        warnings.append(
-            f"listed: sector and market of {backfilled:,} of {prices.height:,} rows come from a later snapshot"
-        )
-    return {
-        "rows": prices.height,
-        "sessions": prices["Date"].n_unique(),
-        "stocks": prices["Code"].n_unique(),
-        "listed_backfilled_rows": backfilled,
-        "quarantine": dict(quarantine.group_by("rule").len().sort("rule").iter_rows()),
-        "warnings": warnings,
-    }

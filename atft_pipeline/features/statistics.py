@@ -1,0 +1,125 @@
+"""What each feature's values look like, part by part: counts that add up, so that a dataset's are the sum of its months'.
+
+Quantiles are read from a histogram of the upper 16 bits of each float32: sign, exponent and 7 bits of the mantissa, so
+a quantile is right to one part in 256 and parts can be added without their values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+BINS = 1 << 16
+DRIFT_WARNING = 0.5
+"""Shift of a feature's mean, in its earlier standard deviations, or log ratio of the two, that is worth a warning."""
+
+
+@njit(cache=True, nogil=True)
+def _tally(values: Any, histogram: Any, moments: Any) -> None:
+    bits = values.view(np.uint32)
+    count, total, squares, positive = 0.0, 0.0, 0.0, 0.0
+    for i in range(len(values)):
+        value = np.float64(values[i])
+        if value == value:
+            histogram[bits[i] >> np.uint32(16)] += 1
+            count += 1.0
+            total += value
+            squares += value * value
+            positive += 1.0 if value > 0.0 else 0.0
+    moments[0], moments[1], moments[2], moments[3] = count, total, squares, positive
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Of F features over some rows."""
+
+    rows: int
+    moments: NDArray[np.float64]
+    """[F, 4] number, sum and sum of squares of the non-null values, and the number above 0."""
+    histogram: NDArray[np.int64]
+    """[F, BINS] by the upper 16 bits of the value."""
+
+    @staticmethod
+    def of(values: NDArray[np.float32]) -> Statistics:
+        """values: `[F, R]`, NaN where missing."""
+        moments, histogram = np.zeros((len(values), 4)), np.zeros((len(values), BINS), np.int64)
+        for number, column in enumerate(values):
+            _tally(np.ascontiguousarray(column), histogram[number], moments[number])
+        return Statistics(values.shape[1], moments, histogram)
+
+    @staticmethod
+    def total(parts: Iterable[Statistics], features: int) -> Statistics:
+        """The sum, part by part in the order given: equal parts give an equal sum, to the bit."""
+        rows, moments, histogram = 0, np.zeros((features, 4)), np.zeros((features, BINS), np.int64)
+        for part in parts:
+            rows += part.rows
+            moments += part.moments
+            histogram += part.histogram
+        return Statistics(rows, moments, histogram)
+
+    def save(self, path: Path) -> None:
+        """Writes the filled bins alone."""
+        filled = np.flatnonzero(self.histogram.reshape(-1))
+        np.savez(
+            path,
+            rows=self.rows,
+            moments=self.moments,
+            bins=filled.astype(np.int32),
+            counts=self.histogram.reshape(-1)[filled].astype(np.int32),
+        )
+
+    @staticmethod
+    def load(path: Path) -> Statistics:
+        with np.load(path, allow_pickle=False) as saved:
+            histogram = np.zeros((len(saved["moments"]), BINS), np.int64)
+            histogram.reshape(-1)[saved["bins"]] = saved["counts"]
+            return Statistics(int(saved["rows"]), saved["moments"], histogram)
+
+    def describe(self, number: int) -> dict[str, float | None]:
+        """live_share, null_share, mean, std (ddof 0), 1st and 99th percentile of one feature; null without a value."""
+        count, total, squares, _ = self.moments[number]
+        live = count / self.rows if self.rows else 0.0
+        shares = {"live_share": live, "null_share": 1.0 - live}
+        if count == 0:
+            return shares | {"mean": None, "std": None, "p01": None, "p99": None}
+        mean = total / count
+        return shares | {
+            "mean": mean,
+            "std": float(np.sqrt(max(squares / count - mean * mean, 0.0))),
+            "p01": self._quantile(number, 0.01),
+            "p99": self._quantile(number, 0.99),
+        }
+
+    def has_values(self, number: int, *, above_zero: bool) -> bool:
+        """Whether any row has a value, or one above 0."""
+        return bool(self.moments[number, 3 if above_zero else 0] > 0)
+
+    def _quantile(self, number: int, level: float) -> float:
+        filled = np.flatnonzero(self.histogram[number])
+        middles = ((filled.astype(np.uint32) << np.uint32(16)) | np.uint32(0x8000)).view(np.float32)
+        middles[filled % (BINS // 2) == 0] = 0.0  # both zeros, and what is too small to tell from them
+        order = np.argsort(middles, kind="stable")
+        ranks = np.cumsum(self.histogram[number, filled[order]])
+        return float(middles[order][np.searchsorted(ranks, level * (ranks[-1] - 1), side="right")])
+
+
+def drift(now: dict[str, float | None], before: dict[str, float | None]) -> dict[str, float | None]:
+    """How far a feature has moved since an earlier manifest.
+
+    mean_shift: change of the mean in earlier standard deviations; std_log_ratio: ln of the ratio of the standard
+    deviations; null_share_change: in shares of the rows. Null where one of the two has no value or no spread.
+    """
+    null_change = None
+    if now.get("null_share") is not None and before.get("null_share") is not None:
+        null_change = now["null_share"] - before["null_share"]  # type: ignore[operator]
+    shift, ratio = None, None
+    if now.get("mean") is not None and before.get("mean") is not None and before.get("std"):
+        shift = (now["mean"] - before["mean"]) / before["std"]  # type: ignore[operator]
+        ratio = float(np.log(now["std"] / before["std"])) if now["std"] else None  # type: ignore[operator]
+    return {"mean_shift": shift, "std_log_ratio": ratio, "null_share_change": null_change}

@@ -1,0 +1,85 @@
+"""What a feature's expression reads, found by evaluating the expression itself on traces instead of panels.
+
+The words of `expressions` compute on panels and, given a `Trace`, say what they would have read: which raw columns, and
+how many sessions back. So a registry row is checked where it is declared, and the lineage that the UI shows is derived.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import wraps
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Trace(np.lib.mixins.NDArrayOperatorsMixin):
+    """Stands for a panel or a series in an expression."""
+
+    columns: frozenset[str] = frozenset()
+    """`table.column` of every raw value that went in."""
+    window_sessions: int = 1
+    """Sessions looked back over, the current one included; recursive averages count until they have forgotten."""
+    overlap_sessions: int = 1
+    """The same where recursive averages and the market's and sectors' own series are continued from memory."""
+    is_series: bool = False
+    """Kept over the whole history: looking back on it costs no overlap."""
+
+    def reaching(self, sessions: int, *, remembers: bool = False) -> Trace:
+        """Itself, looking `sessions` further back; `remembers` where a recursion is continued from memory."""
+        free = remembers or self.is_series
+        return replace(
+            self,
+            window_sessions=self.window_sessions + sessions,
+            overlap_sessions=self.overlap_sessions + (0 if free else sessions),
+        )
+
+    def kept(self) -> Trace:
+        """As a series whose whole history is remembered."""
+        return replace(self, is_series=True)
+
+    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **_: Any) -> Trace:
+        return joined(inputs)
+
+    def __getitem__(self, _: Any) -> Trace:
+        return self
+
+    __hash__ = object.__hash__
+
+
+def joined(values: Iterable[Any]) -> Trace:
+    """What an expression of all `values` reads; what is no trace is a constant."""
+    traces = [value for value in values if isinstance(value, Trace)]
+    return Trace(
+        columns=frozenset().union(*(trace.columns for trace in traces)),
+        window_sessions=max(trace.window_sessions for trace in traces),
+        overlap_sessions=max(trace.overlap_sessions for trace in traces),
+        is_series=all(trace.is_series for trace in traces),
+    )
+
+
+def word(
+    reach: Callable[..., int] | int = 0, *, results: int = 1, remembers: bool = False
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Makes a function of panels a word of the vocabulary: on traces it returns what it reads.
+
+    reach: further sessions it looks back, as a number or a function of its arguments. results: how many panels it
+    returns. remembers: whether it continues from memory, so that looking back needs no earlier rows.
+    """
+
+    def decorate(compute: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(compute)
+        def spoken(*args: Any, **kwargs: Any) -> Any:
+            if not any(isinstance(value, Trace) for value in args):
+                # A comparison with NaN is meant where it stands.
+                with np.errstate(invalid="ignore", divide="ignore"):
+                    return compute(*args, **kwargs)
+            sessions = reach if isinstance(reach, int) else reach(*args, **kwargs)
+            trace = joined(args).reaching(sessions, remembers=remembers)
+            return trace if results == 1 else (trace,) * results
+
+        return spoken
+
+    return decorate
