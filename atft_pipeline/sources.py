@@ -220,7 +220,7 @@ def _to_number(column: pl.Series) -> pl.Series | None:
     return None
 
 
-def _to_date(column: pl.Series) -> pl.Series | None:
+def to_date(column: pl.Series) -> pl.Series | None:
     if column.dtype == pl.Date:
         return column
     if isinstance(column.dtype, pl.Datetime):
@@ -238,7 +238,7 @@ def _to_text(column: pl.Series) -> pl.Series | None:
     return column.dt.to_string("%H:%M:%S") if column.dtype == pl.Time else None
 
 
-_CASTS = {"date": _to_date, "number": _to_number, "text": _to_text}
+_CASTS = {"date": to_date, "number": _to_number, "text": _to_text}
 _DTYPES: dict[Kind, pl.DataType] = {"date": pl.Date(), "number": pl.Float64(), "text": pl.String()}
 _EXPECTED = {"date": "a date (YYYY-MM-DD)", "number": "numbers", "text": "text"}
 

@@ -10,7 +10,7 @@ import pytest
 from market_factory import days
 
 from atft_pipeline.errors import InputError
-from atft_pipeline.point_in_time import HISTORY_WEEKS, Disclosures, disclosures, flow_releases, sessions_since
+from atft_pipeline.point_in_time import HISTORY_WEEKS, Disclosures, disclosures, flow_releases, session_at
 from atft_pipeline.trading_calendar import sessions as exchange_sessions
 
 SESSIONS = exchange_sessions("tokyo", "2024-01-04", "2025-12-30")
@@ -219,9 +219,7 @@ def test_breadth_counts_investor_types_and_not_their_sums() -> None:
     ]  # foreigners buy, individuals sell; Proprietary and Total are no types
 
 
-def test_sessions_since_counts_weekdays_before_the_first_session() -> None:
+def test_weekdays_stand_for_the_sessions_before_the_first() -> None:
     sessions = days("2024-05-13", "2024-05-14", "2024-05-16")  # Monday, Tuesday, Thursday
-    found = sessions_since(sessions, days("2024-05-09", "2024-05-10", "2024-05-11", "2024-05-13", "2024-05-15"))
-    assert found[:, 0].tolist() == [2, 3, 4]  # Thursday before: Friday, Monday, ...
-    assert found[0, 1:3].tolist() == [1, 1]
-    assert found[2, 3:].tolist() == [2, 1]
+    found = session_at(sessions, days("2024-05-09", "2024-05-10", "2024-05-11", "2024-05-13", "2024-05-15"))
+    assert found.tolist() == [-2, -1, -1, 0, 1]
