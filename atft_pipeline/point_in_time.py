@@ -394,12 +394,16 @@ def _documents(statements: pl.DataFrame, sessions: Days, codes: Sequence[str], m
         *(_text(statements, name) for name in texts),
         *(_days(statements, name) for name in ("DisclosedDate", *_PERIOD_DATES)),
         *(_numbers(statements, name) for name in ("DisclosureNumber", *_FIGURES, *_STATED)),
-        stock=statements["LocalCode"].cast(pl.String).cast(pl.Enum(list(codes)), strict=False).to_physical().cast(pl.Int64),
+        stock=statements["LocalCode"]
+        .cast(pl.String)
+        .cast(pl.Enum(list(codes)), strict=False)
+        .to_physical()
+        .cast(pl.Int64),
     ).filter(pl.col("stock").is_not_null(), disclosed.is_not_null())
     documents = documents.with_columns(at=disclosed.dt.combine(_time().fill_null(dt.time(23, 59, 59))))
     public = np.searchsorted(np.array(closes, "datetime64[us]"), documents["at"].to_numpy(), side="right")
     return (
-        documents.with_columns(pl.Series("t", public), *_periods())
+        _with_periods(documents.with_columns(pl.Series("t", public)))
         .filter(pl.col("t") < len(sessions))
         .sort("stock", "at", "DisclosureNumber", nulls_last=True, maintain_order=True)
         .with_columns(
@@ -410,34 +414,36 @@ def _documents(statements: pl.DataFrame, sessions: Days, codes: Sequence[str], m
     )
 
 
-def _periods() -> list[pl.Expr]:
-    """Where a document's period lies: `year`, `next_year` (fiscal years by the month of their end), `end` and `start`
-    (months in which the period and the one before it end) and `rank` within the year, null where it has no results."""
+def _with_periods(documents: pl.DataFrame) -> pl.DataFrame:
+    """With the place of each document's period: `year`, `next_year` (fiscal years by the month of their end), `end` and
+    `start` (months in which the period and the one before it end) and `rank` within the year, null without results."""
     name = pl.col("TypeOfCurrentPeriod").str.strip_chars()
-    quarters_left = 4 - name.replace_strict({"1Q": 1, "2Q": 2, "3Q": 3}, default=4, return_dtype=pl.Int64)
-    stated_end, stated_year = _month("CurrentPeriodEndDate"), _month("CurrentFiscalYearEndDate")
-    # Without the fiscal year's dates: results appear about 45 days after their period ends.
-    likely_end = pl.coalesce(stated_end, _month("DisclosedDate", -45))
-    year = pl.coalesce(stated_year, likely_end + 3 * quarters_left)
-    end = pl.coalesce(stated_end, year - 3 * quarters_left)
-    start = pl.coalesce(_month("CurrentFiscalYearStartDate", -1), _month("CurrentPeriodStartDate", -1))
-    start = pl.when(start < end).then(start)
-    months = pl.coalesce(end - start, 12 - (year - end))
-    by_dates = pl.when(end == year).then(_FULL_YEAR).otherwise((months / 3).round().clip(1, 5).cast(pl.Int64))
-    rank = name.replace_strict(_PERIODS, default=None, return_dtype=pl.Int64)
-    rank = rank.fill_null(pl.when(stated_end.is_not_null() & stated_year.is_not_null()).then(by_dates))
-    next_year = pl.coalesce(
-        pl.when(_month("NextFiscalYearEndDate") > year).then(_month("NextFiscalYearEndDate")), year + 12
-    )
+    stated_end, stated_year, year, end, start = map(pl.col, ("stated_end", "stated_year", "year", "end", "start"))
+    is_placed = stated_end.is_not_null() & stated_year.is_not_null()
+    months_so_far = pl.coalesce(end - start, 12 - (year - end))
+    by_dates = pl.when(end == year).then(_FULL_YEAR).otherwise((months_so_far / 3).round().clip(1, 5).cast(pl.Int64))
     is_revision = pl.col("TypeOfDocument").str.contains("Revision", literal=True).fill_null(value=False)
     has_results = ~is_revision & pl.any_horizontal(pl.col(_FIGURES[:_COMPARED]).is_not_null())
-    return [
-        year.alias("year"),
-        next_year.alias("next_year"),
-        end.alias("end"),
-        start.alias("start"),
-        pl.when(has_results).then(rank).alias("rank"),
-    ]
+    # Step by step: an expression nested in another is computed again wherever it occurs.
+    return (
+        documents.with_columns(
+            stated_end=_month("CurrentPeriodEndDate"),
+            stated_year=_month("CurrentFiscalYearEndDate"),
+            # Without the fiscal year's dates: results appear about 45 days after their period ends.
+            likely_end=_month("DisclosedDate", -45),
+            start=pl.coalesce(_month("CurrentFiscalYearStartDate", -1), _month("CurrentPeriodStartDate", -1)),
+            next_year=_month("NextFiscalYearEndDate"),
+            months_left=12 - 3 * name.replace_strict({"1Q": 1, "2Q": 2, "3Q": 3}, default=4, return_dtype=pl.Int64),
+            rank=name.replace_strict(_PERIODS, default=None, return_dtype=pl.Int64),
+        )
+        .with_columns(year=pl.coalesce(stated_year, pl.coalesce(stated_end, "likely_end") + pl.col("months_left")))
+        .with_columns(end=pl.coalesce(stated_end, year - pl.col("months_left")))
+        .with_columns(
+            start=pl.when(start < end).then(start),
+            next_year=pl.when(pl.col("next_year") > year).then("next_year").otherwise(year + 12),
+        )
+        .with_columns(rank=pl.when(has_results).then(pl.col("rank").fill_null(pl.when(is_placed).then(by_dates))))
+    )
 
 
 def _month(column: str, days: int = 0) -> pl.Expr:
