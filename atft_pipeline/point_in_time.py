@@ -109,7 +109,9 @@ def flow_releases(flows: pl.DataFrame | None, sessions: Days, first: int = 0) ->
     latest = _latest_release(section[starts], published[starts], sessions[first:], len(sections))
     at = session_at(sessions, released.astype("datetime64[D]"))[np.maximum(latest, 0)]
     since = np.arange(first, len(sessions), dtype=np.float64)[:, None] - at
-    return FlowReleases(sections, *history, buying_share, latest, np.where(latest >= 0, since, np.nan))
+    foreign_net, individual_net, total = history
+    since = np.where(latest >= 0, since, np.nan)
+    return FlowReleases(sections, foreign_net, individual_net, total, buying_share, latest, since)
 
 
 def _no_releases(T: int) -> FlowReleases:
@@ -251,11 +253,10 @@ def disclosures(
     disclosed = np.full((3, E), np.datetime64("NaT", "D"))
     known_at = np.empty(E)
     if E:
-        integers = (
-            documents[name].to_numpy() for name in ("stock", "day", "year", "next_year", "rank", "start", "end")
+        place, figures, forecasts = (
+            np.ascontiguousarray(documents.select(names).to_numpy()) for names in (_PLACE, _FIGURES, _STATED)
         )
-        figures, forecasts = (np.ascontiguousarray(documents.select(names).to_numpy()) for names in (_FIGURES, _STATED))
-        _write_records(*integers, figures, forecasts, values, disclosed.view(np.int64))
+        _write_records(place, figures, forecasts, values, disclosed.view(np.int64))
         t = documents["t"].to_numpy()
         # Weekdays stand for the sessions between a disclosure and the first session.
         day = disclosed[0]
@@ -276,16 +277,17 @@ _STATED: tuple[str, ...] = (
     *(f"Forecast{name}" for name in _FORECASTS),
 )
 """Forecasts of a document. Next year's first: where a document has both, the current year's is the one in force."""
+_PLACE: tuple[str, ...] = ("stock", "day", "year", "next_year", "rank", "start", "end")
+"""Integers that say whose a document is, when it was disclosed, and where its period lies."""
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _write_records(
-    stock: Any, day: Any, year: Any, next_year: Any, rank: Any, start: Any, end: Any, figures: Any, forecasts: Any,
-    values: Any, disclosed: Any,
-) -> None:  # fmt: skip
+def _write_records(place: Any, figures: Any, forecasts: Any, values: Any, disclosed: Any) -> None:
     """Writes each company's record, document by document: the results known by fiscal year and period, the forecasts
     by fiscal year and figure. Documents lie by company in the order of their disclosure."""
-    E, F, K = len(stock), figures.shape[1], forecasts.shape[1] // 2
+    E, F, K = len(place), figures.shape[1], forecasts.shape[1] // 2
+    stock, day, year, next_year = place[:, 0], place[:, 1], place[:, 2], place[:, 3]
+    rank, start, end = place[:, 4], place[:, 5], place[:, 6]
     C = F + _COMPARED
     r_year, r_rank, r_document = np.empty(E, np.int64), np.empty(E, np.int64), np.empty(E, np.int64)
     r_start, r_end = np.empty(E, np.int64), np.empty(E, np.int64)

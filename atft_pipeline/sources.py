@@ -270,7 +270,8 @@ def _read_part(table: str, file: Path, folder: Path, first: dt.date | None, last
     if is_bounded:
         days = _cast(frame[spec.date], table, spec.date, "date", file)[0]
         frame = frame.with_columns(days).filter(within)
-    columns, null_texts = [], {}
+    columns: list[pl.Series] = []
+    null_texts: dict[str, int] = {}
     for name, kind in kinds.items():
         column = frame[name] if name in frame.columns else pl.Series(name, [None] * frame.height, dtype=_DTYPES[kind])
         column, texts = _cast(column, table, name, kind, file)
