@@ -25,9 +25,11 @@ KEYS: dict[str, tuple[str, ...]] = {
     "investor_flows": ("PublishedDate", "EndDate", "Section"),
     "statements": (
         "DisclosedDate", "DisclosedTime", "LocalCode", "TypeOfDocument", "TypeOfCurrentPeriod", "CurrentPeriodEndDate",
+        "DisclosureNumber",
     ),
 }  # fmt: skip
-"""Columns that name one row. A company may file corrections of several periods at once, hence the period's end."""
+"""Columns that name one row. A company may file corrections of several periods at once, hence the period's end, and
+correct one twice in a minute, hence the number where there is one."""
 
 NEVER_NULL: dict[str, tuple[str, ...]] = {
     "prices": ("Date", "Code"),
@@ -129,13 +131,30 @@ def _no_rows(_: str, frame: pl.DataFrame) -> str | None:
 
 
 def _duplicate_keys(name: str, frame: pl.DataFrame) -> str | None:
-    keys = [key for key in KEYS[name] if key in frame.columns]
-    repeats = frame.height - frame.select(pl.struct(keys).n_unique()).item() if frame.height else 0
+    keys = frame.select(key for key in KEYS[name] if key in frame.columns)
+    if keys.is_empty() or keys.select(_rises(keys.columns).all()).item():
+        return None
+    # Equal keys have equal hashes: only rows that share one are compared in full.
+    hashes = keys.hash_rows()
+    if hashes.n_unique() == keys.height:
+        return None
+    suspects = keys.filter(hashes.is_duplicated())
+    repeats = suspects.height - suspects.n_unique()
     if not repeats:
         return None
-    example = frame.filter(frame.select(keys).is_duplicated()).select(keys).row(0)
-    shown = ", ".join(f"{key}={value}" for key, value in zip(keys, example, strict=True))
-    return f"{repeats} duplicate keys ({', '.join(keys)}), e.g. {shown}; keep one row per key"
+    example = suspects.filter(suspects.is_duplicated()).row(0)
+    shown = ", ".join(f"{key}={value}" for key, value in zip(keys.columns, example, strict=True))
+    return f"{repeats} duplicate keys ({', '.join(keys.columns)}), e.g. {shown}; keep one row per key"
+
+
+def _rises(keys: Sequence[str]) -> pl.Expr:
+    """Whether each row but the first is above the one before it, by the first key that differs; false where a key is
+    null. Rows that all rise are sorted and unique, and no row had to be kept to know it."""
+    rises = pl.lit(value=False)
+    for key in reversed(keys):
+        now, before = pl.col(key).slice(1), pl.col(key).slice(0, pl.len() - 1)
+        rises = (now > before) | ((now == before) & rises)
+    return rises.fill_null(value=False)
 
 
 def _dates_in_order(name: str, frame: pl.DataFrame) -> str | None:
@@ -157,7 +176,7 @@ def _prices_present(name: str, frame: pl.DataFrame) -> str | None:
 
 
 def _several_stocks(name: str, frame: pl.DataFrame) -> str | None:
-    if name != "prices" or frame.is_empty() or frame["Code"].n_unique() > 1:
+    if name != "prices" or frame.is_empty() or (frame["Code"] != frame["Code"][0]).any():
         return None
     return f"one stock only (column Code holds {frame['Code'][0]!r} throughout); a cross-section needs several"
 
@@ -183,12 +202,14 @@ def check_prices(frame: pl.DataFrame) -> ContractReport:
     failures = _schema_failures("adjusted prices", prices_schema(), frame)
     if not failures:
         failures += _sorted_unique_failures("adjusted prices", frame)
-        halves = frame.filter(
-            pl.col("is_traded") != pl.all_horizontal(pl.col("Open", "High", "Low", "Close").is_not_null())
-        )
-        if halves.height:
-            failures.append(f"adjusted prices: {halves.height} rows whose is_traded disagrees with their prices")
-        if frame.filter(pl.col("is_liquid") & ~pl.col("is_investable")).height:
+        has_prices = pl.all_horizontal(pl.col("Open", "High", "Low", "Close").is_not_null())
+        halves, illiquid = frame.select(
+            (pl.col("is_traded") != has_prices).sum().alias("halves"),
+            (pl.col("is_liquid") & ~pl.col("is_investable")).any().alias("illiquid"),
+        ).row(0)
+        if halves:
+            failures.append(f"adjusted prices: {halves} rows whose is_traded disagrees with their prices")
+        if illiquid:
             failures.append("adjusted prices: a row is liquid without being investable")
         if not frame["is_investable"].any():
             failures.append(
@@ -213,18 +234,31 @@ def check_ml_dataset(frame: pl.DataFrame, features: Sequence[str], targets: Sequ
             f" missing {missing or 'none'}, unexpected {extra or 'none'}; rebuild the dataset"
         )
         return _report("ml_dataset", frame, failures)
-    finite = pa.Check(lambda data: data.lazyframe.select(pl.col(data.key).is_finite()), name="finite")
-    values = {name: pa.Column(pl.Float32, finite, nullable=True) for name in (*features, *targets)}
-    schema = pa.DataFrameSchema({"Date": pa.Column(pl.Date), "Code": pa.Column(pl.String)} | values)
-    failures = _schema_failures("ml_dataset", schema, frame) or _sorted_unique_failures("ml_dataset", frame)
+    values = [*features, *targets]
+    columns = {name: pa.Column(pl.Float32, nullable=True) for name in values}
+    schema = pa.DataFrameSchema({"Date": pa.Column(pl.Date), "Code": pa.Column(pl.String)} | columns)
+    failures = (
+        _schema_failures("ml_dataset", schema, frame)
+        or _infinite_failures(frame, values)
+        or _sorted_unique_failures("ml_dataset", frame)
+    )
     return _report("ml_dataset", frame, failures)
+
+
+def _infinite_failures(frame: pl.DataFrame, columns: Sequence[str]) -> list[str]:
+    """One pass over all columns: a pandera check would copy each of them."""
+    finite = frame.select(pl.col(columns).is_finite().all()).row(0, named=True)
+    return [
+        f"ml_dataset: column {name} fails finite: {(~frame[name].is_finite()).sum()} values are NaN or infinite;"
+        " correct the values"
+        for name in columns
+        if not finite[name]
+    ]
 
 
 def _sorted_unique_failures(subject: str, frame: pl.DataFrame) -> list[str]:
     """Keys that strictly rise are both sorted and unique."""
-    date, code = pl.col("Date"), pl.col("Code")
-    rises = (date > date.shift()) | ((date == date.shift()) & (code > code.shift()))
-    broken = frame.select((~rises).sum()).item()
+    broken = frame.select((~_rises(("Date", "Code"))).sum()).item() if frame.height > 1 else 0
     return (
         [f"{subject}: {broken} rows repeat or precede the (Date, Code) before them; sort and deduplicate"]
         if broken
@@ -245,20 +279,22 @@ class CheckedTables:
 
     tables: dict[str, pl.DataFrame]
     record: dict[str, Any]
-    """`{"path": ..., "tables": {name: {rows, first_date, last_date, sha256}}}`."""
+    """`{"path": ..., "tables": {name: {rows, first_date, last_date, sha256, null_texts}}}`, the last the number of
+    cells by column that were a text for a missing value."""
 
 
 def read_checked(source: Source) -> CheckedTables:
     """Every table of `source`. Raises: InputError with the sentence of the first broken contract."""
     tables, entries = {}, {}
     for name in source.tables:
-        frame = source.read(name)
-        report = check_table(name, frame, where=str(source.where(name))).require()
-        tables[name] = frame
+        read = source.read_counted(name)
+        report = check_table(name, read.frame, where=str(source.where(name))).require()
+        tables[name] = read.frame
         entries[name] = {
             "rows": report.rows,
             "first_date": str(report.first_date),
             "last_date": str(report.last_date),
             "sha256": source.fingerprint(name),
+            "null_texts": read.null_texts,
         }
     return CheckedTables(tables, {"path": str(source.folder), "tables": entries})

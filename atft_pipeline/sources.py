@@ -1,28 +1,38 @@
 """A source folder of raw tables in the J-Quants columns: where they lie, how they are read, what they must hold.
 
-Each table is `NAME.parquet`, a file or a folder of parquet parts, or a folder of parts `NAME/`. Codes stay strings.
-Vendors deliver numbers and dates as text, so both are read: '-', '*' and '' are missing numbers; a text that is no
-number either is a wrong type.
+Each table is `NAME.parquet`, a file or a folder of parquet parts, or a folder of parts `NAME/`, nested by key=value
+where a hive writer made it. Codes stay strings. Vendors deliver numbers and dates as text, so both are read: '-', '*'
+and '' are missing values, counted and null, never zero; a text that is no number either is a wrong type.
 """
 
 from __future__ import annotations
 
+import datetime as dt
 import functools
 import hashlib
+import os
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
 from atft_pipeline.errors import InputError
 
 Kind = Literal["date", "number", "text"]
 
-MISSING_NUMBERS: tuple[str, ...] = ("", "-", "*", "－", "null", "NaN", "nan", "None")
-"""Texts that mean a missing number in the exchange's files and in their usual exports."""
+NULL_TEXTS: tuple[str, ...] = ("", "-", "*", "－", "−", "‐", "–", "—", "―", "null", "NaN", "nan", "None")
+"""Texts that mean a missing number or date in the exchange's files and in their usual exports; among them the
+full-width minus and the dashes that Japanese tables have for it."""
+HASH_THREADS = 2
+"""Files hashed at once: hashing leaves the interpreter's lock, and a disk serves two readers as fast as more."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +52,11 @@ class RawTable:
         """The column by which the table is ordered: the first day on which a row is public."""
         return next(iter(self.columns))
 
+    @property
+    def code(self) -> str:
+        """The column that says what a row is about: a security, or a section of the market."""
+        return next(name for name in ("Code", "LocalCode", "Section") if name in self.columns)
+
 
 _FORECASTS: dict[str, Kind] = {
     f"{year}{figure}": "number"
@@ -55,15 +70,15 @@ RAW_TABLES: dict[str, RawTable] = {
         required=True,
         columns={
             "Date": "date", "Code": "text", "Open": "number", "High": "number", "Low": "number", "Close": "number",
-            "Volume": "number", "TurnoverValue": "number", "AdjustmentFactor": "number",
+            "Volume": "number",
         },
+        # A market whose splits nobody states has no factor: null throughout, which is not a factor of 1 stated daily.
+        optional={"TurnoverValue": "number", "AdjustmentFactor": "number"},
     ),
     "listed": RawTable(
         required=True,
-        columns={
-            "Date": "date", "Code": "text", "CompanyName": "text", "Sector17Code": "text", "Sector33Code": "text",
-            "MarketCode": "text",
-        },
+        columns={"Date": "date", "Code": "text", "CompanyName": "text", "Sector33Code": "text"},
+        optional={"Sector17Code": "text", "MarketCode": "text"},
     ),
     "index": RawTable(
         required=True,
@@ -86,12 +101,22 @@ RAW_TABLES: dict[str, RawTable] = {
             "TypeOfCurrentPeriod": "text", "NetSales": "number", "OperatingProfit": "number", "Profit": "number",
         },
         optional={
-            "CurrentPeriodEndDate": "date", "CurrentFiscalYearEndDate": "date", "OrdinaryProfit": "number",
-            "TotalAssets": "number", "Equity": "number", **_FORECASTS,
+            "DisclosureNumber": "number", "CurrentPeriodStartDate": "date", "CurrentPeriodEndDate": "date",
+            "CurrentFiscalYearStartDate": "date", "CurrentFiscalYearEndDate": "date", "NextFiscalYearEndDate": "date",
+            "OrdinaryProfit": "number", "TotalAssets": "number", "Equity": "number", **_FORECASTS,
         },
     ),
 }  # fmt: skip
 """The raw tables by name."""
+
+
+@dataclass(frozen=True)
+class TableRead:
+    """Rows of a table, and what was lost in reading them."""
+
+    frame: pl.DataFrame
+    null_texts: dict[str, int]
+    """Cells of `frame` that were a text for a missing number or date, by column; columns without any are left out."""
 
 
 @dataclass(frozen=True)
@@ -106,25 +131,58 @@ class Source:
     def tables(self) -> tuple[str, ...]:
         return tuple(name for name in RAW_TABLES if name in self.files)
 
-    def read(self, table: str) -> pl.DataFrame:
+    def read(self, table: str, *, first: dt.date | None = None, last: dt.date | None = None) -> pl.DataFrame:
+        """The rows of `read_counted`."""
+        return self.read_counted(table, first=first, last=last).frame
+
+    def read_counted(self, table: str, *, first: dt.date | None = None, last: dt.date | None = None) -> TableRead:
         """The table with its known columns: dates as Date, numbers as Float64 (NaN as null), the rest as String.
 
-        Row order is the files'. Raises: InputError for an absent table, an unreadable file, a missing column, a wrong
-        type, or no rows.
+        Row order is the files'. `first` and `last`, both included, bound the table's date column and leave out rows
+        without a date; where a file has it as Date, only the row groups that may hold such dates are read. Values of
+        rows outside are not looked at.
+
+        Raises: InputError for an absent table, an unreadable file, a missing column, a wrong type, or a table without
+        rows; a period without rows is an empty frame.
         """
-        frames = [_read_part(table, file) for file in self._files(table)]
-        frame = pl.concat(frames, how="diagonal")
-        if frame.is_empty():
+        parts = [_read_part(table, file, self.folder, first, last) for file in self._files(table)]
+        frame = pl.concat([part.frame for part in parts], how="diagonal")
+        if frame.is_empty() and first is None and last is None:
             raise InputError(f"{table}: no rows in {self.where(table)}; provide a table with data")
-        return frame
+        counts = sum((Counter(part.null_texts) for part in parts), Counter[str]())
+        return TableRead(frame, dict(sorted(counts.items())))
+
+    def dates(self, table: str) -> NDArray[np.datetime64]:
+        """Distinct dates of the table's date column, ascending, datetime64[D]; no other column is read."""
+        return self._distinct(table, self._spec(table).date).to_numpy().astype("datetime64[D]")
+
+    def codes(self, table: str) -> list[str]:
+        """Distinct codes of the table (sections of investor_flows), ascending; no other column is read."""
+        return self._distinct(table, self._spec(table).code).to_list()
+
+    def _distinct(self, table: str, column: str) -> pl.Series:
+        parts = []
+        for file in self._files(table):
+            with _opened(table, file, self.folder) as (spec, scan):
+                values = scan.select(pl.col(column).unique()).collect()[column]
+            parts.append(_cast(values, table, column, {**spec.columns, **spec.optional}[column], file)[0])
+        return pl.concat(parts).drop_nulls().unique().sort()
 
     def fingerprint(self, table: str) -> str:
         """sha256 over the files of the table in name order: what a data version is made of."""
-        whole = hashlib.sha256()
-        for file in self._files(table):
-            with file.open("rb") as stream:
-                whole.update(hashlib.file_digest(stream, "sha256").digest())
-        return whole.hexdigest()
+        digests = self.part_fingerprints(table).values()
+        return hashlib.sha256(b"".join(bytes.fromhex(digest) for digest in digests)).hexdigest()
+
+    def part_fingerprints(self, table: str) -> dict[str, str]:
+        """sha256 of each file of the table in name order, by its path within the source."""
+        files = self._files(table)
+        with ThreadPoolExecutor(HASH_THREADS) as pool:
+            digests = list(pool.map(_sha256, files))
+        return {file.relative_to(self.folder).as_posix(): digest for file, digest in zip(files, digests, strict=True)}
+
+    def _spec(self, table: str) -> RawTable:
+        self._files(table)
+        return RAW_TABLES[table]
 
     def _files(self, table: str) -> tuple[Path, ...]:
         if table not in self.files:
@@ -136,7 +194,7 @@ class Source:
     def where(self, table: str) -> Path:
         """The table's file, or the folder of its parts: what a message names."""
         files = self._files(table)
-        return files[0] if len(files) == 1 else files[0].parent
+        return files[0] if len(files) == 1 else Path(os.path.commonpath(files))
 
 
 def open_source(folder: Path | str) -> Source:
@@ -153,7 +211,7 @@ def open_source(folder: Path | str) -> Source:
             found[name] = (file,)
         elif file.is_dir() or parts.is_dir():
             parts = file if file.is_dir() else parts
-            found[name] = tuple(sorted(parts.glob("*.parquet")))
+            found[name] = tuple(sorted(_part_files(parts), key=_natural_order))
             if not found[name]:
                 raise InputError(f"{name}: no parquet file in {parts}; add its parts or remove the folder")
         elif table.required:
@@ -161,20 +219,65 @@ def open_source(folder: Path | str) -> Source:
     return Source(folder, found)
 
 
-def _read_part(table: str, file: Path) -> pl.DataFrame:
+def _part_files(folder: Path) -> Iterator[Path]:
+    """Parquet files in `folder`, and in folders named key=value below it: no other folder's name says it belongs."""
+    for file in folder.rglob("*.parquet"):
+        *nested, name = file.relative_to(folder).parts
+        if file.is_file() and not name.startswith(".") and all("=" in part for part in nested):
+            yield file
+
+
+def _natural_order(file: Path) -> list[list[tuple[int, str]]]:
+    """Name order in which month=2 precedes month=10."""
+    return [[(int(run or 0), text) for run, text in re.findall(r"(\d*)(\D*)", part)] for part in file.parts]
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@contextmanager
+def _opened(table: str, file: Path, folder: Path) -> Iterator[tuple[RawTable, pl.LazyFrame]]:
+    """The table's row of `RAW_TABLES` and a scan of `file`, with the columns that only its path states (key=value).
+
+    Raises: InputError for a missing column, and for whatever makes the file unreadable while it is open.
+    """
     spec = RAW_TABLES[table]
     try:
-        schema = pl.read_parquet_schema(file)
-        kinds = _kinds(spec, list(schema))
-        missing = [name for name in spec.columns if name not in schema]
+        scan = pl.scan_parquet(file, hive_partitioning=False, glob=False)
+        present = scan.collect_schema()
+        stated = dict(part.split("=", 1) for part in file.relative_to(folder).parts[:-1] if "=" in part)
+        scan = scan.with_columns(pl.lit(value).alias(name) for name, value in stated.items() if name not in present)
+        missing = [name for name in spec.columns if name not in present and name not in stated]
         if missing:
             raise InputError(f"{table}: required column {', '.join(missing)} is missing in {file}; add it")
-        frame = pl.read_parquet(file, columns=[name for name in kinds if name in schema], hive_partitioning=False)
+        yield spec, scan
     except (pl.exceptions.PolarsError, OSError) as error:
         reason = " ".join(str(error).split())[:160]
         raise InputError(f"{table}: {file} cannot be read as parquet ({reason}); write it again") from error
-    absent = [pl.lit(None).alias(name) for name in kinds if name not in schema]
-    return frame.with_columns(absent).select(_cast(frame, table, name, kind, file) for name, kind in kinds.items())
+
+
+def _read_part(table: str, file: Path, folder: Path, first: dt.date | None, last: dt.date | None) -> TableRead:
+    is_bounded = first is not None or last is not None
+    with _opened(table, file, folder) as (spec, scan):
+        schema = scan.collect_schema()
+        kinds = _kinds(spec, list(schema))
+        within = pl.col(spec.date).is_between(first or dt.date.min, last or dt.date.max)
+        if is_bounded and schema[spec.date] == pl.Date:
+            scan, is_bounded = scan.filter(within), False
+        frame = scan.select(name for name in kinds if name in schema).collect()
+    if is_bounded:
+        days = _cast(frame[spec.date], table, spec.date, "date", file)[0]
+        frame = frame.with_columns(days).filter(within)
+    columns: list[pl.Series] = []
+    null_texts: dict[str, int] = {}
+    for name, kind in kinds.items():
+        column = frame[name] if name in frame.columns else pl.Series(name, [None] * frame.height, dtype=_DTYPES[kind])
+        column, texts = _cast(column, table, name, kind, file)
+        columns.append(column)
+        null_texts |= {name: texts} if texts else {}
+    return TableRead(pl.DataFrame(columns), null_texts)
 
 
 def _kinds(spec: RawTable, present: list[str]) -> dict[str, Kind]:
@@ -184,43 +287,43 @@ def _kinds(spec: RawTable, present: list[str]) -> dict[str, Kind]:
     return kinds
 
 
-def _cast(frame: pl.DataFrame, table: str, name: str, kind: Kind, file: Path) -> pl.Series:
-    if name not in frame.columns:
-        return pl.Series(name, [None] * frame.height, dtype=_DTYPES[kind])
-    column = frame[name]
+def _cast(column: pl.Series, table: str, name: str, kind: Kind, file: Path) -> tuple[pl.Series, int]:
+    """The column as its kind, and how many of its cells were a text for a missing value.
+
+    Raises: InputError that names the first value that is neither.
+    """
     if column.dtype == pl.Categorical or isinstance(column.dtype, pl.Enum):
         column = column.cast(pl.String)
     if column.dtype == pl.Null:
-        return column.cast(_DTYPES[kind])
+        return column.cast(_DTYPES[kind]), 0
     result = _CASTS[kind](column)
     if result is None:
         raise InputError(
             f"{table}: column {name} in {file} has type {column.dtype}, expected {_EXPECTED[kind]}; convert it"
         )
-    lost = column.filter(result.is_null() & column.is_not_null())
-    if kind == "number" and lost.dtype == pl.String:
-        lost = lost.filter(~lost.str.strip_chars().is_in(MISSING_NUMBERS))
-    elif kind == "number" and lost.dtype.is_float():
-        lost = lost.filter(~lost.is_nan())
-    elif lost.dtype == pl.String:
-        lost = lost.filter(lost.str.strip_chars() != "")
-    if lost.len():
+    if column.dtype != pl.String or result.null_count() == column.null_count():
+        return result, 0  # a value that is no text is lost only where it is NaN
+    lost = column.filter(result.is_null() & column.is_not_null()).str.strip_chars()
+    wrong = lost.filter(~lost.is_in(NULL_TEXTS))
+    if wrong.len():
         raise InputError(
-            f"{table}: column {name} in {file} holds {lost[0]!r}, expected {_EXPECTED[kind]}; correct the "
-            f"{lost.len()} such values"
+            f"{table}: column {name} in {file} holds {wrong[0]!r}, expected {_EXPECTED[kind]}; correct the "
+            f"{wrong.len()} such values"
         )
-    return result
+    return result, lost.len()
 
 
 def _to_number(column: pl.Series) -> pl.Series | None:
     if column.dtype == pl.String:
         return column.str.strip_chars().cast(pl.Float64, strict=False).fill_nan(None)
     if column.dtype.is_numeric():
-        return column.cast(pl.Float64).fill_nan(None)
+        column = column.cast(pl.Float64)
+        return column.fill_nan(None) if column.is_nan().any() else column
     return None
 
 
-def _to_date(column: pl.Series) -> pl.Series | None:
+def to_date(column: pl.Series) -> pl.Series | None:
+    """The column as Date, null for a text that is none (YYYY-MM-DD, YYYYMMDD); None where its type holds no dates."""
     if column.dtype == pl.Date:
         return column
     if isinstance(column.dtype, pl.Datetime):
@@ -238,7 +341,7 @@ def _to_text(column: pl.Series) -> pl.Series | None:
     return column.dt.to_string("%H:%M:%S") if column.dtype == pl.Time else None
 
 
-_CASTS = {"date": _to_date, "number": _to_number, "text": _to_text}
+_CASTS = {"date": to_date, "number": _to_number, "text": _to_text}
 _DTYPES: dict[Kind, pl.DataType] = {"date": pl.Date(), "number": pl.Float64(), "text": pl.String()}
 _EXPECTED = {"date": "a date (YYYY-MM-DD)", "number": "numbers", "text": "text"}
 

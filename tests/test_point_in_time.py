@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import datetime as dt
 from typing import Any
 
 import numpy as np
 import polars as pl
 import pytest
 from market_factory import days
+from slow_point_in_time import known_documents, known_weeks
 
 from atft_pipeline.errors import InputError
-from atft_pipeline.point_in_time import HISTORY_WEEKS, Disclosures, disclosures, flow_releases, sessions_since
+from atft_pipeline.point_in_time import HISTORY_WEEKS, Disclosures, disclosures, flow_releases, session_at
 from atft_pipeline.trading_calendar import sessions as exchange_sessions
 
 SESSIONS = exchange_sessions("tokyo", "2024-01-04", "2025-12-30")
@@ -165,6 +167,95 @@ def test_stocks_do_not_share_documents_and_unknown_codes_are_ignored() -> None:
     assert at(record, "NetSales", "2024-05-14", stock=1) == 100.0
 
 
+# --- reference --------------------------------------------------------------------------------------------------------
+
+
+def messy_documents(rng: np.random.Generator, count: int) -> list[dict[str, Any]]:
+    """Documents of four companies with every irregularity at once, in the order in which a vendor may deliver them."""
+    texts = ["", "-", "*", "－", None, "nan", "inf", "1,234"]
+    year_ends = ["2023-03-31", "2024-03-31", "2024-12-31", "2025-12-31", "2025-03-20", "", None]
+    dates = ["2023-06-30", "2024-03-31", "2024-06-30", "2024-09-20", "2025-06-28", "", None]
+
+    def pick(values: list[Any]) -> Any:
+        return values[rng.integers(len(values))]
+
+    def figure() -> str | None:
+        return str(int(rng.integers(-500, 500))) if rng.random() < 0.7 else pick(texts)
+
+    rows = []
+    for _ in range(count):
+        disclosed = dt.date(2023, 6, 1) + dt.timedelta(days=int(rng.integers(0, 900)))
+        row = {
+            "DisclosedDate": disclosed.isoformat(),
+            "DisclosedTime": pick(["11:30", "14:59:59", "15:00:00", "15:29:59", "15:30:00", "", "-", None, "9am"]),
+            "DisclosureNumber": pick(["20240101000001", "20240101000002", "", None]),
+            "LocalCode": pick(["13010", "13020", "130A0", "13040", "99990"]),
+            "TypeOfDocument": pick(["1QFinancialStatements_Consolidated_IFRS", "EarnForecastRevision", None]),
+            "TypeOfCurrentPeriod": pick(["1Q", "2Q", " 3Q", "4Q", "5Q", "FY", "FY", "OtherPeriod", None]),
+            "CurrentFiscalYearStartDate": pick(["2023-04-01", "2024-04-01", "", None]),
+            "CurrentPeriodStartDate": pick(["2024-01-01", "2024-04-01", "", None]),
+            "CurrentFiscalYearEndDate": pick(year_ends),
+            "NextFiscalYearEndDate": pick(year_ends),
+            "CurrentPeriodEndDate": pick(dates),
+        }
+        names = ("NetSales", "OperatingProfit", "Profit", "TotalAssets", "Equity")
+        forecasts = ("ForecastOperatingProfit", "ForecastProfit")
+        forecasts += tuple(f"NextYear{name}" for name in forecasts)
+        rows.append(row | {name: figure() for name in (*names, *forecasts)})
+    return rows
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("count", [8, 300])
+def test_disclosures_equal_their_slow_reference(seed: int, count: int) -> None:
+    rows = messy_documents(np.random.default_rng(seed), count)
+    codes = ("13040", "13010", "130A0", "13030", "13020")
+    sessions = SESSIONS[:300]
+    record = disclosures(pl.DataFrame(rows, infer_schema_length=None), sessions, codes, "tokyo")
+    compared = 0
+    for n, code in enumerate(codes):
+        for t, expected in enumerate(known_documents(rows, sessions, code, "tokyo")):
+            event = record.latest[t, n]
+            assert (event < 0) == (expected is None), (code, sessions[t])
+            if expected is None:
+                continue
+            for name, values in record.values.items():
+                value = expected.get(name)
+                np.testing.assert_equal(values[event], NAN if value is None else value, f"{name} {code} {sessions[t]}")
+            for kind, dates in record.disclosed.items():
+                assert dates[event].item() == expected.get(kind), (kind, code, sessions[t])
+            compared += 1
+    assert compared > 300
+
+
+def test_the_grid_of_the_last_sessions_is_the_end_of_the_whole_one() -> None:
+    statements = pl.DataFrame(messy_documents(np.random.default_rng(7), 200), infer_schema_length=None)
+    codes = ("13010", "13020", "130A0", "13040")
+    whole = disclosures(statements, SESSIONS, codes, "tokyo")
+    for first in (1, 200, len(SESSIONS) - 1):
+        part = disclosures(statements, SESSIONS, codes, "tokyo", first)
+        np.testing.assert_array_equal(part.latest, whole.latest[first:])
+        np.testing.assert_array_equal(part.known_at, whole.known_at)
+    assert disclosures(None, SESSIONS, codes, "tokyo", 5).latest.shape == (len(SESSIONS) - 5, 4)
+
+
+def test_what_is_disclosed_after_a_close_changes_nothing_before() -> None:
+    rows = messy_documents(np.random.default_rng(8), 300)
+    codes, last = ("13010", "13020", "130A0", "13040"), 150
+    early = [row for row in rows if row["DisclosedDate"] <= str(SESSIONS[last])]
+    assert 0 < len(early) < len(rows)
+    whole, part = (
+        disclosures(pl.DataFrame(r, infer_schema_length=None), SESSIONS, codes, "tokyo") for r in (rows, early)
+    )
+    for name in whole.values:
+        for t in range(last):
+            found = [np.where(d.latest[t] >= 0, d.values[name][d.latest[t]], NAN) for d in (whole, part)]
+            np.testing.assert_array_equal(*found)
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
 def test_missing_table_and_missing_column() -> None:
     assert (disclosures(None, SESSIONS, ("13010",), "tokyo").latest == -1).all()
     with pytest.raises(InputError, match="statements: column Profit is missing"):
@@ -219,9 +310,7 @@ def test_breadth_counts_investor_types_and_not_their_sums() -> None:
     ]  # foreigners buy, individuals sell; Proprietary and Total are no types
 
 
-def test_sessions_since_counts_weekdays_before_the_first_session() -> None:
+def test_weekdays_stand_for_the_sessions_before_the_first() -> None:
     sessions = days("2024-05-13", "2024-05-14", "2024-05-16")  # Monday, Tuesday, Thursday
-    found = sessions_since(sessions, days("2024-05-09", "2024-05-10", "2024-05-11", "2024-05-13", "2024-05-15"))
-    assert found[:, 0].tolist() == [2, 3, 4]  # Thursday before: Friday, Monday, ...
-    assert found[0, 1:3].tolist() == [1, 1]
-    assert found[2, 3:].tolist() == [2, 1]
+    found = session_at(sessions, days("2024-05-09", "2024-05-10", "2024-05-11", "2024-05-13", "2024-05-15"))
+    assert found.tolist() == [-2, -1, -1, 0, 1]

@@ -128,8 +128,8 @@ def test_missing_folder_and_table(folder: Path) -> None:
 
 def test_missing_column(folder: Path) -> None:
     file = folder / "prices.parquet"
-    pl.read_parquet(file).drop("AdjustmentFactor").write_parquet(file)
-    assert f"prices: required column AdjustmentFactor is missing in {file}" in refusal(folder)
+    pl.read_parquet(file).drop("Close").write_parquet(file)
+    assert f"prices: required column Close is missing in {file}" in refusal(folder)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "not parquet", "zero bytes"])
