@@ -9,8 +9,9 @@ from assets.outcomes import failing_with_one_sentence, held, markdown_table, num
 from atft_pipeline.config import to_dict
 from atft_pipeline.contracts import check_ml_dataset, check_prices, read_checked
 from atft_pipeline.dataset import TARGETS, read_manifest, read_table, write_dataset
+from atft_pipeline.dataset_rows import build_dataset
 from atft_pipeline.errors import InputError
-from atft_pipeline.features.panel import build_dataset
+from atft_pipeline.price_panel import PricePanel
 from atft_pipeline.universe import build_prices
 from resources.compute import Compute
 from resources.dataset_store import DatasetStore
@@ -133,7 +134,9 @@ def ml_dataset(context: dg.AssetExecutionContext, store: DatasetStore) -> dg.Mat
                 " `dagster asset materialize --select '+key:ml_dataset'`"
             )
         config = store.dataset_config(made_from)
-        features, membership, manifest = build_dataset(adjusted, quarantine, checked.tables, config, checked.record)
+        features, membership, manifest = build_dataset(
+            PricePanel.from_frame(adjusted), quarantine, checked.tables, config, checked.record
+        )
         path = store.product("ml_dataset", manifest["fingerprint"])
         write_dataset(path, features, membership, manifest, by_month=True)
         del features, membership

@@ -102,7 +102,7 @@ def _market(options: argparse.Namespace) -> Result:
 def _features(options: argparse.Namespace) -> Result:
     from atft_pipeline.contracts import check_prices, read_checked
     from atft_pipeline.dataset import require_replaceable, write_dataset
-    from atft_pipeline.features.panel import build_dataset
+    from atft_pipeline.dataset_rows import build_dataset
     from atft_pipeline.sources import open_source
     from atft_pipeline.trading_calendar import market_facts
     from atft_pipeline.universe import build_prices
@@ -115,7 +115,7 @@ def _features(options: argparse.Namespace) -> Result:
         adjusted = build_prices(checked.tables, config)
         check_prices(adjusted.prices).require()
         features, membership, manifest = build_dataset(
-            adjusted.prices, adjusted.quarantine, checked.tables, config, checked.record
+            adjusted.panel, adjusted.quarantine, checked.tables, config, checked.record
         )
     except InputError as refusal:
         raise InputError(f"{options.source}: {refusal}") from refusal

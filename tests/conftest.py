@@ -13,7 +13,7 @@ from training_runs import Data, settings, train_quietly
 
 from atft_pipeline.config import DatasetConfig, GraphConfig
 from atft_pipeline.dataset import write_dataset
-from atft_pipeline.features.panel import build_dataset
+from atft_pipeline.dataset_rows import build_dataset
 from atft_pipeline.graph import build_graph_file
 from atft_pipeline.synthetic import generate_market
 from atft_pipeline.universe import build_prices
@@ -30,7 +30,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Data]:
     tables = generate_market(stocks=40, sessions=330, seed=1).tables
     adjusted = build_prices(tables, DatasetConfig())
     features, membership, manifest = build_dataset(
-        adjusted.prices, adjusted.quarantine, tables, DatasetConfig(), {"path": "market", "tables": {}}
+        adjusted.panel, adjusted.quarantine, tables, DatasetConfig(), {"path": "market", "tables": {}}
     )
     paths = Data(folder / "ml_dataset.parquet", folder / "graph.parquet")
     write_dataset(paths.dataset, features, membership, manifest, by_month=False)

@@ -11,7 +11,7 @@ import polars as pl
 
 from atft_pipeline.config import DatasetConfig
 from atft_pipeline.features.market import Market
-from atft_pipeline.features.panel import Rows, build_market
+from atft_pipeline.features.panel import build_market
 from atft_pipeline.synthetic import generate_market
 from atft_pipeline.universe import PricesResult, build_prices
 
@@ -33,9 +33,9 @@ def sample(stocks: int = 45, sessions: int = 430, seed: int = 3) -> tuple[Prices
 
 
 @cache
-def sample_market(stocks: int = 45, sessions: int = 430, seed: int = 3) -> tuple[Rows, Market]:
+def sample_market(stocks: int = 45, sessions: int = 430, seed: int = 3) -> Market:
     result, tables = sample(stocks, sessions, seed)
-    return build_market(result.prices, tables, CONFIG)
+    return build_market(result.panel, tables, CONFIG)
 
 
 def beside_prices(tables: Mapping[str, pl.DataFrame]) -> Tables:

@@ -30,8 +30,8 @@ from atft_pipeline.config import (
     to_dict,
     with_overrides,
 )
+from atft_pipeline.dataset_rows import build_dataset
 from atft_pipeline.errors import InputError
-from atft_pipeline.features.panel import build_dataset
 from atft_pipeline.graph import StockGraph, build_graph
 from atft_pipeline.presets import PRESETS, preset
 from atft_pipeline.splits import make_split
@@ -254,7 +254,7 @@ def test_every_dataset_field_changes_the_dataset() -> None:
 
     def fingerprint(config: DatasetConfig) -> tuple[Any, ...]:
         result = build_prices(tables, config)
-        features, membership, manifest = build_dataset(result.prices, result.quarantine, tables, config, {})
+        features, membership, manifest = build_dataset(result.panel, result.quarantine, tables, config, {})
         investable = membership["is_investable"].to_numpy().sum()
         return (investable, np.nansum(features["target_5d"].to_numpy()), manifest["days_per_year"])
 

@@ -6,6 +6,7 @@ import dataclasses
 import datetime as dt
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,10 @@ from market_factory import CONFIG, Tables, beside_prices, raw_tables, sample, sa
 
 from atft_pipeline import dataset
 from atft_pipeline.config import DatasetConfig
+from atft_pipeline.dataset_rows import build_dataset
 from atft_pipeline.errors import InputError
-from atft_pipeline.features.panel import FeaturePanel, build_dataset, build_features, build_market, normalised
+from atft_pipeline.features import registry
+from atft_pipeline.features.panel import FeaturePanel, build_features, build_market, normalised
 from atft_pipeline.features.registry import (
     FEATURE_NAMES,
     REGISTRY,
@@ -27,6 +30,7 @@ from atft_pipeline.features.registry import (
     registry_fingerprint,
     validated,
 )
+from atft_pipeline.price_panel import PricePanel
 from atft_pipeline.universe import build_prices
 
 Built = tuple[pa.Table, pa.Table, dict[str, Any]]
@@ -35,7 +39,7 @@ SOURCE = {"path": "sample", "tables": {"prices": {"rows": 1, "sha256": "ab"}}}
 
 def build(tables: Tables, config: DatasetConfig = CONFIG) -> Built:
     result = build_prices(tables, config)
-    return build_dataset(result.prices, result.quarantine, beside_prices(tables), config, SOURCE)
+    return build_dataset(result.panel, result.quarantine, beside_prices(tables), config, SOURCE)
 
 
 @cache
@@ -46,7 +50,7 @@ def built() -> Built:
 @cache
 def panel() -> FeaturePanel:
     result, tables = sample()
-    return build_features(result.prices, tables, CONFIG)
+    return build_features(result.panel, tables, CONFIG)
 
 
 def every_feature(where: Callable[[Feature], bool] = lambda feature: True) -> Any:  # noqa: ARG005
@@ -70,7 +74,14 @@ def test_law_1_dataset_carries_the_82_in_registry_order_with_their_fingerprint()
 
 def test_law_1_fingerprint_follows_any_change_of_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     before = registry_fingerprint()
-    for change in ({"name": "x"}, {"norm": "raw"}, {"window_sessions": 9}, {"formula": "x"}, {"tables": ("index",)}):
+    for change in (
+        {"name": "x"},
+        {"norm": "raw"},
+        {"window_sessions": 9},
+        {"formula": "x"},
+        {"reads": ("index.Close",)},
+        {"lag_sessions": 1},
+    ):
         rows = (dataclasses.replace(REGISTRY[0], **change), *REGISTRY[1:])
         monkeypatch.setattr("atft_pipeline.features.registry.REGISTRY", rows)
         assert registry_fingerprint() != before
@@ -82,9 +93,12 @@ def test_law_1_fingerprint_follows_any_change_of_a_row(monkeypatch: pytest.Monke
         (REGISTRY[:-1], "expected 82 features, found 81"),
         ((*REGISTRY[:-1], REGISTRY[0]), "returns_1d is there twice"),
         ((dataclasses.replace(REGISTRY[0], norm="rank"), *REGISTRY[1:]), "expected a norm"),
-        ((dataclasses.replace(REGISTRY[0], tables=("fundamentals",)), *REGISTRY[1:]), "expected tables"),
-        ((dataclasses.replace(REGISTRY[0], tables=()), *REGISTRY[1:]), "expected tables"),
-        ((dataclasses.replace(REGISTRY[0], window_sessions=0), *REGISTRY[1:]), "expected a window"),
+        (
+            (dataclasses.replace(REGISTRY[0], reads=("fundamentals.Sales",)), *REGISTRY[1:]),
+            "expected columns of the tables",
+        ),
+        ((dataclasses.replace(REGISTRY[0], reads=()), *REGISTRY[1:]), "expected columns of the tables"),
+        ((dataclasses.replace(REGISTRY[0], window_sessions=0), *REGISTRY[1:]), "window of 0 sessions"),
     ],
 )
 def test_law_1_registry_refuses_a_wrong_row(rows: tuple[Feature, ...], message: str) -> None:
@@ -94,19 +108,51 @@ def test_law_1_registry_refuses_a_wrong_row(rows: tuple[Feature, ...], message: 
 
 
 @every_feature()
-def test_feature_reads_exactly_the_tables_it_declares(feature: Feature) -> None:
-    _, market = sample_market()
-    feature.compute(market)
-    assert market.tables_read <= set(feature.tables)
-    assert set(feature.tables) - market.tables_read == set(), "declared and never read"
+def test_feature_declares_exactly_what_its_expression_reads(feature: Feature) -> None:
+    assert feature.trace.columns == set(feature.reads)
+    assert feature.trace.window_sessions <= feature.window_sessions
+    assert feature.lag_sessions >= feature.publication_lag
 
 
-def test_undeclared_table_is_refused_also_when_the_value_was_computed_before() -> None:
-    _, market = sample_market()
-    beta = REGISTRY[FEATURE_NAMES.index("beta_60d")]
-    beta.compute(market)
-    with pytest.raises(InputError, match="beta_60d: reads table index and does not declare it"):
-        dataclasses.replace(beta, tables=("prices",)).compute(market)
+def changed(name: str, **fields: Any) -> tuple[Feature, ...]:
+    return tuple(dataclasses.replace(row, **fields) if row.name == name else row for row in REGISTRY)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("beta_60d", {"reads": ("prices.Close",)}, "beta_60d: reads column index.Close and does not declare it"),
+        ("close_location", {"reads": ("prices.High", "prices.Close")}, "close_location: reads column prices.Low"),
+        ("returns_1d", {"reads": ("prices.Close", "prices.Open")}, "declares column prices.Open and never reads it"),
+        ("stmt_roe", {"expression": lambda m: m.in_force(m.stmt("NetSales"))}, "reads column statements.NetSales"),
+        ("volatility_60d", {"window_sessions": 65}, "volatility_60d: window of 65 sessions.*looks back over 66"),
+        ("sec_vol_20_z", {"window_sessions": 252}, "sec_vol_20_z: window of 252 sessions.*looks back over 277"),
+        ("rsi_14", {"window_sessions": 14}, "rsi_14: window of 14 sessions"),
+        ("flow_smart_idx", {"lag_sessions": 0}, "flow_smart_idx: lag of 0 sessions, but investor_flows counts from"),
+        ("returns_5d", {"lag_sessions": -1}, "returns_5d: lag of -1 sessions, but prices counts from"),
+    ],
+)
+def test_registry_row_is_held_to_its_own_expression(name: str, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        validated(changed(name, **fields))
+
+
+def test_a_faulty_row_fails_when_the_registry_is_imported() -> None:
+    source = Path(registry.__file__).read_text(encoding="utf-8")
+    faulty = source.replace(
+        '"volatility_60d", "volatility", "cs", 59 + _STEP', '"volatility_60d", "volatility", "cs", 9'
+    )
+    assert faulty != source
+    with pytest.raises(InputError, match="volatility_60d: window of 9 sessions"):
+        exec(compile(faulty, registry.__file__, "exec"), {"__name__": registry.__name__})
+
+
+def test_a_longer_lag_delays_the_feature() -> None:
+    market = sample_market()
+    feature = REGISTRY[FEATURE_NAMES.index("returns_1d")]
+    late = dataclasses.replace(feature, lag_sessions=2).compute(market)
+    np.testing.assert_array_equal(late[2:], feature.compute(market)[:-2])
+    assert np.isnan(late[:2]).all()
 
 
 # --- 2: nothing published after the close of t changes anything up to t ---
@@ -194,11 +240,11 @@ def test_law_2_nothing_published_after_the_close_moves_an_earlier_session(which:
 
 @every_feature(lambda feature: feature.tables == ("prices",))
 def test_law_3_another_stock_moves_no_prices_only_feature(feature: Feature) -> None:
-    rows, market = sample_market()
-    others = np.arange(len(rows.codes)) != 7
+    market = sample_market()
+    others = np.arange(len(market.codes)) != 7
     rng = np.random.default_rng(5)
-    raw = {name: np.where(others, values * rng.uniform(0.3, 3.0), values) for name, values in market.raw.items()}
-    moved = dataclasses.replace(market, raw=raw, memo={}, tables_read=set())
+    quotes = {name: np.where(others, values * rng.uniform(0.3, 3.0), values) for name, values in market.quotes.items()}
+    moved = dataclasses.replace(market, quotes=quotes, memo={})
     np.testing.assert_array_equal(feature.compute(market)[:, 7], feature.compute(moved)[:, 7])
 
 
@@ -214,7 +260,7 @@ def long_sample() -> tuple[pl.DataFrame, Tables]:
 @every_feature()
 def test_law_4_the_last_window_of_sessions_gives_the_same_value(feature: Feature) -> None:
     prices, tables = long_sample()
-    _, market = sample_long_market()
+    market = sample_long_market()
     sessions = sessions_of(prices)
     first = sessions[len(sessions) - feature.window_sessions]
     recent = {
@@ -222,11 +268,11 @@ def test_law_4_the_last_window_of_sessions_gives_the_same_value(feature: Feature
         "investor_flows": tables["investor_flows"].filter(pl.col("PublishedDate") >= first),
         "statements": tables["statements"].filter(pl.col("DisclosedDate") >= str(first)),
     }
-    rows, window = build_market(prices.filter(pl.col("Date") >= first), recent, CONFIG)
-    assert len(rows.sessions) == feature.window_sessions
+    window = build_market(PricePanel.from_frame(prices.filter(pl.col("Date") >= first)), recent, CONFIG)
+    assert len(window.sessions) == feature.window_sessions
     whole, last = feature.compute(market), feature.compute(window)[-1]
     if whole.ndim == 2:
-        whole = whole[:, [list(market.codes).index(code) for code in rows.codes]]
+        whole = whole[:, [list(market.codes).index(code) for code in window.codes]]
     assert np.isfinite(whole[-1]).any(), "nothing to compare"
     # Exact, but for the start that an exponential average never quite forgets, and rounding of a chained level.
     tolerance = (
@@ -238,11 +284,11 @@ def test_law_4_the_last_window_of_sessions_gives_the_same_value(feature: Feature
 @cache
 def sample_long_market() -> Any:
     prices, tables = long_sample()
-    return build_market(prices, tables, CONFIG)
+    return build_market(PricePanel.from_frame(prices), tables, CONFIG)
 
 
 def test_law_4_trailing_normalisation_needs_252_sessions() -> None:
-    _, market = sample_market()
+    market = sample_market()
     for feature in REGISTRY:
         if feature.norm == "ts":
             values = feature.compute(market)
@@ -359,8 +405,8 @@ def test_masked_row_of_quarantine_nulls_its_targets_only() -> None:
     hit = pl.DataFrame(
         {"rule": ["jump_reverts"], "decision": ["mask_target"], "Date": [day], "Code": [code], "detail": [""]}
     )
-    plain = build_dataset(result.prices, result.quarantine.clear(), tables, CONFIG, SOURCE)[0]
-    masked = build_dataset(result.prices, hit, tables, CONFIG, SOURCE)[0]
+    plain = build_dataset(result.panel, result.quarantine.clear(), tables, CONFIG, SOURCE)[0]
+    masked = build_dataset(result.panel, hit, tables, CONFIG, SOURCE)[0]
     assert plain.select(FEATURE_NAMES).equals(masked.select(FEATURE_NAMES))
     added = masked["target_1d"].null_count - plain["target_1d"].null_count
     assert added == 2, "the position entered at that open and the one left there"
@@ -369,12 +415,12 @@ def test_masked_row_of_quarantine_nulls_its_targets_only() -> None:
 def test_missing_index_and_ambiguous_index_are_refused() -> None:
     result, tables = sample()
     with pytest.raises(InputError, match="index: the table is missing"):
-        build_features(result.prices, {}, CONFIG)
+        build_features(result.panel, {}, CONFIG)
     two = pl.concat([tables["index"].with_columns(Code=pl.lit(code)) for code in ("0001", "0002")])
     with pytest.raises(InputError, match="index: 2 codes"):
-        build_features(result.prices, {"index": two}, CONFIG)
+        build_features(result.panel, {"index": two}, CONFIG)
     with pytest.raises(InputError, match="prices: no row"):
-        build_features(result.prices.clear(), tables, CONFIG)
+        build_features(PricePanel.from_frame(result.prices.clear()), tables, CONFIG)
 
 
 def test_readme_table_has_a_row_per_feature() -> None:

@@ -407,7 +407,7 @@ def reference(n: int, t: int) -> dict[str, Value]:
 @cache
 def sampled_cells() -> tuple[tuple[int, int], ...]:
     """Two stocks at early, middle and late sessions, the thinnest stock, and a session in which it did not trade."""
-    closes = sample_market()[1].raw["Close"]
+    closes = sample_market().close
     thinnest = int(np.argmax(np.isnan(closes[-200:]).sum(axis=0) * ~np.isnan(closes[-200]) * ~np.isnan(closes[-1])))
     quiet = 229 + int(np.flatnonzero(np.isnan(closes[230:, thinnest]))[0]) + 1
     assert np.isnan(closes[quiet, thinnest])
@@ -418,7 +418,7 @@ def sampled_cells() -> tuple[tuple[int, int], ...]:
 
 @pytest.mark.parametrize("feature", REGISTRY, ids=lambda feature: feature.name)
 def test_feature_equals_its_slow_reference(feature: Feature) -> None:
-    _, market_panels = sample_market()
+    market_panels = sample_market()
     values = feature.compute(market_panels)
     compared = 0
     for n, t in sampled_cells():
@@ -446,7 +446,7 @@ def slow_cs(values: np.ndarray, member: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("feature", REGISTRY, ids=lambda feature: feature.name)
 def test_normalisation_equals_its_slow_reference(feature: Feature) -> None:
-    _, panels = sample_market()
+    panels = sample_market()
     values = feature.compute(panels)
     found = normalised(feature, values, panels)
     for t in (4, 61, 205, 330, len(values) - 1):

@@ -9,7 +9,7 @@ import numpy as np
 import polars as pl
 import pytest
 from market_factory import days
-from slow_point_in_time import known_documents, known_weeks
+from slow_point_in_time import known_documents
 
 from atft_pipeline.errors import InputError
 from atft_pipeline.point_in_time import HISTORY_WEEKS, Disclosures, disclosures, flow_releases, session_at

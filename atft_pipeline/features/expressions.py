@@ -182,7 +182,7 @@ def band_width(middle: Panel, std: Panel) -> Panel:
 # --- earlier sessions -------------------------------------------------------------------------------------------------
 
 
-@word(lambda _, sessions: sessions)
+@word(lambda sessions: sessions)
 def lag(x: Panel, sessions: int) -> Panel:
     """The value `sessions` earlier, null before the first."""
     if sessions == 0:
@@ -214,7 +214,7 @@ def carry(x: Panel) -> Panel:
     return out.reshape(x.shape)
 
 
-@word(lambda close, carried, sessions: sessions)
+@word(lambda sessions: sessions)
 def returns(close: Panel, carried: Panel, sessions: int) -> Panel:
     """R_h: the close over the one `sessions` earlier, minus 1, both carried; R_1 is null on an untraded session."""
     out = np.full_like(close, np.nan)
@@ -275,33 +275,25 @@ def _rolling(x: Panel, window: int, least: int, ddof: int, *, two_pass: bool) ->
     return mean.reshape(x.shape), std.reshape(x.shape) if two_pass else std
 
 
-def _window(x: Panel, window: int, *_: int) -> int:
-    return window - 1
-
-
-@word(_window)
+@word(lambda window: window - 1)
 def rolling_mean(x: Panel, window: int) -> Panel:
     """Mean of the window's non-null values."""
     return _rolling(x, window, least_of(window), 0, two_pass=False)[0]
 
 
-@word(_window)
+@word(lambda window: window - 1)
 def rolling_sum(x: Panel, window: int) -> Panel:
     """Sum of the window's non-null values."""
-    panel = _panel(x)
-    count = np.zeros_like(panel)
-    for sessions in range(min(window, len(panel))):
-        count[sessions:] += ~np.isnan(panel[: len(panel) - sessions])
-    return count.reshape(x.shape) * _rolling(x, window, least_of(window), 0, two_pass=False)[0]
+    return _counted(x, window) * _rolling(x, window, least_of(window), 0, two_pass=False)[0]
 
 
-@word(_window, results=2)
+@word(lambda window: window - 1, results=2)
 def rolling_mean_std(x: Panel, window: int, ddof: int) -> tuple[Panel, Panel]:
     """Mean and standard deviation of the window's non-null values."""
     return _rolling(x, window, least_of(window), ddof, two_pass=True)
 
 
-@word(_window)
+@word(lambda window: window - 1)
 def rolling_std(x: Panel, window: int) -> Panel:
     """Standard deviation, ddof 1, of the window's non-null values."""
     return _rolling(x, window, least_of(window), 1, two_pass=True)[1]
@@ -314,44 +306,48 @@ def ts_zscore(x: Panel) -> Panel:
     return ratio(x - mean, std)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
-def _maximum(x: Any, window: Any, least: Any, sign: Any, out: Any) -> None:
-    """Maximum of sign · x; out is sign times it."""
+@njit(cache=True, nogil=True)
+def _count(x: Any, window: Any, out: Any) -> None:
     T, N = x.shape
-    top, seen = np.empty(_TILE), np.empty(_TILE)
-    for first in range(0, N, _TILE):
-        width = min(_TILE, N - first)
-        for t in range(T):
-            top[:] = -np.inf
-            seen[:] = 0.0
-            for s in range(max(0, t - window + 1), t + 1):
-                row = x[s, first : first + width]
-                for j in range(width):
-                    value = sign * row[j]
-                    top[j] = value if value > top[j] else top[j]
-                    seen[j] += 1.0 if value == value else 0.0
-            result = out[t, first : first + width]
-            for j in range(width):
-                result[j] = sign * top[j] if seen[j] >= least else np.nan
+    seen = np.zeros(N)
+    for t in range(T):
+        new, old, result = x[t], x[max(t - window, 0)], out[t]
+        leaves = t >= window
+        for j in range(N):
+            seen[j] += 1.0 if new[j] == new[j] else 0.0
+            seen[j] -= 1.0 if leaves and old[j] == old[j] else 0.0
+            result[j] = seen[j]
 
 
-def _extreme(x: Panel, window: int, sign: float) -> Panel:
+def _counted(x: Panel, window: int) -> Panel:
+    """Non-null values in the window; whole numbers, which a running count adds exactly."""
     panel = _panel(x)
     out = np.empty_like(panel)
-    _maximum(panel, window, least_of(window), sign, out)
+    _count(panel, window, out)
     return out.reshape(x.shape)
 
 
-@word(_window)
+def _extreme(x: Panel, window: int, larger: Any) -> Panel:
+    """`larger` of two is that of their windows: each doubling of the width is one pass, and two cover the rest."""
+    top, width = x, 1
+    while width < window:
+        step = min(width, window - width)
+        wider = top.copy()
+        larger(top[step:], top[: max(len(top) - step, 0)], out=wider[step:])
+        top, width = wider, width + step
+    return np.where(_counted(x, window) >= least_of(window), top, np.nan)
+
+
+@word(lambda window: window - 1)
 def rolling_max(x: Panel, window: int) -> Panel:
     """Largest of the window's non-null values."""
-    return _extreme(x, window, 1.0)
+    return _extreme(x, window, np.fmax)
 
 
-@word(_window)
+@word(lambda window: window - 1)
 def rolling_min(x: Panel, window: int) -> Panel:
     """Smallest of the window's non-null values."""
-    return _extreme(x, window, -1.0)
+    return _extreme(x, window, np.fmin)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -424,7 +420,7 @@ def rolling_regression(y: Panel, x: Panel, window: int) -> Regression:
     return Regression(*_regression(y, x, window))
 
 
-@word(lambda y, x, window: window - 1, results=3)
+@word(lambda window: window - 1, results=3)
 def _regression(y: Panel, x: Panel, window: int) -> tuple[Panel, Panel, Panel]:
     beta, corr, residual = np.empty_like(y), np.empty_like(y), np.empty_like(y)
     regressor = np.ascontiguousarray(np.broadcast_to(x, y.shape))
@@ -462,7 +458,7 @@ def _smooth(x: Any, alpha: Any, first: Any, fresh: Any, state: Any, seen: Any, o
             result[j] = state[j] if there and seen[j] >= first else np.nan
 
 
-@word(lambda x, alpha, first, before, fresh: EMA_SPANS_TO_FORGET * round(2 / alpha - 1) - 1, results=2, remembers=True)
+@word(lambda alpha: EMA_SPANS_TO_FORGET * round(2 / alpha - 1) - 1, results=2, remembers=True)
 def exponential(x: Panel, alpha: float, first: int, before: Average | None, fresh: int) -> tuple[Panel, Average]:
     """Exponential average that starts as the mean of its first `first` non-null values, and where it stands at the end.
 
@@ -482,7 +478,7 @@ def ema(x: Panel, span: int) -> Panel:
     return values
 
 
-@word(lambda x, least, before, fresh: least - 1, results=2, remembers=True)
+@word(lambda least: least - 1, results=2, remembers=True)
 def seen_at_least(x: Panel, least: int, before: Panel | None, fresh: int) -> tuple[Panel, Panel]:
     """1 from the `least`-th non-null value on, else 0; and the values seen `[N]`. before, fresh: as `exponential`."""
     seen = np.cumsum(~np.isnan(x[fresh:]), axis=0, dtype=np.float64) + (0.0 if before is None else before)
@@ -699,7 +695,7 @@ def cs_normalise(
 # --- weekly histories and documents -----------------------------------------------------------------------------------
 
 
-@word(lambda history, weeks: (weeks - 1) * SESSIONS_IN_WEEK)
+@word(lambda weeks: (weeks - 1) * SESSIONS_IN_WEEK)
 def weekly_mean(history: Panel, weeks: int) -> Panel:
     """Mean of the newest `weeks` of each history `[E, W]`, newest last; two thirds of them non-null, else null."""
     window = history[:, -weeks:]
@@ -707,7 +703,7 @@ def weekly_mean(history: Panel, weeks: int) -> Panel:
     return np.where(count >= least_of(weeks), np.nansum(window, axis=1) / np.maximum(count, 1), np.nan)
 
 
-@word(lambda history, weeks, newest: (weeks + newest - 2) * SESSIONS_IN_WEEK)
+@word(lambda weeks, newest: (weeks + newest - 2) * SESSIONS_IN_WEEK)
 def weekly_zscores(history: Panel, weeks: int, newest: int) -> Panel:
     """z-score (ddof 1) of each of the `newest` last weeks within the `weeks` that end with it, `[E, newest]`."""
     W = history.shape[1]

@@ -84,6 +84,8 @@ class FeaturePanel:
     """[R] flat position `t * N + n` in `prices` of each row of the dataset, ascending."""
     values: NDArray[np.float32]
     """[F, R] in registry order, NaN where missing."""
+    return_1d: Panel
+    """R_1 of every cell of `prices` from the rows computed on, null before them."""
     memory: FeatureMemory
 
     def column(self, name: str) -> NDArray[np.float32]:
@@ -165,6 +167,7 @@ def build_features(
         first=market.fresh,
         kept=kept,
         values=values,
+        return_1d=ex.returns(market.close, ex.carry(market.close), 1),
         memory=FeatureMemory(panel.last(OVERLAP_SESSIONS), market.sessions, sectors, memory),
     )
 
@@ -184,9 +187,7 @@ def _spans(first: int, rows: int, stocks: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + length, rows)
 
 
-def _compute(
-    span: Market, kept: NDArray[np.bool_], values: NDArray[np.float32], pool: ThreadPoolExecutor
-) -> None:
+def _compute(span: Market, kept: NDArray[np.bool_], values: NDArray[np.float32], pool: ThreadPoolExecutor) -> None:
     """Fills `values: [F, R]` with the features of the fresh rows of `span`, on the cells `kept: [S, N]`."""
     by_overlap = {overlap: span.recent(overlap) for overlap in OVERLAPS}
     session = np.repeat(np.arange(len(kept)), kept.sum(axis=1))
@@ -203,6 +204,7 @@ def _compute(
             result = ex.ts_zscore(result)
         fresh = result[len(result) - len(kept) :]
         out[:] = fresh[session] if fresh.ndim == 1 else fresh[kept]
+        out[np.isnan(out)] = np.nan  # one bit pattern for missing: values are hashed
 
     # The longest first: they are the ones that a thread would otherwise be left alone with at the end.
     order = sorted(range(len(REGISTRY)), key=lambda number: -REGISTRY[number].trace.overlap_sessions)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import wraps
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -65,8 +66,8 @@ def word(
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Makes a function of panels a word of the vocabulary: on traces it returns what it reads.
 
-    reach: further sessions it looks back, as a number or a function of its arguments. results: how many panels it
-    returns. remembers: whether it continues from memory, so that looking back needs no earlier rows.
+    reach: further sessions it looks back, as a number or a function of those of its arguments that it names. results: how
+    many panels it returns. remembers: whether it continues from memory, so that looking back needs no earlier rows.
     """
 
     def decorate(compute: Callable[..., Any]) -> Callable[..., Any]:
@@ -76,10 +77,15 @@ def word(
                 # A comparison with NaN is meant where it stands.
                 with np.errstate(invalid="ignore", divide="ignore"):
                     return compute(*args, **kwargs)
-            sessions = reach if isinstance(reach, int) else reach(*args, **kwargs)
+            sessions = reach if isinstance(reach, int) else _reach_of(reach, compute, args)
             trace = joined(args).reaching(sessions, remembers=remembers)
             return trace if results == 1 else (trace,) * results
 
         return spoken
 
     return decorate
+
+
+def _reach_of(reach: Callable[..., int], compute: Callable[..., Any], args: tuple[Any, ...]) -> int:
+    given = signature(compute).bind(*args).arguments
+    return reach(**{name: given[name] for name in signature(reach).parameters})
