@@ -63,6 +63,7 @@ class Hit(NamedTuple):
     last_close: int = 9
     correction: int = 10
     listing: int = 11
+    known_from: int = 12
 
 
 HIT = Hit()
@@ -268,7 +269,7 @@ def _noted(hits: Any, count: Any, t: Any, n: Any, rule: Any) -> Any:
         wider[:count] = hits
         hits = wider
     hits[count] = np.nan
-    hits[count, HIT.session], hits[count, HIT.stock], hits[count, HIT.rule] = t, n, rule
+    hits[count, HIT.session], hits[count, HIT.stock], hits[count, HIT.rule], hits[count, HIT.known_from] = t, n, rule, t
     return hits
 
 
@@ -350,6 +351,7 @@ def _pass(
                     if returned and not last_useless[n]:
                         # The bad row is the one before: the session of the last trade.
                         hits = _noted(hits, count, last_session[n] - first_session, n, _REVERTS)
+                        hits[count, HIT.known_from] = t
                         for k in range(5):
                             hits[count, _JUMP_ROW[k]] = last_move[n, 2 + k]
                         count += 1

@@ -197,8 +197,17 @@ def prices_schema() -> pa.DataFrameSchema:
     )
 
 
-def check_prices(frame: pl.DataFrame) -> ContractReport:
-    """The report on the adjusted prices table: schema, unique sorted keys, prices exactly where traded, a universe."""
+NO_UNIVERSE = (
+    "adjusted prices: no stock is investable in any session; give a longer history, or lower"
+    " dataset.min_history_sessions"
+)
+
+
+def check_prices(frame: pl.DataFrame, *, needs_universe: bool = True) -> ContractReport:
+    """The report on the adjusted prices table: schema, unique sorted keys, prices exactly where traded, a universe.
+
+    The first months of a table have no universe yet: `needs_universe` is of the whole.
+    """
     failures = _schema_failures("adjusted prices", prices_schema(), frame)
     if not failures:
         failures += _sorted_unique_failures("adjusted prices", frame)
@@ -211,11 +220,8 @@ def check_prices(frame: pl.DataFrame) -> ContractReport:
             failures.append(f"adjusted prices: {halves} rows whose is_traded disagrees with their prices")
         if illiquid:
             failures.append("adjusted prices: a row is liquid without being investable")
-        if not frame["is_investable"].any():
-            failures.append(
-                f"adjusted prices: no stock is investable in any of the {frame['Date'].n_unique()} sessions; give a"
-                " longer history, or lower dataset.min_history_sessions"
-            )
+        if needs_universe and not frame["is_investable"].any():
+            failures.append(NO_UNIVERSE)
     return _report("prices (adjusted)", frame, failures)
 
 
@@ -273,6 +279,18 @@ def _report(name: str, frame: pl.DataFrame, failures: list[str]) -> ContractRepo
     return ContractReport(name, frame.height, first, last, tuple(failures))
 
 
+def joined_report(table: str, reports: Sequence[ContractReport], failures: Sequence[str] = ()) -> ContractReport:
+    """The report on a table from those on its consecutive parts, with what only the whole can break."""
+    days = [day for report in reports for day in (report.first_date, report.last_date) if day is not None]
+    return ContractReport(
+        table,
+        sum(report.rows for report in reports),
+        min(days, default=None),
+        max(days, default=None),
+        (*(failure for report in reports for failure in report.failures), *failures),
+    )
+
+
 @dataclass(frozen=True)
 class CheckedTables:
     """Raw tables that passed their contracts, and what a manifest says of where they came from."""
@@ -283,10 +301,13 @@ class CheckedTables:
     cells by column that were a text for a missing value."""
 
 
-def read_checked(source: Source) -> CheckedTables:
-    """Every table of `source`. Raises: InputError with the sentence of the first broken contract."""
+def read_checked(source: Source, *, but: Sequence[str] = ()) -> CheckedTables:
+    """Every table of `source`, except those named in `but`. Raises: InputError with the sentence of the first broken
+    contract."""
     tables, entries = {}, {}
     for name in source.tables:
+        if name in but:
+            continue
         read = source.read_counted(name)
         report = check_table(name, read.frame, where=str(source.where(name))).require()
         tables[name] = read.frame

@@ -1,8 +1,8 @@
 """`ml_dataset` on disk: 82 features and targets, its membership table and its manifest, written whole or not at all.
 
 The training path reads a dataset through this module alone, so it needs pyarrow and nothing else. `PATH` is a parquet
-file, or a folder of one part per month; beside it lie `PATH.membership.parquet` (same rows, same order) and
-`PATH.manifest.json`, which is written last: a dataset without a manifest is not a dataset. The sidecar helpers serve
+file, or a folder of one part per month; beside it lie `PATH.membership.parquet` or `PATH.membership/` (same parts, rows
+and order) and `PATH.manifest.json`, which is written last: a dataset without a manifest is not a dataset. The sidecar helpers serve
 any other product with a manifest, the stock graph included.
 """
 
@@ -15,9 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from atft_pipeline.config import HORIZONS
@@ -51,9 +49,9 @@ def manifest_path(path: Path) -> Path:
 
 
 def membership_path(path: Path) -> Path:
-    """Where the membership table of the dataset at `path` lies."""
+    """Where the membership table of the dataset at `path` lies: beside a file a file, beside a folder a folder."""
     data = resolved(path)
-    return data.with_name(f"{data.name}.membership.parquet")
+    return data.with_name(f"{data.name}.membership" if data.is_dir() else f"{data.name}.membership.parquet")
 
 
 def sha256_of(value: Any) -> str:
@@ -124,7 +122,7 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
     if not files or not files[0].exists():
         raise InputError(f"{path}: no such parquet file or folder of parquet parts; build it first")
     wanted = None if columns is None else list(columns)
-    tables = [_read_part(file, wanted) for file in files]
+    tables = [read_part(file, wanted) for file in files]
     odd = next((n for n, table in enumerate(tables) if not table.schema.equals(tables[0].schema)), None)
     if odd is not None:
         raise InputError(f"{path}: {files[odd].name} has other columns or types than {files[0].name}; make them alike")
@@ -136,29 +134,23 @@ def read_membership(path: Path, columns: Sequence[str] | None = None) -> pa.Tabl
     return read_table(membership_path(path), columns)
 
 
-def write_dataset(
-    path: Path, features: pa.Table, membership: pa.Table, manifest: dict[str, Any], *, by_month: bool
-) -> None:
-    """Writes features, membership and manifest under temporary names beside `path`, then renames.
+def write_dataset(path: Path, features: pa.Table, membership: pa.Table, manifest: dict[str, Any]) -> None:
+    """Writes features, membership and manifest as one file each under temporary names beside `path`, then renames.
 
     features: `Date`, `Code`, the manifest's features float32 and the targets float32, sorted by Date, Code.
-    membership: `MEMBERSHIP_COLUMNS`, same rows, same order. by_month: a folder of `YYYY-MM.parquet` parts instead of
-    one file. An earlier dataset at `path` is replaced only once everything new is written.
+    membership: `MEMBERSHIP_COLUMNS`, same rows, same order. An earlier dataset at `path` is replaced only once
+    everything new is written. A dataset in parts is written by dataset_parts.py.
 
     Raises: InputError when the two tables differ in their keys, or the columns are not the manifest's.
     """
     _require_consistent(features, membership, manifest)
     data = resolved(path)
-    with replacing(data) as part, replacing(membership_path(data)) as members:
-        if by_month:
-            _write_months(part, features)
-        else:
-            _write_parquet(part, features)
-        _write_parquet(members, membership)
+    members = data.with_name(f"{data.name}.membership.parquet")
+    with replacing(data) as rows, replacing(members) as temporary:
+        write_part(rows, features)
+        write_part(temporary, membership)
         # From here on only renames: the old manifest goes first, so no moment pairs it with new data.
         manifest_path(data).unlink(missing_ok=True)
-        if by_month and data.is_file():
-            data.unlink()  # a folder cannot be renamed onto a file
     write_manifest(data, manifest)
 
 
@@ -176,28 +168,19 @@ def _require_consistent(features: pa.Table, membership: pa.Table, manifest: dict
         raise InputError("membership: its Date and Code differ from those of the features; build both from one panel")
 
 
-def _write_months(folder: Path, features: pa.Table) -> None:
-    """One part per calendar month. Rows are sorted by Date, so a month is a slice and nothing is copied."""
-    folder.mkdir(parents=True)
-    if features.num_rows == 0:
-        _write_parquet(folder / "empty.parquet", features)
-        return
-    months = pc.strftime(features["Date"].cast(pa.timestamp("s")), format="%Y-%m").to_numpy(zero_copy_only=False)
-    starts = np.flatnonzero(np.concatenate([[True], months[1:] != months[:-1]]))
-    for start, stop in zip(starts, [*starts[1:], features.num_rows], strict=True):
-        _write_parquet(folder / f"{months[start]}.parquet", features.slice(start, stop - start))
-
-
-def _write_parquet(path: Path, table: pa.Table) -> None:
-    # Float columns are close to incompressible noise: dictionaries only cost time, Date and Code shrink a lot.
-    pq.write_table(table, path, compression="zstd", compression_level=1, use_dictionary=_repetitive(table))
+def write_part(path: Path, table: pa.Table) -> None:
+    """Writes rows to one parquet file."""
+    # Float columns are close to incompressible noise: dictionaries only cost time, Date and Code shrink a lot. zstd
+    # saved 8 % of lz4's size at three times its time.
+    pq.write_table(table, path, compression="lz4", use_dictionary=_repetitive(table))
 
 
 def _repetitive(table: pa.Table) -> list[str]:
     return [column.name for column in table.schema if not pa.types.is_floating(column.type)]
 
 
-def _read_part(file: Path, columns: list[str] | None) -> pa.Table:
+def read_part(file: Path, columns: list[str] | None = None) -> pa.Table:
+    """Rows of one parquet file. Raises: InputError when it is not readable or lacks a column."""
     with readable(file), pq.ParquetFile(file) as parquet:
         missing = sorted(set(columns or ()) - set(parquet.schema_arrow.names))
         if missing:

@@ -8,8 +8,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +22,7 @@ from atft_pipeline.features.registry import FEATURE_COUNT, FEATURE_NAMES, REGIST
 from atft_pipeline.features.statistics import Statistics, drift
 from atft_pipeline.month_parts import Days, sessions_by_month
 from atft_pipeline.price_panel import PricePanel
+from atft_pipeline.provenance import code_fingerprint
 from atft_pipeline.targets import forward_return
 from atft_pipeline.trading_calendar import market_facts
 
@@ -268,18 +267,6 @@ def with_drift(manifest: dict[str, Any], previous: Mapping[str, Any] | None) -> 
     before = previous["feature_stats"]
     moved = {name: drift(now, before[name]) for name, now in manifest["feature_stats"].items()}
     return manifest | {"drift_against": previous["fingerprint"], "drift": moved}
-
-
-@cache
-def code_fingerprint() -> str:
-    """Hash of the code that makes the dataset: parts made by other code are not continued."""
-    library = Path(__file__).parent
-    files = [
-        *sorted((library / "features").glob("*.py")),
-        *(library / f"{name}.py" for name in ("adjustment", "dataset_rows", "point_in_time", "price_panel", "targets",
-                                              "trading_calendar", "universe")),
-    ]  # fmt: skip
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def _warnings(live: Sequence[str], absent: Sequence[str], config: DatasetConfig, backfilled: int) -> Iterator[str]:

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from atft_pipeline.dataset import manifest_path, resolved
+from atft_pipeline.dataset import manifest_path, read_manifest, resolved
 from atft_pipeline.files import replacing
 
 Days = NDArray[np.datetime64]
@@ -33,9 +34,10 @@ def month_of(days: Days) -> list[str]:
 def sessions_by_month(sessions: Days) -> dict[str, slice]:
     """Rows of each month among ascending sessions."""
     months = sessions.astype("datetime64[M]")
-    starts = np.flatnonzero(np.concatenate([[True], months[1:] != months[:-1]])) if len(months) else []
-    stops = [*starts[1:], len(months)]
-    return {str(months[start]): slice(int(start), int(stop)) for start, stop in zip(starts, stops, strict=True)}
+    if len(months) == 0:
+        return {}
+    starts = [0, *np.flatnonzero(months[1:] != months[:-1]) + 1]
+    return {str(months[start]): slice(int(start), int(stop)) for start, stop in pairwise([*starts, len(months)])}
 
 
 def spans(months: Mapping[str, slice], first: str, sessions_at_a_time: int) -> Iterator[list[str]]:
@@ -115,10 +117,69 @@ def month_digests(frame: pl.DataFrame, date: str) -> dict[str, int]:
     return {month.isoformat()[:7]: digest for month, digest in sums.iter_rows() if month is not None}
 
 
-def first_difference(one: Mapping[str, Any], two: Mapping[str, Any]) -> str | None:
-    """The earliest month in which they differ, None when they do not."""
-    differing = [month for month in {*one, *two} if one.get(month) != two.get(month)]
-    return min(differing, default=None)
+@dataclass(frozen=True)
+class Changes:
+    """Against an earlier version: the first month in which each input differs."""
+
+    first_by_input: Mapping[str, str]
+    earlier: Sequence[str]
+    """Months of the earlier version, none where there is none to continue."""
+
+    @staticmethod
+    def between(inputs: Mapping[str, Mapping[str, Any]], before: Mapping[str, Any] | None) -> Changes:
+        """inputs: by name, a digest by month; before: the earlier manifest, with its own `inputs` and `parts`."""
+        if before is None:
+            return Changes({}, ())
+        known = before["inputs"]
+        first = {}
+        for name in sorted({*inputs, *known}):
+            one, two = inputs.get(name, {}), known.get(name, {})
+            differing = [month for month in {*one, *two} if one.get(month) != two.get(month)]
+            if differing:
+                first[name] = min(differing)
+        return Changes(first, sorted(before["parts"]))
+
+    def kept(self, remembered: Iterable[str]) -> list[str]:
+        """Earlier months that stand: up to the newest with a memory before the first that differs."""
+        first = min(self.first_by_input.values(), default=None)
+        good = [month for month in remembered if first is None or month < first]
+        return [month for month in self.earlier if good and month <= max(good)]
+
+    def record(self, kept: Sequence[str], months: Sequence[str]) -> dict[str, Any]:
+        """What the manifest says of it."""
+        return {
+            "first_changed_month": dict(self.first_by_input),
+            "months_reused": list(kept),
+            "months_computed": [month for month in months if month not in set(kept)],
+        }
+
+
+def read_previous(previous: Path | None, kind: str, **same: Any) -> dict[str, Any] | None:
+    """The manifest of an earlier version in parts that can be continued: of this kind, and the `same` in what is named.
+
+    None where there is none, or where it was made otherwise.
+    """
+    if previous is None or not manifest_path(previous).is_file():
+        return None
+    manifest = read_manifest(previous, kind)
+    made_alike = "inputs" in manifest and all(manifest.get(name) == value for name, value in same.items())
+    return dict(manifest) if made_alike and resolved(previous).is_dir() else None
+
+
+def remembered_months(previous: Path, memory: str) -> list[str]:
+    """Months after which an earlier version can be continued."""
+    return sorted(file.stem for file in beside(previous, memory).glob("*.npz"))
+
+
+def move_product(path: Path, to: Path, folders: Iterable[str], files: Iterable[str] = ()) -> None:
+    """Gives the product at `path`, with what lies beside it, the name `to`; what was there is replaced."""
+    manifest_path(to).unlink(missing_ok=True)
+    for name in ("", *folders, *files):
+        old, new = (product if name == "" else beside(product, name) for product in (resolved(path), resolved(to)))
+        if new.is_dir():
+            shutil.rmtree(new)
+        old.replace(new)
+    manifest_path(path).replace(manifest_path(to))
 
 
 def save_arrays(path: Path, arrays: Mapping[str, Any]) -> None:

@@ -1,13 +1,330 @@
 """The adjusted prices of a source on disk, month by month: passed once, and continued where something is new.
 
-A product at PATH: `PATH/YYYY-MM.parquet` in `PRICES_COLUMNS`, `PATH.memory/YYYY-MM.npz` where the universe can be
-continued after that month, `PATH.quarantine.parquet`, and a manifest. What a changed source changes is found by digests
-of the raw rows by month; the pass is taken up at the last memory before the first month that differs.
+A product at PATH: `PATH/YYYY-MM.parquet` in `PRICES_COLUMNS`, `PATH.memory/YYYY-MM.npz` after the months from which the
+pass can be continued, `PATH.quarantine.parquet`, and a manifest. What a changed source changes is found by digests of
+the raw rows by month; the pass is taken up at the newest memory before the first month that differs.
 """
 
 from __future__ import annotations
 
+import datetime as dt
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from atft_pipeline.adjustment import StockMemory
+from atft_pipeline.config import DatasetConfig, to_dict
+from atft_pipeline.contracts import (
+    NO_UNIVERSE,
+    CheckedTables,
+    ContractReport,
+    check_prices,
+    check_table,
+    joined_report,
+)
+from atft_pipeline.dataset import sha256_of, write_manifest
+from atft_pipeline.errors import InputError
+from atft_pipeline.files import replacing
+from atft_pipeline.month_parts import (
+    Changes,
+    PartsWriter,
+    beside,
+    load_arrays,
+    month_digests,
+    part,
+    read_previous,
+    remembered_months,
+    save_arrays,
+    sessions_by_month,
+    spans,
+    writing_parts,
+)
+from atft_pipeline.price_panel import Days, PricePanel
+from atft_pipeline.provenance import code_fingerprint
+from atft_pipeline.sources import Source, in_time
+from atft_pipeline.universe import PricesResult, UniverseMemory, build_prices
+
 KIND = "prices"
 CELLS_AT_A_TIME = 4_000_000
-"""Sessions times codes of a span of months that is held at once."""
+"""Sessions times codes of a span of months: what is held at once."""
 MEMORY, QUARANTINE = "memory", "quarantine.parquet"
+
+
+def update_price_parts(
+    source: Source, others: CheckedTables, out: Path, config: DatasetConfig, previous: Path | None = None
+) -> tuple[dict[str, Any], ContractReport]:
+    """Passes the source's prices into the product at `out`; its manifest, and the report on what was written.
+
+    others: the source's other tables. With `previous`, an earlier product of the same configuration and code, months
+    before the first whose raw rows differ are taken over, and the pass is continued from there; `changes` in the
+    manifest says which input differed first in which month.
+
+    Raises: InputError when raw rows break their contract, or fewer than two common stocks trade.
+    """
+    before = read_previous(previous, KIND, config=to_dict(config), code=code_fingerprint())
+    listed = others.tables["listed"]
+    raw = _RawFiles.of(source, before)
+    changes = Changes.between({"prices": raw.months, "listed": _listed_digests(listed, before)}, before)
+    kept = changes.kept(remembered_months(previous, MEMORY)) if before is not None and previous is not None else []
+    memory = _load_memory(previous, kept[-1]) if kept and previous is not None else None
+    parts: dict[str, Any] = {month: before["parts"][month] for month in kept} if before is not None else {}
+    quarantine = [_decided_by(previous, memory.sessions[-1])] if memory is not None and previous is not None else []
+    late = set(before["late_codes"]) if kept and before is not None else set()
+    reports = []
+    with writing_parts(out, [MEMORY], previous if kept else None) as writer:
+        for month in kept:
+            writer.take_over(month)
+        for result in _passes(raw, listed, config, memory):
+            parts |= _write(writer, result)
+            reports.append(check_prices(result.prices, needs_universe=False))
+            quarantine.append(result.quarantine)
+            late |= _late_codes(result)
+            memory = result.memory
+    assert memory is not None
+    hits = pl.concat(quarantine).sort("Date", "Code", "rule")
+    with replacing(beside(out, QUARANTINE)) as temporary:
+        hits.write_parquet(temporary, compression="zstd")
+    manifest = {
+        "kind": KIND,
+        "fingerprint": sha256_of({"config": to_dict(config), "content": [parts, frame_digest(hits)]}),
+        "source": raw.added_to(others.record),
+        "config": to_dict(config),
+        "code": code_fingerprint(),
+        "parts": parts,
+        "session_dates": memory.sessions.astype(str).tolist(),
+        "stocks": int((memory.stocks.history > 0).sum()),
+        "raw": raw.record(),
+        "inputs": {"prices": raw.months, "listed": month_digests(listed, "Date")},
+        "late_codes": sorted(late),
+        "late_digest": _earliest_digest(listed, late),
+        "changes": changes.record(kept, sorted(parts)),
+    }
+    write_manifest(out, manifest)
+    return manifest, joined_report("prices (adjusted)", reports, _no_universe(parts))
+
+
+def _no_universe(parts: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """check_prices' own sentence on a whole table without an investable row."""
+    if any(month["investable_rows"] for month in parts.values()):
+        return []
+    return [NO_UNIVERSE]
+
+
+def read_months(path: Path, months: Sequence[str], sessions: Days) -> PricePanel:
+    """The panel of some consecutive months over their `sessions`. Raises InputError when a part is missing."""
+    return PricePanel.from_frame(read_frame(path, months), sessions)
+
+
+def read_frame(path: Path, months: Sequence[str]) -> pl.DataFrame:
+    """The long table of some months, or of all where none are named."""
+    files = [part(path, month) for month in months]
+    missing = next((file for file in files if not file.is_file()), None)
+    if missing is not None:
+        raise InputError(f"{path}: part {missing.name} is missing; build the prices again")
+    return pl.concat([pl.read_parquet(file) for file in files])
+
+
+def read_quarantine(path: Path) -> pl.DataFrame:
+    return pl.read_parquet(beside(path, QUARANTINE))
+
+
+def frame_digest(frame: pl.DataFrame) -> str:
+    """Hash of a table's rows in order; the seed is fixed, so equal tables hash alike in every process."""
+    return hashlib.sha256(frame.hash_rows(seed=0).to_numpy().tobytes()).hexdigest()
+
+
+# --- the raw files ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _File:
+    """One file of raw prices: enough to know what a change of it changes."""
+
+    sha256: str
+    first: str
+    last: str
+    rows: int = 0
+    months: dict[str, int] = field(default_factory=dict)
+    null_texts: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class _RawFiles:
+    """The raw prices, file by file; a file whose bytes are those of an earlier version is not read to know its rows."""
+
+    source: Source
+    files: dict[str, _File]
+    digested: bool
+    """Whether the files' rows have been counted; else they are while they are passed."""
+
+    @staticmethod
+    def of(source: Source, before: Mapping[str, Any] | None) -> _RawFiles:
+        known = {name: _File(**record) for name, record in before["raw"].items()} if before is not None else {}
+        files = {}
+        for name, sha256 in source.part_fingerprints("prices").items():
+            if name in known and known[name].sha256 == sha256:
+                files[name] = known[name]
+            else:
+                days = _alone(source, name).dates("prices")
+                # An empty part of many is no fault, and has no days.
+                first, last = (str(days[0]), str(days[-1])) if len(days) else ("9999-12-31", "0001-01-01")
+                files[name] = _File(sha256, first, last)
+        raw = _RawFiles(source, files, digested=before is not None)
+        if before is not None:
+            for name, record in files.items():
+                if not record.rows and record.last >= record.first:
+                    for start, stop in _years(record.first, record.last):
+                        raw._count(name, start, stop)
+        return raw
+
+    @property
+    def months(self) -> dict[str, int]:
+        """Digest of each month's rows over all files."""
+        totals: Counter[str] = Counter()
+        for record in self.files.values():
+            totals.update(record.months)
+        return {month: total % 2**64 for month, total in sorted(totals.items())}
+
+    def dates(self) -> Days:
+        return self.source.dates("prices")
+
+    def read(self, first: dt.date, last: dt.date) -> pl.DataFrame:
+        """Rows of the days from first to last; the files that cannot have any are not opened."""
+        named = [name for name, record in self.files.items() if record.first <= str(last) and record.last >= str(first)]
+        frames = [self._count(name, first, last, known=self.digested) for name in named]
+        return pl.concat(in_time(frames, "Date"))
+
+    def record(self) -> dict[str, Any]:
+        return {name: vars(record) for name, record in self.files.items()}
+
+    def added_to(self, others: Mapping[str, Any]) -> dict[str, Any]:
+        """The source's record with the prices' own entry, as `contracts.read_checked` would have it."""
+        files = self.files.values()
+        texts = sum((Counter(record.null_texts) for record in files), Counter[str]())
+        entry = {
+            "rows": sum(record.rows for record in files),
+            "first_date": min(record.first for record in files),
+            "last_date": max(record.last for record in files),
+            "sha256": hashlib.sha256(b"".join(bytes.fromhex(record.sha256) for record in files)).hexdigest(),
+            "null_texts": dict(sorted(texts.items())),
+        }
+        return {**others, "tables": {"prices": entry, **others["tables"]}}
+
+    def _count(self, name: str, first: dt.date, last: dt.date, *, known: bool = False) -> pl.DataFrame:
+        read = _alone(self.source, name).read_counted("prices", first=first, last=last)
+        if not known:
+            record = self.files[name]
+            record.rows += read.frame.height
+            record.null_texts = dict(Counter(record.null_texts) + Counter(read.null_texts))
+            sums = Counter(record.months) + Counter(month_digests(read.frame, "Date"))
+            record.months = {month: total % 2**64 for month, total in sorted(sums.items())}
+        return read.frame
+
+
+def _alone(source: Source, name: str) -> Source:
+    """The source with one of its files of prices only."""
+    return replace(source, files={**source.files, "prices": (source.folder / name,)})
+
+
+def _years(first: str, last: str) -> Iterator[tuple[dt.date, dt.date]]:
+    for year in range(int(first[:4]), int(last[:4]) + 1):
+        yield dt.date(year, 1, 1), dt.date(year, 12, 31)
+
+
+# --- listed snapshots that arrive late --------------------------------------------------------------------------------
+
+
+def _listed_digests(listed: pl.DataFrame, before: Mapping[str, Any] | None) -> dict[str, int]:
+    """By month; and where the earliest snapshot of a stock that had prices before any has changed, of all time."""
+    digests = month_digests(listed, "Date")
+    if before is not None and _earliest_digest(listed, before["late_codes"]) != before["late_digest"]:
+        digests["0000-00"] = 0
+    return digests
+
+
+def _earliest_digest(listed: pl.DataFrame, codes: Any) -> int:
+    """Of the earliest snapshots of `codes`."""
+    earliest = listed.filter(pl.col("Code").is_in(list(codes))).sort("Code", "Date").unique("Code", keep="first")
+    return sum(month_digests(earliest, "Date").values()) % 2**64
+
+
+def _late_codes(result: PricesResult) -> set[str]:
+    """Codes whose rows precede every snapshot of them, or that are in none: a later snapshot changes earlier rows."""
+    backfilled = result.panel.is_listed_backfilled.any(axis=0)
+    absent = result.quarantine.filter(pl.col("rule") == "not_listed")["Code"]
+    return {*np.array(result.panel.codes)[backfilled].tolist(), *absent.to_list()}
+
+
+# --- the pass ---------------------------------------------------------------------------------------------------------
+
+
+def _passes(
+    raw: _RawFiles, listed: pl.DataFrame, config: DatasetConfig, memory: UniverseMemory | None
+) -> Iterator[PricesResult]:
+    """The universe of a span of months after the other, after what `memory` remembers."""
+    days = raw.dates()
+    after = days[0] if memory is None else memory.sessions[-1] + 1
+    days = days[days >= after]
+    months = sessions_by_month(days)
+    codes = len(raw.source.codes("prices"))
+    for span in spans(months, min(months, default=""), max(1, CELLS_AT_A_TIME // codes)):
+        first, last = days[months[span[0]].start].item(), days[months[span[-1]].stop - 1].item()
+        frame = raw.read(first, last)
+        check_table("prices", frame, where=str(raw.source.where("prices"))).require()
+        # The exchange's sessions count to the end of a month, and up to the last day of the data.
+        is_last = months[span[-1]].stop == len(days)
+        until = last if is_last else (np.datetime64(span[-1]) + 1).astype("datetime64[D]").item() - dt.timedelta(1)
+        result = build_prices({"prices": frame, "listed": listed}, config, memory, until)
+        yield result
+        memory = result.memory
+
+
+def _write(writer: PartsWriter, result: PricesResult) -> dict[str, dict[str, Any]]:
+    """Writes the months of a pass and what is remembered after it; returns what the manifest says of them."""
+    starts = np.append(0, np.cumsum(result.panel.has_row.sum(axis=1)))
+    parts = {}
+    for month, rows in sessions_by_month(result.panel.sessions).items():
+        frame = result.prices[int(starts[rows.start]) : int(starts[rows.stop])]
+        frame.write_parquet(part(writer.folders[""], month), compression="lz4")
+        parts[month] = {
+            "rows": frame.height,
+            "sha256": frame_digest(frame),
+            **{
+                f"{name}_rows": int(frame[f"is_{name}"].sum()) for name in ("investable", "liquid", "listed_backfilled")
+            },
+        }
+    save_arrays(part(writer.folders[MEMORY], max(parts), "npz"), _to_arrays(result.memory))
+    return parts
+
+
+def _decided_by(path: Path, session: np.datetime64) -> pl.DataFrame:
+    """Quarantine rows that were decided by the close of `session`."""
+    return read_quarantine(path).filter(pl.col("known_from") <= session.item())
+
+
+def _to_arrays(memory: UniverseMemory) -> dict[str, Any]:
+    return {
+        "sessions": memory.sessions.astype(np.int64),
+        "codes": np.array(memory.codes, dtype=np.str_),
+        "turnover": memory.turnover,
+        "factors_stated": memory.factors_stated,
+        **{f"stocks.{name}": array for name, array in memory.stocks.arrays().items()},
+    }
+
+
+def _load_memory(path: Path, month: str) -> UniverseMemory:
+    arrays = load_arrays(part(beside(path, MEMORY), month, "npz"))
+    stocks = {name.removeprefix("stocks."): array for name, array in arrays.items() if name.startswith("stocks.")}
+    return UniverseMemory(
+        sessions=arrays["sessions"].astype("datetime64[D]"),
+        codes=tuple(arrays["codes"].tolist()),
+        stocks=StockMemory(**stocks),
+        turnover=arrays["turnover"],
+        factors_stated=bool(arrays["factors_stated"]),
+    )

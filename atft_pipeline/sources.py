@@ -13,7 +13,7 @@ import hashlib
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -138,7 +138,7 @@ class Source:
     def read_counted(self, table: str, *, first: dt.date | None = None, last: dt.date | None = None) -> TableRead:
         """The table with its known columns: dates as Date, numbers as Float64 (NaN as null), the rest as String.
 
-        Row order is the files'. `first` and `last`, both included, bound the table's date column and leave out rows
+        Row order is the files', which follow each other by their first dates, whatever their names. `first` and `last`, both included, bound the table's date column and leave out rows
         without a date; where a file has it as Date, only the row groups that may hold such dates are read. Values of
         rows outside are not looked at.
 
@@ -146,7 +146,7 @@ class Source:
         rows; a period without rows is an empty frame.
         """
         parts = [_read_part(table, file, self.folder, first, last) for file in self._files(table)]
-        frame = pl.concat([part.frame for part in parts], how="diagonal")
+        frame = pl.concat(in_time([part.frame for part in parts], self._spec(table).date), how="diagonal")
         if frame.is_empty() and first is None and last is None:
             raise InputError(f"{table}: no rows in {self.where(table)}; provide a table with data")
         counts = sum((Counter(part.null_texts) for part in parts), Counter[str]())
@@ -195,6 +195,12 @@ class Source:
         """The table's file, or the folder of its parts: what a message names."""
         files = self._files(table)
         return files[0] if len(files) == 1 else Path(os.path.commonpath(files))
+
+
+def in_time(frames: Sequence[pl.DataFrame], date: str) -> list[pl.DataFrame]:
+    """The parts of a table by the dates of their first rows: `2015-06-30` sorts before `2015` by name alone."""
+    filled = [frame for frame in frames if frame.height]
+    return sorted(filled, key=lambda frame: frame[date][0] or dt.date.min) or list(frames[:1])
 
 
 def open_source(folder: Path | str) -> Source:

@@ -9,6 +9,7 @@ Adjustment is forward: P~_t = P_t / prod_{s<=t} AdjustmentFactor_s, V~_t = V_t *
 
 from __future__ import annotations
 
+import datetime as dt
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -93,7 +94,8 @@ class PricesResult:
     panel: PricePanel
     """Of the sessions passed now, and of the stocks that have ever traded."""
     quarantine: pl.DataFrame
-    """rule, decision, Date, Code, detail; one row per hit, per code where the whole code is dropped."""
+    """rule, decision, Date, Code, detail, known_from; one row per hit, per code where the whole code is dropped.
+    known_from is the session at whose close it was decided: later than Date where only a later session shows the fault."""
     memory: UniverseMemory
 
     @cached_property
@@ -117,7 +119,10 @@ class PricesResult:
 
 
 def build_prices(
-    tables: Mapping[str, pl.DataFrame], config: DatasetConfig, before: UniverseMemory | None = None
+    tables: Mapping[str, pl.DataFrame],
+    config: DatasetConfig,
+    before: UniverseMemory | None = None,
+    until: dt.date | None = None,
 ) -> PricesResult:
     """The universe of `tables` (prices, listed, index as `Source.read` gives them).
 
@@ -125,14 +130,15 @@ def build_prices(
     above the market's price floor, traded within 5 sessions. Liquid: investable, and the median turnover of the
     trailing 20 sessions at or above the market's floor, untraded sessions left out and two thirds of them needed.
 
-    With `before`, the prices are those after its last session, and what it remembers is continued.
+    With `before`, the prices are those after its last session, and what it remembers is continued. `until`: the day up
+    to which the exchange's sessions count, the last day of the prices unless given.
 
     Raises: InputError when fewer than two common stocks trade.
     """
     facts = market_facts(config.market)
     before = before or UniverseMemory.empty()
     prices = tables["prices"]
-    sessions, row_session, closed = _on_exchange_days(prices, config.market, before.sessions)
+    sessions, row_session, closed = _on_exchange_days(prices, config.market, before.sessions, until)
     codes = sorted({*before.codes, *prices["Code"].unique().to_list()})
     memory = before.of_codes(codes)
     raw, present = _dense(prices, row_session, positions(prices["Code"], codes), (len(sessions), len(codes)))
@@ -218,7 +224,9 @@ def _panel(
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 
-def _on_exchange_days(prices: pl.DataFrame, market: str, before: Days) -> tuple[Days, NDArray[np.int64], pl.DataFrame]:
+def _on_exchange_days(
+    prices: pl.DataFrame, market: str, before: Days, until: dt.date | None
+) -> tuple[Days, NDArray[np.int64], pl.DataFrame]:
     """Sessions, the session of each row (−1 on a closed day), and a hit per closed day on which there are rows.
 
     A session is a day on which anything traded, or one that the exchange's calendar knows, whether or not there are
@@ -229,11 +237,11 @@ def _on_exchange_days(prices: pl.DataFrame, market: str, before: Days) -> tuple[
     by_day = prices.group_by("Date").agg(rows=pl.len(), traded=volume.ne(0).fill_null(priced).any()).sort("Date")
     days = day_array(by_day["Date"])
     first = before[-1] + 1 if len(before) else days[0]
-    known = trading_calendar.known_sessions(market, first, days[-1])
+    known = trading_calendar.known_sessions(market, first, until or days[-1])
     sessions = np.union1d(days[by_day["traded"].to_numpy()], known)
     place = np.searchsorted(sessions, days)
     is_session = np.isin(days, sessions)
-    closed = by_day.filter(~pl.Series(is_session)).with_columns(Code=pl.lit(""))
+    closed = by_day.filter(~pl.Series(is_session)).with_columns(Code=pl.lit(""), known_from=pl.col("Date"))
     hits = _named("no_trade_date", closed, pl.format("{} rows", "rows"))
     runs = np.searchsorted(days, day_array(prices["Date"]))
     return sessions, np.where(is_session, place, -1)[runs], hits
@@ -343,7 +351,8 @@ def _hits(hits: Panel, known: Days, passed: int, codes: Sequence[str], listed: _
     frame = pl.DataFrame(
         {
             "rule": hits[:, HIT.rule].astype(np.int64),
-            "Date": pl.Series(known[session].astype(np.int32)).cast(pl.Date),
+            "Date": _dates(known[session]),
+            "known_from": _dates(known[hits[:, HIT.known_from].astype(np.int64) + passed]),
             "Code": pl.Series(codes, dtype=pl.String).gather(hits[:, HIT.stock].astype(np.int64)),
             **{name: pl.Series(hits[:, column], dtype=_NUMBER).fill_nan(None) for name, column in _figures().items()},
             "listing": pl.Series(np.where(listing.is_null(), -1, listing.fill_null(-1))),
@@ -360,7 +369,9 @@ def _hits(hits: Panel, known: Days, passed: int, codes: Sequence[str], listed: _
 
 def _figures() -> dict[str, int]:
     return {
-        name: column for name, column in HIT._asdict().items() if name not in ("session", "stock", "rule", "listing")
+        name: column
+        for name, column in HIT._asdict().items()
+        if name not in ("session", "stock", "rule", "listing", "known_from")
     }
 
 
@@ -371,4 +382,9 @@ def _named(rule: str, rows: pl.DataFrame, detail: pl.Expr) -> pl.DataFrame:
         "Date",
         "Code",
         detail.cast(pl.String).alias("detail"),
+        "known_from",
     )
+
+
+def _dates(days: Days) -> pl.Series:
+    return pl.Series(days.astype("datetime64[D]").astype(np.int32)).cast(pl.Date)

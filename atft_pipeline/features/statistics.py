@@ -21,18 +21,31 @@ DRIFT_WARNING = 0.5
 
 
 @njit(cache=True, nogil=True)
-def _tally(values: Any, histogram: Any, moments: Any) -> None:
-    bits = values.view(np.uint32)
-    count, total, squares, positive = 0.0, 0.0, 0.0, 0.0
-    for i in range(len(values)):
-        value = np.float64(values[i])
-        if value == value:
-            histogram[bits[i] >> np.uint32(16)] += 1
-            count += 1.0
-            total += value
-            squares += value * value
-            positive += 1.0 if value > 0.0 else 0.0
-    moments[0], moments[1], moments[2], moments[3] = count, total, squares, positive
+def _tally(values: Any, moments: Any, bins: Any, counts: Any) -> Any:
+    """Fills moments `[F, 4]` and the filled bins of all features, as `feature * BINS + bin`; how many there are."""
+    F, R = values.shape
+    filled = 0
+    histogram = np.empty(BINS, np.int32)
+    for f in range(F):
+        row = values[f]
+        bits = row.view(np.uint32)
+        histogram[:] = 0
+        count, total, squares, positive = 0.0, 0.0, 0.0, 0.0
+        for i in range(R):
+            value = np.float64(row[i])
+            if value == value:
+                histogram[bits[i] >> np.uint32(16)] += 1
+                count += 1.0
+                total += value
+                squares += value * value
+                positive += 1.0 if value > 0.0 else 0.0
+        moments[f, 0], moments[f, 1], moments[f, 2], moments[f, 3] = count, total, squares, positive
+        for b in range(BINS):
+            if histogram[b]:
+                bins[filled] = f * BINS + b
+                counts[filled] = histogram[b]
+                filled += 1
+    return filled
 
 
 @dataclass(frozen=True)
@@ -42,44 +55,44 @@ class Statistics:
     rows: int
     moments: NDArray[np.float64]
     """[F, 4] number, sum and sum of squares of the non-null values, and the number above 0."""
-    histogram: NDArray[np.int64]
-    """[F, BINS] by the upper 16 bits of the value."""
+    bins: NDArray[np.int64]
+    """[B] the filled bins, `feature * BINS + upper 16 bits of the value`, ascending."""
+    counts: NDArray[np.int64]
+    """[B] values in each."""
 
     @staticmethod
     def of(values: NDArray[np.float32]) -> Statistics:
         """values: `[F, R]`, NaN where missing."""
-        moments, histogram = np.zeros((len(values), 4)), np.zeros((len(values), BINS), np.int64)
-        for number, column in enumerate(values):
-            _tally(np.ascontiguousarray(column), histogram[number], moments[number])
-        return Statistics(values.shape[1], moments, histogram)
+        F, R = values.shape
+        moments = np.zeros((F, 4))
+        bins, counts = np.empty(F * min(R, BINS), np.int64), np.empty(F * min(R, BINS), np.int64)
+        filled = _tally(np.ascontiguousarray(values), moments, bins, counts)
+        return Statistics(R, moments, bins[:filled].copy(), counts[:filled].copy())
 
     @staticmethod
     def total(parts: Iterable[Statistics], features: int) -> Statistics:
         """The sum, part by part in the order given: equal parts give an equal sum, to the bit."""
-        rows, moments, histogram = 0, np.zeros((features, 4)), np.zeros((features, BINS), np.int64)
+        rows, moments, histogram = 0, np.zeros((features, 4)), np.zeros(features * BINS, np.int64)
         for part in parts:
             rows += part.rows
             moments += part.moments
-            histogram += part.histogram
-        return Statistics(rows, moments, histogram)
+            histogram[part.bins] += part.counts
+        filled = np.flatnonzero(histogram)
+        return Statistics(rows, moments, filled, histogram[filled])
 
     def save(self, path: Path) -> None:
-        """Writes the filled bins alone."""
-        filled = np.flatnonzero(self.histogram.reshape(-1))
         np.savez(
             path,
             rows=self.rows,
             moments=self.moments,
-            bins=filled.astype(np.int32),
-            counts=self.histogram.reshape(-1)[filled].astype(np.int32),
+            bins=self.bins.astype(np.int32),
+            counts=self.counts.astype(np.int32),
         )
 
     @staticmethod
     def load(path: Path) -> Statistics:
         with np.load(path, allow_pickle=False) as saved:
-            histogram = np.zeros((len(saved["moments"]), BINS), np.int64)
-            histogram.reshape(-1)[saved["bins"]] = saved["counts"]
-            return Statistics(int(saved["rows"]), saved["moments"], histogram)
+            return Statistics(int(saved["rows"]), saved["moments"], saved["bins"], saved["counts"])
 
     def describe(self, number: int) -> dict[str, float | None]:
         """live_share, null_share, mean, std (ddof 0), 1st and 99th percentile of one feature; null without a value."""
@@ -101,11 +114,12 @@ class Statistics:
         return bool(self.moments[number, 3 if above_zero else 0] > 0)
 
     def _quantile(self, number: int, level: float) -> float:
-        filled = np.flatnonzero(self.histogram[number])
-        middles = ((filled.astype(np.uint32) << np.uint32(16)) | np.uint32(0x8000)).view(np.float32)
-        middles[filled % (BINS // 2) == 0] = 0.0  # both zeros, and what is too small to tell from them
+        own = slice(*np.searchsorted(self.bins, (number * BINS, (number + 1) * BINS)))
+        upper = (self.bins[own] % BINS).astype(np.uint32)
+        middles = ((upper << np.uint32(16)) | np.uint32(0x8000)).view(np.float32)
+        middles[upper % (BINS // 2) == 0] = 0.0  # both zeros, and what is too small to tell from them
         order = np.argsort(middles, kind="stable")
-        ranks = np.cumsum(self.histogram[number, filled[order]])
+        ranks = np.cumsum(self.counts[own][order])
         return float(middles[order][np.searchsorted(ranks, level * (ranks[-1] - 1), side="right")])
 
 
