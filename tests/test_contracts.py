@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
 
 from atft_pipeline.config import DatasetConfig
-from atft_pipeline.contracts import check_ml_dataset, check_prices, check_table
+from atft_pipeline.contracts import check_ml_dataset, check_prices, check_table, read_checked
 from atft_pipeline.errors import InputError
 from atft_pipeline.sources import RAW_TABLES, open_source
 from atft_pipeline.synthetic import write_market
@@ -61,6 +62,35 @@ def test_broken_table_is_refused(name: str, change: Change, reason: str, tables:
     with pytest.raises(InputError, match=f"^{name} in /data/table.parquet: .*{reason}") as error:
         report.require()
     assert "\n" not in str(error.value)
+
+
+def shuffled_within_dates(frame: pl.DataFrame) -> pl.DataFrame:
+    return frame.sample(fraction=1, shuffle=True, seed=1).sort("Date", maintain_order=True)
+
+
+def test_duplicates_are_found_whatever_the_order_within_a_date(tables: dict[str, pl.DataFrame]) -> None:
+    prices = shuffled_within_dates(tables["prices"])
+    assert check_table("prices", prices).passed
+    doubled = shuffled_within_dates(pl.concat([prices, prices[3:5], prices[3:4]]))
+    assert check_table("prices", doubled).failures[0].startswith("prices: 3 duplicate keys (Date, Code), e.g. Date=")
+
+
+def test_null_keys_are_equal_keys_and_numbered_documents_are_not(tables: dict[str, pl.DataFrame]) -> None:
+    rows = tables["statements"][:1].with_columns(DisclosedTime=pl.lit(None, pl.String))
+    twice = pl.concat([rows, rows])
+    assert "1 duplicate keys" in check_table("statements", twice).failures[0]
+    assert check_table("statements", twice.with_columns(DisclosureNumber=pl.Series([1.0, 2.0]))).passed
+
+
+def test_manifest_record_counts_the_null_texts(tmp_path: Path) -> None:
+    write_market(tmp_path, stocks=5, sessions=25, seed=0)
+    file = tmp_path / "prices.parquet"
+    untraded = pl.when(pl.int_range(pl.len()) < 3).then(pl.lit("-")).otherwise(pl.col("Open").cast(pl.String))
+    pl.read_parquet(file).with_columns(Open=untraded).write_parquet(file)
+    record = read_checked(open_source(tmp_path)).record["tables"]
+    assert record["prices"]["null_texts"] == {"Open": 3}
+    assert record["index"]["null_texts"] == {}
+    assert record["statements"]["null_texts"]["ForecastProfit"] > 0
 
 
 def test_negative_volume_is_left_to_the_quarantine(tables: dict[str, pl.DataFrame]) -> None:

@@ -11,7 +11,9 @@ import pytest
 from market_factory import days
 from slow_point_in_time import known_documents
 
+from atft_pipeline.config import DatasetConfig
 from atft_pipeline.errors import InputError
+from atft_pipeline.features.panel import build_market
 from atft_pipeline.point_in_time import HISTORY_WEEKS, Disclosures, disclosures, flow_releases, session_at
 from atft_pipeline.trading_calendar import sessions as exchange_sessions
 
@@ -59,6 +61,8 @@ def at(record: Disclosures, name: str, day: str, stock: int = 0, sessions: Any =
         ("2024-11-05", "15:30:00", "2024-11-06"),
         ("2024-11-01", "15:29:00", "2024-11-05"),  # a Friday before a Monday holiday
         ("2024-05-11", "09:00:00", "2024-05-13"),  # a Saturday
+        ("2024-05-06", "09:00:00", "2024-05-07"),  # a holiday
+        ("2024-01-01", "12:00:00", "2024-01-04"),  # before the first session
         ("2024-05-14", None, "2024-05-15"),  # no time: after the close
         ("2024-05-14", "-", "2024-05-15"),
     ],
@@ -69,10 +73,24 @@ def test_statement_is_known_from_the_first_close_after_it(date: str, time: str |
     assert (record.latest[np.searchsorted(SESSIONS, np.datetime64(first_known)) :, 0] >= 0).all()
 
 
-def test_half_day_closes_with_the_morning_session() -> None:
+@pytest.mark.parametrize(
+    ("date", "time", "first_known"),
+    [
+        ("2008-12-30", "10:59:59", "2008-12-30"),
+        ("2008-12-30", "11:00:00", "2009-01-05"),
+        ("2009-01-05", "11:00:00", "2009-01-06"),
+    ],
+)
+def test_half_day_closes_with_the_morning_session(date: str, time: str, first_known: str) -> None:
     sessions = exchange_sessions("tokyo", "2008-12-25", "2009-01-09")
-    record = known(document("2008-12-30", "11:30:00"), sessions=sessions)
-    assert str(sessions[int(np.argmax(record.latest[:, 0] >= 0))]) == "2009-01-05"
+    record = known(document(date, time), sessions=sessions)
+    assert str(sessions[int(np.argmax(record.latest[:, 0] >= 0))]) == first_known
+
+
+def test_documents_before_the_first_session_are_known_and_count_weekdays() -> None:
+    record = known(document("2023-12-27"), document("2024-01-04"))  # Wednesday to Thursday of the next week
+    assert record.known_at.tolist() == [-6.0, 0.0]
+    assert record.latest[0, 0] == 1
 
 
 def test_text_figures_become_numbers_and_marks_become_null() -> None:
@@ -153,12 +171,163 @@ def test_forecast_of_another_fiscal_year_is_no_revision() -> None:
     assert at(record, "OperatingProfit_full_year", "2025-08-08") == 77.0
 
 
-def test_last_document_of_a_day_counts() -> None:
+NO_RESULTS = dict.fromkeys(("NetSales", "OperatingProfit", "Profit", "TotalAssets", "Equity"), "")
+
+
+def test_documents_of_a_day_follow_each_other_by_time_then_number() -> None:
+    rows = [
+        document("2024-05-14", "13:00:00", NetSales="3", DisclosureNumber="20240514000009"),
+        document("2024-05-14", "13:00:00", NetSales="2", DisclosureNumber="20240514000010"),
+        document("2024-05-14", "11:00:00", NetSales="1", DisclosureNumber="20240514000011"),
+    ]
+    assert at(known(*rows), "NetSales", "2024-05-14") == 2.0
+    unnumbered = [{name: value for name, value in row.items() if name != "DisclosureNumber"} for row in rows]
+    assert at(known(*unnumbered), "NetSales", "2024-05-14") == 2.0, "of one moment the table's last"
+    assert at(known(*unnumbered[::-1]), "NetSales", "2024-05-14") == 3.0
+
+
+def test_results_with_a_forecast_and_a_dividend_revision_on_one_day() -> None:
     record = known(
-        document("2024-05-14", "13:00:00", NetSales="2"),
-        document("2024-05-14", "11:00:00", NetSales="1"),
+        document("2024-05-14", ForecastProfit="30"),
+        document("2024-08-09", TypeOfCurrentPeriod="2Q", NetSales="210", ForecastProfit="30"),
+        document("2024-08-09", TypeOfDocument="EarnForecastRevision", ForecastProfit="45", **NO_RESULTS),
+        document("2024-08-09", TypeOfDocument="DividendForecastRevision", **NO_RESULTS),
     )
-    assert at(record, "NetSales", "2024-05-14") == 2.0
+    found = [at(record, name, "2024-08-09") for name in ("NetSales", "Profit_forecast", "Profit_forecast_before")]
+    assert found == [210.0, 45.0, 30.0]
+
+
+def test_code_with_a_letter() -> None:
+    record = known(document("2024-05-14", LocalCode="130A0"), codes=("13000", "130A0"))
+    assert record.latest[-1].tolist() == [-1, 0]
+
+
+def test_profit_that_a_standard_does_not_know_is_null_and_not_zero() -> None:
+    ifrs = {"TypeOfDocument": "1QFinancialStatements_Consolidated_IFRS", "OrdinaryProfit": "", "OperatingProfit": ""}
+    record = known(document("2024-05-14", **ifrs, ForecastProfit="30"))
+    assert [at(record, name, "2024-05-14") for name in ("NetSales", "Profit", "Profit_full_year")] == [100.0, 5.0, 30.0]
+    assert np.isnan(at(record, "OperatingProfit", "2024-05-14"))
+    assert np.isnan(at(record, "OperatingProfit_full_year", "2024-05-14"))
+
+
+def year(end: str, start: str, disclosed: str, sales: str, **columns: Any) -> dict[str, Any]:
+    dates = {"CurrentPeriodStartDate": start, "CurrentFiscalYearStartDate": start, "CurrentPeriodEndDate": end}
+    period = {"TypeOfCurrentPeriod": "FY", "CurrentFiscalYearEndDate": end} | dates
+    return document(disclosed, NetSales=sales, **(period | columns))
+
+
+CHANGED_YEAR = (
+    year("2022-12-31", "2022-04-01", "2023-02-14", "300"),
+    year("2023-12-31", "2023-01-01", "2024-02-14", "420"),
+    year("2024-12-31", "2024-01-01", "2025-02-14", "441"),
+)
+"""Nine months to December 2022, when the fiscal year's end moved from March, then twelve and twelve."""
+
+
+def without_starts(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if not name.endswith("StartDate")}
+
+
+@pytest.mark.parametrize("are_starts_stated", [True, False])
+def test_short_fiscal_year_is_compared_with_no_full_one(are_starts_stated: bool) -> None:
+    rows = [year("2022-03-31", "2021-04-01", "2022-05-13", "400"), *CHANGED_YEAR]
+    record = known(*(rows if are_starts_stated else map(without_starts, rows)))
+    assert np.isnan(at(record, "NetSales_year_ago", "2024-02-14")), "twelve months are not compared with nine"
+    assert at(record, "NetSales_year_ago", "2025-02-14") == 420.0
+
+
+def test_first_quarter_of_a_moved_year_has_no_year_ago_quarter() -> None:
+    # January to March follows a year from April; the first quarter a year before was April to June.
+    record = known(
+        year(
+            "2023-06-30",
+            "2023-04-01",
+            "2023-08-10",
+            "90",
+            TypeOfCurrentPeriod="1Q",
+            CurrentFiscalYearEndDate="2023-12-31",
+        ),
+        year(
+            "2024-03-31",
+            "2024-01-01",
+            "2024-05-10",
+            "95",
+            TypeOfCurrentPeriod="1Q",
+            CurrentFiscalYearEndDate="2024-12-31",
+        ),
+        year(
+            "2024-06-30",
+            "2024-01-01",
+            "2024-08-09",
+            "99",
+            TypeOfCurrentPeriod="2Q",
+            CurrentFiscalYearEndDate="2024-12-31",
+        ),
+        year(
+            "2025-03-31",
+            "2025-01-01",
+            "2025-05-09",
+            "98",
+            TypeOfCurrentPeriod="1Q",
+            CurrentFiscalYearEndDate="2025-12-31",
+        ),
+    )
+    ago = [at(record, "NetSales_year_ago", day) for day in ("2024-05-10", "2024-08-09", "2025-05-09")]
+    np.testing.assert_array_equal(ago, [NAN, NAN, 95.0])
+
+
+def test_periods_of_a_long_fiscal_year_follow_each_other() -> None:
+    long = {"CurrentFiscalYearEndDate": "2024-09-30"}  # eighteen months from April 2023
+    record = known(
+        year("2023-03-31", "2022-04-01", "2023-05-12", "400"),
+        year("2024-03-31", "2023-04-01", "2024-05-14", "410", TypeOfCurrentPeriod="4Q", **long),
+        year("2024-06-30", "2023-04-01", "2024-08-09", "515", TypeOfCurrentPeriod="5Q", **long),
+        year("2024-09-30", "2023-04-01", "2024-11-14", "620", **long),
+    )
+    days = ("2024-05-14", "2024-08-09", "2024-11-14")
+    assert [at(record, "NetSales", day) for day in days] == [410.0, 515.0, 620.0]
+    # Twelve months against the year before; fifteen and eighteen have no match.
+    np.testing.assert_array_equal([at(record, "NetSales_year_ago", day) for day in days], [400.0, NAN, NAN])
+
+
+def test_period_without_a_quarters_name_is_placed_by_its_dates() -> None:
+    other = {"TypeOfCurrentPeriod": "OtherPeriod", "CurrentFiscalYearEndDate": "2024-12-31"}
+    first = year("2024-03-31", "2024-01-01", "2024-05-10", "95", **other | {"TypeOfCurrentPeriod": "1Q"})
+    record = known(first, year("2024-08-31", "2024-01-01", "2024-09-10", "250", **other))
+    assert at(record, "NetSales", "2024-09-10") == 250.0
+    undated = known(first, document("2024-09-10", NetSales="250", TypeOfCurrentPeriod="OtherPeriod"))
+    assert at(undated, "NetSales", "2024-09-10") == 95.0
+
+
+def test_late_correction_brings_no_old_forecast_back_into_force() -> None:
+    record = known(
+        document("2024-08-09", NetSales="100", ForecastProfit="30"),
+        document("2024-11-08", TypeOfCurrentPeriod="2Q", NetSales="210", ForecastProfit="45"),
+        document("2024-12-02", NetSales="99", ForecastProfit="30"),  # corrects the first quarter, forecast of its time
+        document("2025-05-13", TypeOfCurrentPeriod="FY", NetSales="430", NextYearForecastProfit="60"),
+        document("2025-06-02", TypeOfCurrentPeriod="2Q", NetSales="211", ForecastProfit="45"),
+    )
+    days = ("2024-12-02", "2025-05-13", "2025-06-02")
+    assert [at(record, "NetSales", day) for day in days] == [210.0, 430.0, 430.0]
+    assert [at(record, "Profit_forecast", day) for day in days] == [45.0, 60.0, 60.0]
+    assert [str(record.disclosed["forecast"][e]) for e in (2, 4)] == ["2024-11-08", "2025-05-13"]
+    assert at(record, "Profit_full_year", "2025-06-02") == 45.0
+
+
+def test_correction_of_the_newest_period_counts_from_its_own_disclosure() -> None:
+    record = known(document("2024-08-09", NetSales="100"), document("2024-09-02", "16:00:00", NetSales="90"))
+    assert [at(record, "NetSales", day) for day in ("2024-09-02", "2024-09-03")] == [100.0, 90.0]
+    assert str(record.disclosed["results"][1]) == "2024-09-02"
+
+
+def test_next_years_forecast_is_of_the_year_that_its_document_names() -> None:
+    short = {"CurrentFiscalYearEndDate": "2025-12-31"}
+    forecast = {"NextYearForecastProfit": "50", "NextFiscalYearEndDate": "2025-12-31"}
+    record = known(
+        document("2025-05-13", TypeOfCurrentPeriod="FY", **forecast),
+        document("2025-08-08", ForecastProfit="55", **short),
+    )
+    assert at(record, "Profit_forecast_before", "2025-08-08") == 50.0
 
 
 def test_stocks_do_not_share_documents_and_unknown_codes_are_ignored() -> None:
@@ -292,6 +461,120 @@ def test_revised_week_counts_from_its_revision_and_is_no_new_release() -> None:
     after = int(np.searchsorted(SESSIONS, np.datetime64("2024-01-31")))
     assert releases.latest[after, 0] == 2
     assert releases.since[after, 0] == 4.0  # since the 25th, a Thursday: 26, 29, 30, 31
+
+
+def test_revision_takes_effect_after_its_publication_and_moves_nothing_before() -> None:
+    rows = [week("2024-01-18", "2024-01-12", foreign=1.0), week("2024-01-25", "2024-01-19", foreign=2.0)]
+    twice = [*rows, week("2024-01-30", "2024-01-12", foreign=9.0), week("2024-02-02", "2024-01-12", foreign=4.0)]
+    before, after = (flow_releases(pl.DataFrame(table), SESSIONS) for table in (rows, twice))
+    first_seen = int(np.searchsorted(SESSIONS, np.datetime64("2024-01-31")))
+    np.testing.assert_array_equal(after.latest[:first_seen], before.latest[:first_seen])
+    np.testing.assert_array_equal(after.since, before.since)
+    oldest = {
+        str(SESSIONS[t]): after.foreign_net[after.latest[t, 0], -2] for t in range(first_seen - 1, first_seen + 5)
+    }
+    expected = {"01-30": 0.1, "01-31": 0.9, "02-01": 0.9, "02-02": 0.9, "02-05": 0.4, "02-06": 0.4}
+    assert oldest == {f"2024-{day}": pytest.approx(value) for day, value in expected.items()}
+
+
+def test_two_weeks_published_together_are_one_release() -> None:
+    rows = [week("2024-01-18", "2024-01-05", foreign=1.0), week("2024-01-18", "2024-01-12", foreign=2.0)]
+    for table in (rows, rows[::-1]):
+        releases = flow_releases(pl.DataFrame(table), SESSIONS)
+        np.testing.assert_allclose(releases.foreign_net[:, -2:], [[0.1, 0.2]])
+        assert releases.latest.max() == 0
+
+
+def test_section_that_no_market_code_names_has_no_effect() -> None:
+    rows = [week("2024-01-18", "2024-01-12"), week("2024-01-25", "2024-01-19", Section="TSEGrowth")]
+    foreign = [week("2024-01-17", "2024-01-12", foreign=7.0, Section=name) for name in ("TokyoNagoya", "Nagoya", "")]
+    known_only, all_rows = (flow_releases(pl.DataFrame(table), SESSIONS) for table in (rows, [*foreign, *rows]))
+    assert all_rows.sections == ("TSEGrowth", "TSEPrime")
+    for name in ("foreign_net", "individual_net", "total", "buying_share", "latest", "since"):
+        np.testing.assert_array_equal(getattr(all_rows, name), getattr(known_only, name))
+    assert flow_releases(pl.DataFrame(foreign), SESSIONS).latest.shape == (len(SESSIONS), 0)
+
+
+def test_stock_has_the_flows_of_the_section_it_is_in_at_each_session() -> None:
+    days_around = exchange_sessions("tokyo", "2022-03-25", "2022-04-20")
+    moved = dt.date(2022, 4, 4)
+    market = {
+        "13010": ("0101", "0111"),
+        "13020": ("0106", "0112"),
+        "13030": ("0104", "0113"),
+        "13040": ("0105", "0105"),
+    }
+    prices = pl.DataFrame(
+        [
+            {
+                "Date": day,
+                "Code": code,
+                "MarketCode": codes[day >= moved],
+                "Sector33Code": "0050",
+                "is_investable": True,
+            }
+            | dict.fromkeys(("Open", "High", "Low", "Close", "Volume", "TurnoverValue"), 1.0)
+            for day in days_around.tolist()
+            for code, codes in market.items()
+        ]
+    )
+    old = {"TSE1st": 1.0, "TSE2nd": 2.0, "TSEJASDAQ": 3.0, "TSEMothers": 4.0}
+    new = {"TSEPrime": 5.0, "TSEStandard": 6.0, "TSEGrowth": 7.0}
+    flows = [week("2022-03-24", "2022-03-18", value, Section=section) for section, value in old.items()]
+    flows += [week("2022-04-14", "2022-04-08", value, Section=section) for section, value in new.items()]
+    index = pl.DataFrame({"Date": days_around, "Code": "0000", "Close": 1.0})
+    tables = {"index": index, "investor_flows": pl.DataFrame(flows)}
+    _, panels = build_market(prices, tables, DatasetConfig())
+    found = panels.by_section(panels.flows.foreign_net[:, -1])
+    shown = {day: found[int(np.searchsorted(days_around, np.datetime64(day)))].tolist() for day in
+             ("2022-04-01", "2022-04-04", "2022-04-14", "2022-04-15")}  # fmt: skip
+    np.testing.assert_allclose(shown["2022-04-01"], [0.1, 0.3, 0.4, NAN])
+    # The new sections have published nothing until their first week is out.
+    np.testing.assert_allclose(shown["2022-04-04"], [NAN] * 4)
+    np.testing.assert_allclose(shown["2022-04-14"], [NAN] * 4)
+    np.testing.assert_allclose(shown["2022-04-15"], [0.5, 0.6, 0.7, NAN])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_flow_releases_equal_their_slow_reference(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    rows = []
+    for _ in range(150):
+        end = dt.date(2023, 10, 6) + dt.timedelta(weeks=int(rng.integers(0, 40)))
+        published = end + dt.timedelta(days=int(rng.integers(4, 60)))
+        section = ("TSEPrime", "TSEGrowth", "TokyoNagoya")[rng.integers(3)]
+        rows.append(week(str(published), str(end), float(rng.integers(-9, 9)), Section=section))
+        rows[-1]["IndividualsTotal"] = float(rng.integers(0, 3))
+    rows = list({(r["PublishedDate"], r["EndDate"], r["Section"]): r for r in rows}.values())
+    sessions = SESSIONS[:200]
+    releases = flow_releases(pl.DataFrame(rows), sessions)
+    part = flow_releases(pl.DataFrame(rows), sessions, first=150)
+    np.testing.assert_array_equal(part.latest, releases.latest[150:])
+    np.testing.assert_array_equal(part.since, releases.since[150:])
+    for s, section in enumerate(releases.sections):
+        for t, session in enumerate(sessions.tolist()):
+            expected, event = known_weeks(rows, session, section), releases.latest[t, s]
+            assert (event < 0) == (expected is None)
+            if expected is None:
+                assert np.isnan(releases.since[t, s])
+                continue
+            weeks, newest, released = expected
+            history = [weeks.get(w) for w in range(newest - HISTORY_WEEKS + 1, newest + 1)]
+            for name, kind in (("foreign_net", "Foreigners"), ("individual_net", "Individuals")):
+                ratios = [
+                    NAN if r is None or not r[f"{kind}Total"] else r[f"{kind}Balance"] / r[f"{kind}Total"]
+                    for r in history
+                ]
+                np.testing.assert_array_equal(getattr(releases, name)[event], ratios)
+            totals = [NAN if r is None else r["TotalTotal"] for r in history]
+            np.testing.assert_array_equal(releases.total[event], totals)
+            buyers = [weeks[newest][f"{kind}Balance"] > 0 for kind in ("Foreigners", "Individuals")]
+            assert releases.buying_share[event] == np.mean(buyers)
+            after = sum(released < day <= session for day in sessions.tolist())
+            unseen = np.busday_count(
+                released + dt.timedelta(days=1), max(sessions[0].item(), released + dt.timedelta(days=1))
+            )
+            assert releases.since[t, s] == after + unseen
 
 
 def test_week_that_is_still_missing_is_a_null_in_the_history() -> None:

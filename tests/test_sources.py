@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import hashlib
 from decimal import Decimal
 from pathlib import Path
 
@@ -83,11 +84,176 @@ def test_numbers_are_read_from_any_numeric_form(folder: Path, values: pl.Expr) -
     assert (after / before - 1).abs().max() < 1e-6  # type: ignore[operator]
 
 
-def test_placeholders_are_missing_numbers(folder: Path) -> None:
-    texts = pl.Series("Profit", ["-", "*", "", " 12.5 ", "-3"])
-    rows = pl.read_parquet(folder / "statements.parquet").head(5).with_columns(texts)
-    rows.write_parquet(folder / "statements.parquet")
-    assert open_source(folder).read("statements")["Profit"].to_list() == [None, None, None, 12.5, -3.0]
+def test_null_texts_are_null_counted_and_never_zero(folder: Path) -> None:
+    rows = pl.read_parquet(folder / "statements.parquet").head(7)
+    profit = pl.Series("Profit", ["-", "*", "", "　－ ", " 12.5 ", "-3", None])
+    ends = pl.Series("CurrentPeriodEndDate", ["-", "", None, "2024-03-31", "20240331", "2024-03-31", "2024-03-31"])
+    quiet = [name for name in rows.columns if name not in ("Profit", "CurrentPeriodEndDate")]
+    zeros = [pl.lit("0").alias(name) for name in quiet if "Profit" in name or "Sales" in name]
+    rows.with_columns(profit, ends, *zeros).write_parquet(folder / "statements.parquet")
+    read = open_source(folder).read_counted("statements")
+    assert read.frame["Profit"].to_list() == [None, None, None, None, 12.5, -3.0, None]
+    assert read.frame["CurrentPeriodEndDate"].null_count() == 3
+    assert read.null_texts == {"CurrentPeriodEndDate": 2, "Profit": 4}, "a null of the file's own is no text"
+    assert open_source(folder).read("statements").equals(read.frame)
+
+
+def test_null_texts_add_up_over_parts_and_stay_within_the_period_read(folder: Path) -> None:
+    rows = pl.read_parquet(folder / "index.parquet").with_columns(Close=pl.lit("-"))
+    (folder / "index.parquet").unlink()
+    (folder / "index").mkdir()
+    rows[:10].write_parquet(folder / "index" / "a.parquet")
+    rows[10:].write_parquet(folder / "index" / "b.parquet")
+    assert open_source(folder).read_counted("index").null_texts == {"Close": 25}
+    assert open_source(folder).read_counted("index", first=rows["Date"][12]).null_texts == {"Close": 13}
+
+
+def test_flags_as_text_in_other_columns_do_not_disturb(folder: Path) -> None:
+    flags = pl.Series("MaterialChangesInSubsidiaries", ["true", "false", ""])
+    rows = pl.read_parquet(folder / "statements.parquet").head(3)
+    rows.with_columns(flags).write_parquet(folder / "statements.parquet")
+    assert open_source(folder).read("statements").height == 3
+
+
+def test_columns_that_other_markets_lack_are_null_when_absent(folder: Path) -> None:
+    for table, names in {
+        "prices": ("AdjustmentFactor", "TurnoverValue"),
+        "listed": ("Sector17Code", "MarketCode"),
+    }.items():
+        file = folder / f"{table}.parquet"
+        pl.read_parquet(file).drop(names).write_parquet(file)
+        frame = open_source(folder).read(table)
+        assert all(frame[name].is_null().all() for name in names), "no factor was stated, not even 1"
+        assert frame.schema.items() >= raw_schema(table).items()
+
+
+# --- a period, distinct values, fingerprints --------------------------------------------------------------------------
+
+
+DATE_FORMS: dict[str, pl.Expr] = {
+    "date": pl.col("Date"),
+    "dashed": pl.col("Date").dt.strftime("%Y-%m-%d"),
+    "compact": pl.col("Date").dt.strftime("%Y%m%d"),
+    "datetime": pl.col("Date").cast(pl.Datetime("us")) + pl.duration(hours=15),
+    "nanoseconds": pl.col("Date").cast(pl.Datetime("ns")),
+    "tokyo": pl.col("Date").cast(pl.Datetime("us")).dt.replace_time_zone("Asia/Tokyo"),
+}
+
+
+@pytest.mark.parametrize("form", DATE_FORMS)
+def test_a_period_is_the_filtered_whole(folder: Path, form: str) -> None:
+    prices = rewrite(folder, "prices", DATE_FORMS[form].alias("Date"))
+    source = open_source(folder)
+    days = prices["Date"].unique().sort()
+    first, last = days[5], days[9]
+    assert_frame_equal(
+        source.read("prices", first=first, last=last), prices.filter(pl.col("Date").is_between(first, last))
+    )
+    assert_frame_equal(source.read("prices", first=first), prices.filter(pl.col("Date") >= first))
+    assert_frame_equal(source.read("prices", last=last), prices.filter(pl.col("Date") <= last))
+    assert source.dates("prices").tolist() == days.to_list()
+    assert source.read("prices", last=days[0] - dt.timedelta(days=1)).schema == prices.schema, "empty, and no error"
+
+
+def test_a_period_reads_only_the_row_groups_that_may_hold_it(folder: Path) -> None:
+    file = folder / "prices.parquet"
+    prices = pl.read_parquet(file)
+    prices.write_parquet(file, row_group_size=prices.height // 5, statistics=True, use_pyarrow=False)
+    last_groups = prices["Date"].unique().sort()[-2]
+    content = bytearray(file.read_bytes())
+    content[100:600] = bytes(500)  # pages of the first row group
+    file.write_bytes(bytes(content))
+    assert open_source(folder).read("prices", first=last_groups)["Date"].n_unique() == 2
+    with pytest.raises(InputError, match="cannot be read as parquet"):
+        open_source(folder).read("prices")
+
+
+def test_values_outside_the_period_are_not_looked_at(folder: Path) -> None:
+    file = folder / "index.parquet"
+    index = pl.read_parquet(file)
+    day = index["Date"][3]
+    text = pl.when(pl.col("Date") == day).then(pl.lit("?")).otherwise(pl.col("Close").cast(pl.String))
+    for form in ("date", "dashed"):
+        index.with_columns(text.alias("Close")).with_columns(DATE_FORMS[form].alias("Date")).write_parquet(file)
+        assert open_source(folder).read("index", first=index["Date"][4]).height == index.height - 4
+        with pytest.raises(InputError, match=r"column Close in .* holds '\?', expected numbers"):
+            open_source(folder).read("index", first=day)
+
+
+def test_distinct_codes_are_those_of_each_table(folder: Path) -> None:
+    source = open_source(folder)
+    assert source.codes("prices") == source.read("prices")["Code"].unique().sort().to_list()
+    assert source.codes("statements") == source.read("statements")["LocalCode"].unique().sort().to_list()
+    assert source.codes("investor_flows") == ["TSEGrowth", "TSEPrime", "TSEStandard"]
+    for question in (source.dates, source.codes, source.part_fingerprints):
+        with pytest.raises(InputError, match="expected one of prices, listed"):
+            question("quotes")
+
+
+def hive(folder: Path, *, with_columns: bool) -> pl.DataFrame:
+    """The prices of `folder`, written as a folder per month and per day below it; returns them as one table."""
+    file = folder / "prices.parquet"
+    prices = pl.read_parquet(file).with_columns(month=pl.col("Date").dt.month())
+    file.unlink()
+    for (month, day), rows in prices.group_by("month", "Date", maintain_order=True):
+        part = folder / "prices" / f"month={month}" / f"Date={day}"
+        part.mkdir(parents=True)
+        rows.drop("month" if with_columns else ["month", "Date"]).write_parquet(part / "0.parquet")
+    return prices.drop("month")
+
+
+@pytest.mark.parametrize("with_columns", [True, False], ids=["dates in the files", "dates in the path"])
+def test_hive_folders_are_one_table(folder: Path, with_columns: bool) -> None:
+    whole = open_source(folder).read("prices")
+    hive(folder, with_columns=with_columns)
+    source = open_source(folder)
+    assert_frame_equal(source.read("prices"), whole)
+    day = whole["Date"][-1]
+    assert_frame_equal(source.read("prices", first=day), whole.filter(pl.col("Date") == day))
+    assert source.dates("prices").tolist() == whole["Date"].unique().sort().to_list()
+    assert source.where("prices") == folder / "prices"
+
+
+def test_a_files_own_date_counts_and_not_its_folders(folder: Path) -> None:
+    whole = open_source(folder).read("index")
+    (folder / "index" / "Date=1999-01-01" / "Close=7").mkdir(parents=True)
+    (folder / "index.parquet").rename(folder / "index" / "Date=1999-01-01" / "Close=7" / "0.parquet")
+    assert_frame_equal(open_source(folder).read("index"), whole)
+
+
+def test_parts_follow_each_other_by_number(folder: Path) -> None:
+    whole = open_source(folder).read("index")
+    (folder / "index.parquet").unlink()
+    for month, rows in enumerate((whole[:5], whole[5:9], whole[9:])):
+        part = folder / "index" / f"month={(1, 2, 10)[month]}"
+        part.mkdir(parents=True)
+        rows.write_parquet(part / "0.parquet")
+    assert_frame_equal(open_source(folder).read("index"), whole)
+
+
+def test_other_folders_and_hidden_files_are_no_parts(folder: Path) -> None:
+    whole = open_source(folder).read("index")
+    (folder / "index" / "backup").mkdir(parents=True)
+    (folder / "index.parquet").rename(folder / "index" / "0.parquet")
+    for other in (folder / "index" / "backup" / "0.parquet", folder / "index" / ".0.parquet"):
+        whole.write_parquet(other)
+    assert_frame_equal(open_source(folder).read("index"), whole)
+
+
+def test_fingerprint_is_the_hash_over_the_hashes_of_its_parts(folder: Path) -> None:
+    rows = pl.read_parquet(folder / "index.parquet")
+    (folder / "index.parquet").unlink()
+    (folder / "index").mkdir()
+    for name, part in {"a": rows[:9], "b": rows[9:]}.items():
+        part.write_parquet(folder / "index" / f"{name}.parquet")
+    before = open_source(folder).part_fingerprints("index")
+    digests = [hashlib.sha256((folder / name).read_bytes()) for name in ("index/a.parquet", "index/b.parquet")]
+    assert before == {f"index/{name}.parquet": d.hexdigest() for name, d in zip("ab", digests, strict=True)}
+    whole = hashlib.sha256(b"".join(digest.digest() for digest in digests)).hexdigest()
+    assert open_source(folder).fingerprint("index") == whole
+    rows[9:12].write_parquet(folder / "index" / "b.parquet")
+    after = open_source(folder).part_fingerprints("index")
+    assert [name for name in before if before[name] != after[name]] == ["index/b.parquet"]
 
 
 @pytest.mark.parametrize("form", ["%Y-%m-%d", "%Y%m%d", "%Y-%m-%d 00:00:00"])
