@@ -76,24 +76,26 @@ class Search:
         z = np.zeros((n, len(window)), dtype=np.float32)
         present = np.zeros((n, len(window)), dtype=np.bool_)
         missing = np.full(n, -1, dtype=np.int32)
-        self._each(
-            len(members), BLOCK, lambda a, b: _standardise(window, members[a:b], clip, z[a:b], present[a:b], missing[a:b])
-        )
+
+        def standardise(a: int, b: int) -> None:
+            _standardise(window, members[a:b], clip, z[a:b], present[a:b], missing[a:b])
+
+        self._each(len(members), BLOCK, standardise)
         source = np.empty((n, neighbours), dtype=np.int32)
         corr = np.empty((n, neighbours), dtype=np.float32)
         count = np.zeros(n, dtype=np.int64)
 
-        def block(a: int, b: int, products: NDArray[np.float32]) -> None:
+        def select(a: int, b: int, products: NDArray[np.float32]) -> None:
             np.matmul(z[a:b], z.T, out=products)
             _select(products, a, z, present, missing, source[a:b], corr[a:b], count[a:b])
 
-        self._each(n, BLOCK, block, buffer=(BLOCK, n))
+        self._each(n, BLOCK, select, buffer=(BLOCK, n))
         used = np.arange(neighbours) < count[:, None]
         target = np.repeat(members.astype(np.int32), count[: len(members)])
         return Neighbours(members.astype(np.int32)[source[used]], target, corr[used])
 
     def _each(self, rows: int, step: int, work: Callable[..., None], buffer: tuple[int, int] | None = None) -> None:
-        """`work(start, stop)` for every run of `step` rows, on all threads; with its thread's buffer if one is asked for."""
+        """`work(start, stop)` for every run of `step` rows, on all threads, with a buffer each if asked for."""
         starts = iter(range(0, rows, step))  # taking from a range's iterator is atomic
 
         def worker() -> None:
@@ -184,9 +186,7 @@ def _fill(x: Any, mean: Any, per_std: Any, clip: Any, per_norm: Any, z: Any, pre
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _select(
-    products: Any, first: Any, z: Any, present: Any, missing: Any, source: Any, corr: Any, count: Any
-) -> None:
+def _select(products: Any, first: Any, z: Any, present: Any, missing: Any, source: Any, corr: Any, count: Any) -> None:
     """Fills source and corr `[b, k]` and count `[b]` with the best of the targets first, first + 1, ... of z.
 
     products: `[b, n]` their products with all sources, correct to `slack`; overwritten on the diagonal.
