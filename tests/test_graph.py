@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from atft_process import REPO, environment
 from graph_market import (
     CODES,
     CONFIG,
@@ -154,6 +157,30 @@ def test_a_refresh_is_the_same_to_the_last_bit_alone_and_in_a_long_build_on_any_
     assert alone == bits(data, config)
     assert alone == bits(data, config, threads=1) == bits(data, config, threads=2) == bits(data, config, threads=5)
     assert alone != bits({name: values[:159] for name, values in data.items()}, config)
+
+
+DIGEST_OF_A_BUILD = """
+from dataclasses import replace
+from graph_market import CONFIG, build, large_market
+from atft_pipeline.graph import content_sha256
+print(content_sha256(build(large_market(300, 250), replace(CONFIG, lookback_sessions=250, refresh_sessions=249))))
+"""
+
+
+def test_the_instructions_of_the_product_change_no_bit() -> None:
+    """OpenBLAS's kernels for AVX2 and for SSE3 round differently; what they nominate is valued the same."""
+    printed = [
+        subprocess.run(
+            [sys.executable, "-c", DIGEST_OF_A_BUILD],
+            env=environment({"PYTHONPATH": f"{REPO}:{REPO / 'tests'}", "OPENBLAS_CORETYPE": kernels}),
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for kernels in ("Haswell", "Prescott")
+    ]
+    assert len(printed[0]) == 65
+    assert printed[0] == printed[1]
 
 
 def test_stocks_outside_the_universe_change_no_bit() -> None:
