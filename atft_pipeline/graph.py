@@ -8,46 +8,62 @@ Definition, at a refresh session t:
 - Nodes are the members of the universe at t with returns in two thirds of the window and some variance.
 - Returns lose, per session, the mean of their sector's members (of all members where the sector is unknown or has
   fewer than `MINIMUM_SECTOR_MEMBERS`) if `sector_demeaned`; then each stock is standardised on its own sessions of the
-  window, clipped at ± `CLIP` and scaled to mean square 1, so that one jump does not make two stocks peers.
-- corr = sum of products over common sessions / number of common sessions; pairs with fewer than half the window in
-  common have none. It is shrunk towards zero by `shrinkage`, which orders nothing and tells the model how far to trust.
+  window, clipped at ± `CLIP` so that one jump does not make two stocks peers, 0 where missing, scaled to unit norm.
+- corr = the product of two such columns: a session missing in one contributes nothing, so gaps draw it towards zero.
+  Pairs with fewer than half the window's sessions in common have none. It is shrunk towards zero by `shrinkage`, which
+  orders nothing and tells the model how far to trust.
 - Neighbours are the `neighbours` largest positive correlations, ties by Code. A negative correlation is no peer: its
   message would say the opposite of what the same edge says elsewhere.
 
-Everything is known at the close of t. On disk: a parquet table of edges and a manifest beside it.
+Everything is known at the close of t. A refresh is a function of its window's rows alone, to the last bit: whatever
+else is computed, on however many threads (`graph_kernels`). On disk: a parquet table of edges, one file or one part per
+month, and a manifest beside it. The parts of an earlier graph are taken over where what they depend on is unchanged.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import date
+from itertools import pairwise, takewhile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from atft_pipeline.config import GraphConfig, to_dict
-from atft_pipeline.dataset import (
-    manifest_path,
-    read_manifest,
-    read_membership,
-    read_table,
-    resolved,
-    sha256_of,
-    write_manifest,
-)
+from atft_pipeline.dataset import manifest_path, read_manifest, read_table, resolved, sha256_of, write_manifest
 from atft_pipeline.errors import InputError
 from atft_pipeline.files import replacing
+from atft_pipeline.graph_inputs import (
+    MINIMUM_SESSIONS,
+    UNIVERSE_COLUMNS,
+    Membership,
+    Month,
+    Rows,
+    Window,
+    coded,
+    months_of,
+    windows,
+)
 
-MINIMUM_SESSIONS: int = 60
-"""History before the first graph. A shorter one finds chance, a longer one leaves the first year without a graph."""
+if TYPE_CHECKING:
+    from atft_pipeline.graph_kernels import Neighbours
 
 MINIMUM_SECTOR_MEMBERS: int = 5
 CLIP: float = 4.0
-UNIVERSE_COLUMNS: dict[str, str] = {"all": "is_investable", "liquid": "is_liquid"}
+SCHEMA: pa.Schema = pa.schema(
+    {"Date": pa.date32(), "source": pa.string(), "target": pa.string()}
+    | dict.fromkeys(("corr", "same_sector", "same_market"), pa.float32())
+)
+COUNTS: tuple[str, ...] = ("refresh_dates", "edges", "targets")
 
 
 @dataclass(frozen=True)
@@ -74,132 +90,121 @@ def build_graph(
     sessions: NDArray[np.datetime64],
     codes: NDArray[np.str_],
     config: GraphConfig,
+    threads: int | None = None,
 ) -> StockGraph:
     """The graph of every refresh session (see the module's definition).
 
     returns, member, sector, market: `[T, N]`; NaN is a missing return, a negative sector or market is unknown and the
-    same as no other. codes: `[N]` ascending.
+    same as no other. codes: `[N]` ascending. threads: all of the machine's unless given; they change no bit.
     """
-    residual = np.asarray(returns, dtype=np.float32)
-    if config.sector_demeaned:
-        residual = _sector_demeaned(residual, member, sector)
-    refreshes = _refresh_indices(len(sessions), config)
-    sources, targets, attributes = [], [], []
-    for t in refreshes:
-        window = residual[max(0, t + 1 - config.lookback_sessions) : t + 1]
-        target, source, corr = _nearest(window, member[t], config.neighbours)
-        sources.append(source)
-        targets.append(target)
-        attributes.append(
-            np.column_stack(
-                [
-                    corr * np.float32(1.0 - config.shrinkage),
-                    (sector[t, source] == sector[t, target]) & (sector[t, source] >= 0),
-                    (market[t, source] == market[t, target]) & (market[t, source] >= 0),
-                ]
-            ).astype(np.float32)
-        )
-    counts = np.array([len(source) for source in sources], dtype=np.int64)
-    return StockGraph(
-        refreshes=sessions[refreshes],
+    membership = Membership(
+        sessions=sessions,
         codes=codes,
-        offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
-        source=np.concatenate([np.empty(0), *sources]).astype(np.int32),
-        target=np.concatenate([np.empty(0), *targets]).astype(np.int32),
-        edge_attr=np.concatenate([np.empty((0, 3), dtype=np.float32), *attributes]),
+        returns=np.asarray(returns, dtype=np.float32),
+        member=member,
+        sector=np.asarray(sector, dtype=np.int32),
+        market=np.asarray(market, dtype=np.int32),
+    )
+    return _graph_at(membership, windows(len(sessions), config), config, threads)
+
+
+def _graph_at(
+    membership: Membership, inside: Sequence[Window], config: GraphConfig, threads: int | None = None
+) -> StockGraph:
+    """The graph of the refreshes of `inside`, windows as positions in the membership's sessions, ascending."""
+    from atft_pipeline.graph_kernels import Search  # numba, which training need not have
+
+    start, stop = (inside[0][0], inside[-1][1] + 1) if inside else (0, 0)
+    residual, member = membership.returns[start:stop], membership.member[start:stop]
+    found = []
+    with Search.open(threads) as search:
+        if config.sector_demeaned:
+            residual = search.demeaned(residual, member, membership.sector[start:stop], MINIMUM_SECTOR_MEMBERS)
+        for first, t in inside:
+            window, nodes = residual[first - start : t + 1 - start], np.flatnonzero(member[t - start])
+            found.append(search.nearest(window, nodes, config.neighbours, CLIP))
+    return StockGraph(
+        refreshes=membership.sessions[np.array([t for _, t in inside], dtype=np.int64)],
+        codes=membership.codes,
+        offsets=np.cumsum([0, *(len(edges.source) for edges in found)], dtype=np.int64),
+        source=np.concatenate([np.empty(0, np.int32), *(edges.source for edges in found)]),
+        target=np.concatenate([np.empty(0, np.int32), *(edges.target for edges in found)]),
+        edge_attr=np.concatenate(
+            [np.empty((0, 3), np.float32)]
+            + [_attributes(edges, membership, t, config) for edges, (_, t) in zip(found, inside, strict=True)]
+        ),
     )
 
 
-def _refresh_indices(sessions: int, config: GraphConfig) -> NDArray[np.int64]:
-    first = min(MINIMUM_SESSIONS, config.lookback_sessions) - 1
-    indices = np.arange(0, sessions, config.refresh_sessions, dtype=np.int64)
-    return indices[indices >= first]
+def _attributes(edges: Neighbours, membership: Membership, t: int, config: GraphConfig) -> NDArray[np.float32]:
+    """`[E, 3]` of the refresh t."""
+    labels = (membership.sector[t], membership.market[t])
+    return np.column_stack(
+        [
+            edges.corr * np.float32(1.0 - config.shrinkage),
+            *(_same(label, edges.source, edges.target) for label in labels),
+        ]
+    )
 
 
-def _sector_demeaned(
-    returns: NDArray[np.float32], member: NDArray[np.bool_], sector: NDArray[np.integer]
-) -> NDArray[np.float32]:
-    """Returns minus the session's sector mean over members; the mean of all members where the sector is too small."""
-    residual = np.empty_like(returns)
-    known = np.maximum(sector, -1).astype(np.int64) + 1
-    groups = int(known.max(initial=0)) + 1
-    for t in range(len(returns)):
-        used = member[t] & np.isfinite(returns[t])
-        count = np.bincount(known[t, used], minlength=groups)
-        total = np.bincount(known[t, used], weights=returns[t, used], minlength=groups)
-        everyone = total.sum() / max(count.sum(), 1)
-        enough = count >= MINIMUM_SECTOR_MEMBERS
-        enough[0] = False
-        mean = np.where(enough, total / np.maximum(count, 1), everyone)
-        residual[t] = returns[t] - mean[known[t]]
-    return residual
+def _same(label: NDArray[np.int32], source: NDArray[np.int32], target: NDArray[np.int32]) -> NDArray[np.float32]:
+    of_source = label[source]
+    return ((of_source == label[target]) & (of_source >= 0)).astype(np.float32)
 
 
-def _nearest(
-    window: NDArray[np.float32], member: NDArray[np.bool_], neighbours: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
-    """Targets, sources and correlations of the edges among `member`, sorted by target, -corr, source."""
-    present = np.isfinite(window)
-    enough = 3 * present.sum(axis=0) >= 2 * len(window)
-    stocks = np.flatnonzero(member & enough)
-    z, varies = _standardised(window[:, stocks])
-    stocks, z = stocks[varies], z[:, varies]
-    corr = _correlations(z, present[:, stocks])
-    np.fill_diagonal(corr, -np.inf)
-    if len(stocks) > neighbours:
-        # The k-th largest value as a threshold instead of argpartition: ties at the boundary then go by Code below.
-        kth = np.partition(corr, -neighbours, axis=1)[:, -neighbours]
-    else:
-        kth = np.full(len(stocks), -np.inf, dtype=np.float32)
-    rows, columns = np.nonzero((corr >= kth[:, None]) & (corr > 0.0))
-    values = corr[rows, columns]
-    order = np.lexsort((columns, -values, rows))
-    rows, columns, values = rows[order], columns[order], values[order]
-    rank = np.arange(len(rows)) - np.searchsorted(rows, rows, side="left")
-    kept = rank < neighbours
-    return stocks[rows[kept]], stocks[columns[kept]], values[kept]
-
-
-def _standardised(window: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """Each column's z-scores over its own sessions, clipped and rescaled, 0 where missing; and which columns vary."""
-    present = np.isfinite(window)
-    count = np.maximum(present.sum(axis=0), 1).astype(np.float32)
-    filled = np.where(present, window, np.float32(0.0))
-    centred = np.where(present, filled - filled.sum(axis=0) / count, np.float32(0.0))
-    std = np.sqrt((centred * centred).sum(axis=0) / count)
-    # Far under any real residual (daily returns are about 1e-2), far over the rounding of a constant series.
-    varies = std > 1e-7
-    z = np.clip(centred / np.where(varies, std, np.float32(1.0)), -CLIP, CLIP)
-    return z / np.sqrt(np.maximum((z * z).sum(axis=0) / count, np.float32(1e-12))), varies
-
-
-def _correlations(z: NDArray[np.float32], present: NDArray[np.bool_]) -> NDArray[np.float32]:
-    """`[n, n]` sums of products over common sessions / their number; -inf under half the window in common.
-
-    A stock present throughout has the other's sessions in common, so only pairs of two incomplete ones are counted.
-    """
-    count = present.sum(axis=0).astype(np.float32)
-    products = z.T @ z
-    incomplete = np.flatnonzero(count < len(present))
-    products /= np.minimum(count[:, None], count[None, :])
-    if len(incomplete):
-        own = present[:, incomplete].astype(np.float32)
-        common = own.T @ own
-        pairs = np.ix_(incomplete, incomplete)
-        least = np.minimum(count[incomplete][:, None], count[incomplete][None, :])
-        products[pairs] = np.where(
-            2.0 * common >= len(present), products[pairs] * least / np.maximum(common, 1.0), -np.inf
-        )
-    return products
+# --- on disk ------------------------------------------------------------------------------------------------
 
 
 def write_graph(path: Path, graph: StockGraph) -> None:
-    """Writes the edges as one parquet table, whole or not at all."""
-    refresh = np.repeat(graph.refreshes, np.diff(graph.offsets))
+    """Writes the edges whole or not at all: one table where `path` ends in `.parquet`, else a folder of months."""
+    with _replacing_product(path) as temporary:
+        if _is_one_file(path):
+            _write_table(temporary, _table(graph))
+            return
+        temporary.mkdir()
+        month_at = months_of(graph.refreshes)
+        for month in np.unique(month_at):
+            chosen = np.flatnonzero(month_at == month)
+            _write_table(temporary / f"{month}.parquet", _table(_refreshes(graph, chosen[0], chosen[-1] + 1)))
+
+
+def load_graph(path: Path) -> StockGraph:
+    """The graph at `path`, a file or a folder of parts. Raises InputError when a file or a column is missing."""
+    return _graph_of(read_table(path, SCHEMA.names))
+
+
+def content_sha256(graph: StockGraph) -> str:
+    """Hash of the edges: days, the codes that occur, ends as positions among these, and attributes."""
+    occurs = np.zeros(len(graph.codes), dtype=bool)
+    occurs[graph.source] = occurs[graph.target] = True
+    position = (np.cumsum(occurs) - 1).astype(np.int32)
+    digest = hashlib.sha256("\n".join(graph.codes[occurs].tolist()).encode())
+    for values in (_dates(graph), position[graph.source], position[graph.target], graph.edge_attr):
+        digest.update(np.ascontiguousarray(values).tobytes())
+    return digest.hexdigest()
+
+
+@contextmanager
+def _replacing_product(path: Path) -> Iterator[Path]:
+    """A temporary name for the data of a product that takes its place; the earlier manifest goes with its data."""
+    data = resolved(path)
+    with replacing(data) as temporary:
+        yield temporary
+        # Without its manifest a product does not exist: no kill in between pairs new edges with an old one.
+        manifest_path(data).unlink(missing_ok=True)
+        if temporary.is_dir() and data.is_file():
+            data.unlink()  # a folder cannot be renamed onto a file
+
+
+def _is_one_file(path: Path) -> bool:
+    return Path(path).suffix == ".parquet"
+
+
+def _table(graph: StockGraph) -> pa.Table:
     codes = pa.array(graph.codes, pa.string())
-    table = pa.table(
+    return pa.table(
         {
-            "Date": pa.array(refresh.astype("datetime64[D]"), pa.date32()),
+            "Date": pa.array(_dates(graph), pa.date32()),
             "source": pa.DictionaryArray.from_arrays(pa.array(graph.source), codes),
             "target": pa.DictionaryArray.from_arrays(pa.array(graph.target), codes),
             "corr": graph.edge_attr[:, 0],
@@ -207,105 +212,159 @@ def write_graph(path: Path, graph: StockGraph) -> None:
             "same_market": graph.edge_attr[:, 2],
         }
     )
-    with replacing(resolved(path)) as temporary:
-        # Without arrow's own schema a reader sees plain strings, as the contract of the table says.
-        pq.write_table(table, temporary, compression="zstd", store_schema=False)
-        # Without its manifest a product does not exist: no kill in between pairs new edges with an old one.
-        manifest_path(path).unlink(missing_ok=True)
 
 
-def load_graph(path: Path) -> StockGraph:
-    """The graph that `write_graph` wrote. Raises InputError when the file or a column is missing."""
-    table = read_table(path, ["Date", "source", "target", "corr", "same_sector", "same_market"])
+def _graph_of(table: pa.Table) -> StockGraph:
     dates = table["Date"].to_numpy().astype("datetime64[D]")
     refreshes, first = np.unique(dates, return_index=True)
-    codes, positions = _coded([table["source"], table["target"]])
-    attributes = [table[name].to_numpy().astype(np.float32) for name in ("corr", "same_sector", "same_market")]
+    codes, positions = coded([table["source"], table["target"]])
     return StockGraph(
         refreshes=refreshes,
         codes=codes,
         offsets=np.append(first, len(dates)).astype(np.int64),
         source=positions[0],
         target=positions[1],
-        edge_attr=np.column_stack(attributes),
+        edge_attr=np.column_stack([table[name].to_numpy().astype(np.float32) for name in SCHEMA.names[3:]]),
     )
 
 
-def build_graph_file(dataset: Path, out: Path, config: GraphConfig) -> dict[str, Any]:
+def _dates(graph: StockGraph) -> NDArray[np.datetime64]:
+    """Each edge's refresh day."""
+    return np.repeat(graph.refreshes, np.diff(graph.offsets)).astype("datetime64[D]")
+
+
+def _refreshes(graph: StockGraph, start: int, stop: int) -> StockGraph:
+    """The refreshes `start:stop` of a graph, as views."""
+    rows = slice(graph.offsets[start], graph.offsets[stop])
+    return StockGraph(
+        refreshes=graph.refreshes[start:stop],
+        codes=graph.codes,
+        offsets=graph.offsets[start : stop + 1] - graph.offsets[start],
+        source=graph.source[rows],
+        target=graph.target[rows],
+        edge_attr=graph.edge_attr[rows],
+    )
+
+
+def _write_table(file: Path, table: pa.Table) -> None:
+    # Without arrow's own schema a reader sees plain strings, as the contract of the table says.
+    pq.write_table(table, file, compression="zstd", store_schema=False)
+
+
+# --- from a dataset on disk ---------------------------------------------------------------------------------
+
+
+def build_graph_file(dataset: Path, out: Path, config: GraphConfig, previous: Path | None = None) -> dict[str, Any]:
     """Builds the graph of the dataset at `dataset`, writes it and its manifest to `out`, and returns the manifest.
+
+    previous: an earlier graph, possibly at `out` itself. Where dataset, `previous` and `out` are by month, a month
+    whose inputs are the earlier one's is linked from it, and of a month that grew the unchanged first refreshes are
+    kept; only what the rest needs is read. The manifest names `months_computed` and `months_reused`.
 
     Raises InputError when the dataset has too few sessions for a graph, or nothing in the universe.
     """
     made_from = read_manifest(dataset, "ml_dataset")
-    sessions, codes, columns = _read_panel(dataset, config)
-    if not len(_refresh_indices(len(sessions), config)):
+    earlier = _Earlier.at(previous)
+    rows = Rows.of(dataset, made_from, config)
+    planned = rows.months()
+    if not planned:
         raise InputError(
-            f"{dataset}: {len(sessions)} sessions are fewer than the sessions needed for a graph"
+            f"{dataset}: {len(rows.sessions)} sessions are fewer than the sessions needed for a graph"
             f" ({min(MINIMUM_SESSIONS, config.lookback_sessions)}); give a longer price history"
         )
-    if not columns["member"].any():
+    by_month = not _is_one_file(out)
+    reused = [month for month in planned if by_month and earlier.has(month)]
+    computed = [month for month in planned if month not in reused]
+    membership = rows.read(computed)
+    if not reused and not membership.member.any():
         raise InputError(
             f"{dataset}: no row has {UNIVERSE_COLUMNS[config.universe]}, the graph's universe is empty; give more"
             f" history or set graph.universe"
         )
-    graph = build_graph(
-        columns["returns"], columns["member"], columns["sector"], columns["market"], sessions, codes, config
-    )
-    write_graph(out, graph)
+    if by_month:
+        with _replacing_product(out) as folder:
+            folder.mkdir()
+            parts = {month.name: earlier.link(month, folder) for month in reused}
+            parts |= {month.name: _compute_part(rows, membership, month, earlier, folder) for month in computed}
+        counts = [parts[month.name] for month in planned]
+    else:
+        graph = _graph_at(membership, [rows.local(membership, w) for month in planned for w in month.windows], config)
+        write_graph(out, graph)
+        parts, counts = {}, [_counts(graph)]
+    refresh_dates, edges, targets = (sum(part[name] for part in counts) for name in COUNTS)
     manifest = {
         "kind": "stock_graph",
         "fingerprint": sha256_of({"dataset": made_from["fingerprint"], "config": to_dict(config)}),
         "dataset_fingerprint": made_from["fingerprint"],
         "source": made_from["source"],
         "config": to_dict(config),
-        "refresh_dates": len(graph.refreshes),
-        "edges": len(graph.source),
-        "mean_degree": _mean_degree(graph),
+        "refresh_dates": refresh_dates,
+        "edges": edges,
+        "mean_degree": edges / max(targets, 1),
+        "months_computed": [month.name for month in computed],
+        "months_reused": [month.name for month in reused],
     }
+    if by_month:
+        manifest["parts"] = {month.name: parts[month.name] for month in planned}
     write_manifest(out, manifest)
     return manifest
 
 
-def _mean_degree(graph: StockGraph) -> float:
-    """Edges per stock that has any, over all refreshes; 0 without edges."""
-    pairs = [np.unique(graph.target[start:stop]).size for start, stop in _spans(graph.offsets)]
-    return float(len(graph.target) / max(sum(pairs), 1))
+@dataclass(frozen=True)
+class _Earlier:
+    """An earlier graph whose parts may be taken over; without `parts` there is nothing to take."""
+
+    folder: Path
+    parts: Mapping[str, Mapping[str, Any]]
+
+    @classmethod
+    def at(cls, path: Path | None) -> _Earlier:
+        """Raises InputError when there is no stock graph at `path`."""
+        if path is None:
+            return cls(Path(), {})
+        return cls(resolved(path), read_manifest(path, "stock_graph").get("parts", {}))
+
+    def has(self, month: Month) -> bool:
+        """Whether the month's part was made from the same inputs."""
+        same = month.inputs is not None and self.parts.get(month.name, {}).get("inputs") == month.inputs
+        return same and self._file(month).is_file()
+
+    def link(self, month: Month, folder: Path) -> dict[str, Any]:
+        """Puts the month's part into `folder` and returns its entry in the manifest."""
+        target = folder / self._file(month).name
+        try:
+            target.hardlink_to(self._file(month))
+        except OSError:  # another file system, or one without hard links
+            shutil.copy2(self._file(month), target)
+        return dict(self.parts[month.name])
+
+    def first_refreshes(self, month: Month, digests: Mapping[str, str]) -> tuple[int, list[pa.Table]]:
+        """How many of the month's first refreshes have the digests of before, and their rows."""
+        before = self.parts.get(month.name, {}).get("refreshes", {})
+        unchanged = list(takewhile(lambda day: before.get(day) == digests[day], digests))
+        if not unchanged or not self._file(month).is_file():
+            return 0, []
+        table = read_table(self._file(month), SCHEMA.names)
+        last = pa.scalar(date.fromisoformat(unchanged[-1]), pa.date32())
+        return len(unchanged), [table.filter(pc.less_equal(table["Date"], last))]
+
+    def _file(self, month: Month) -> Path:
+        return self.folder / f"{month.name}.parquet"
 
 
-def _spans(offsets: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
-    return zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)
+def _compute_part(rows: Rows, membership: Membership, month: Month, earlier: _Earlier, folder: Path) -> dict[str, Any]:
+    """Writes the month's part to `folder` and returns its entry in the manifest."""
+    digests = rows.refresh_digests(membership, month)
+    kept, tables = earlier.first_refreshes(month, digests)
+    new = _graph_at(membership, [rows.local(membership, window) for window in month.windows[kept:]], rows.config)
+    table = pa.concat_tables([*tables, _table(new).cast(SCHEMA)])
+    _write_table(folder / f"{month.name}.parquet", table)
+    graph = _graph_of(table)
+    counts = _counts(graph) | {"refresh_dates": len(month.windows)}
+    return {"sha256": content_sha256(graph), "inputs": month.inputs, "refreshes": digests, **counts}
 
 
-def _coded(columns: list[pa.ChunkedArray]) -> tuple[NDArray[np.str_], list[NDArray[np.int32]]]:
-    """The distinct strings of all columns, ascending, and each column as positions among them; null is -1."""
-    dictionaries = [column.combine_chunks().dictionary_encode() for column in columns]
-    distinct = [np.array(d.dictionary.to_pylist(), dtype=np.str_) for d in dictionaries]
-    values = np.unique(np.concatenate(distinct))
-    positions = []
-    for encoded, own in zip(dictionaries, distinct, strict=True):
-        lookup = np.append(np.searchsorted(values, own), -1).astype(np.int32)
-        positions.append(lookup[encoded.indices.fill_null(-1).to_numpy()])
-    return values, positions
-
-
-def _read_panel(
-    dataset: Path, config: GraphConfig
-) -> tuple[NDArray[np.datetime64], NDArray[np.str_], dict[str, NDArray[Any]]]:
-    """Sessions, codes and the dense `[T, N]` arrays of returns, member, sector and market of the membership table."""
-    flag = UNIVERSE_COLUMNS[config.universe]
-    table = read_membership(dataset, ["Date", "Code", "return_1d", flag, "Sector33Code", "MarketCode"])
-    sessions, t = np.unique(table["Date"].to_numpy().astype("datetime64[D]"), return_inverse=True)
-    codes, (i,) = _coded([table["Code"]])
-    _, (sector,) = _coded([table["Sector33Code"]])
-    _, (market,) = _coded([table["MarketCode"]])
-    rows: dict[str, tuple[NDArray[Any], Any]] = {
-        "returns": (table["return_1d"].to_numpy().astype(np.float32), np.nan),
-        "member": (table[flag].to_numpy().astype(bool), False),
-        "sector": (sector, -1),
-        "market": (market, -1),
-    }
-    dense = {}
-    for name, (values, absent) in rows.items():
-        dense[name] = np.full((len(sessions), len(codes)), absent, dtype=values.dtype)
-        dense[name][t, i] = values
-    return sessions, codes, dense
+def _counts(graph: StockGraph) -> dict[str, int]:
+    """Refreshes, edges, and over all refreshes the stocks that have an edge: a mean degree can be had of their sums."""
+    targets = [len(np.unique(graph.target[start:stop])) for start, stop in pairwise(graph.offsets.tolist())]
+    return dict(zip(COUNTS, (len(graph.refreshes), len(graph.target), sum(targets)), strict=True))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,58 +11,40 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from atft_process import REPO, environment
+from graph_market import (
+    CODES,
+    CONFIG,
+    Market,
+    N,
+    T,
+    all_edges,
+    build,
+    days,
+    edges_at,
+    large_market,
+    market,
+    membership_table,
+)
 
 from atft_pipeline.config import GraphConfig
-from atft_pipeline.dataset import MEMBERSHIP_COLUMNS, TARGETS, read_manifest, write_dataset
+from atft_pipeline.dataset import TARGETS, read_manifest, write_dataset
 from atft_pipeline.errors import InputError
 from atft_pipeline.graph import (
     CLIP,
     MINIMUM_SECTOR_MEMBERS,
-    MINIMUM_SESSIONS,
-    StockGraph,
-    build_graph,
     build_graph_file,
     load_graph,
     write_graph,
 )
+from atft_pipeline.graph_inputs import MINIMUM_SESSIONS
 
-T, N = 75, 16
-CONFIG = GraphConfig(lookback_sessions=40, neighbours=3, refresh_sessions=5, shrinkage=0.2)
-SESSIONS = np.datetime64("2020-01-06") + np.arange(T)
-CODES = np.array([f"{1301 + 7 * i}" for i in range(N)])
-
-
-def market(seed: int = 0) -> dict[str, np.ndarray]:
-    """Returns with sector factors, one jump, missing stretches, a late and a constant stock; sectors that change."""
-    rng = np.random.default_rng(seed)
-    sector = np.tile(np.array([0] * 7 + [1] * 6 + [2] * 2 + [-1]), (T, 1))
-    sector[50:, 0] = 1
-    returns = 0.01 * (rng.normal(size=(T, N)) + rng.normal(size=(T, 3))[:, np.maximum(sector[0], 0)])
-    returns += 0.02 * rng.normal(size=(T, 1))
-    returns[30, 2] = 0.8
-    returns[rng.random((T, N)) < 0.08] = np.nan
-    returns[:48, 4] = np.nan
-    returns[:, 6] = np.where(np.arange(T) % 2, np.nan, returns[:, 6])
-    returns[10:40, 8] = np.nan
-    returns[:, 1] = np.nan_to_num(returns[:, 1])
-    returns[:, 3] = np.nan_to_num(returns[:, 3])
-    member = rng.random((T, N)) > 0.1
-    return {"returns": returns, "member": member, "sector": sector, "market": np.arange(N) % 2 + 0 * sector}
+SESSIONS = days(T)
+ONE_REFRESH = replace(CONFIG, lookback_sessions=60, refresh_sessions=59)
+"""Of 60 sessions the last one alone is a refresh."""
 
 
-def build(data: dict[str, np.ndarray], config: GraphConfig = CONFIG, codes: np.ndarray = CODES) -> StockGraph:
-    sessions = SESSIONS[: len(data["returns"])]
-    return build_graph(
-        data["returns"], data["member"], data["sector"], data["market"], sessions, codes=codes, config=config
-    )
-
-
-def edges_at(graph: StockGraph, g: int) -> list[tuple[str, str, float, float, float]]:
-    rows = range(graph.offsets[g], graph.offsets[g + 1])
-    return [(graph.codes[graph.target[e]], graph.codes[graph.source[e]], *map(float, graph.edge_attr[e])) for e in rows]
-
-
-def slow_edges(data: dict[str, np.ndarray], t: int, config: GraphConfig) -> list[tuple]:
+def slow_edges(data: Market, t: int, config: GraphConfig) -> list[tuple]:
     """The definition in the module's docstring, pair by pair in float64."""
     returns, member, sector = data["returns"], data["member"], data["sector"]
     residual = returns.copy()
@@ -72,21 +56,19 @@ def slow_edges(data: dict[str, np.ndarray], t: int, config: GraphConfig) -> list
                 peers = peers if len(peers) >= MINIMUM_SECTOR_MEMBERS else members
                 residual[s, i] = returns[s, i] - np.mean(returns[s, peers])
     window = residual[max(0, t + 1 - config.lookback_sessions) : t + 1]
-    z = {}
+    z, has = {}, np.isfinite(window)
     for i in range(N):
-        own = np.isfinite(window[:, i])
+        own = has[:, i]
         if member[t, i] and own.sum() >= 2 / 3 * len(window) and window[own, i].std() > 1e-7:
             clipped = np.clip((window[:, i] - window[own, i].mean()) / window[own, i].std(), -CLIP, CLIP)
-            z[i] = clipped / np.sqrt(np.mean(clipped[own] ** 2))
+            z[i] = np.where(own, clipped, 0.0) / np.sqrt(np.sum(clipped[own] ** 2))
     edges = []
     for i in z:
         candidates = []
         for j in z:
-            common = np.isfinite(z[i]) & np.isfinite(z[j])
-            if i != j and common.sum() >= len(window) / 2:
-                corr = np.mean(z[i][common] * z[j][common])
-                if corr > 0:
-                    candidates.append((-corr, j))
+            corr = np.sum(z[i] * z[j])
+            if i != j and (has[:, i] & has[:, j]).sum() >= len(window) / 2 and corr > 0:
+                candidates.append((-corr, j))
         for corr, j in sorted(candidates)[: config.neighbours]:
             same = [float(data[k][t, i] == data[k][t, j] >= 0) for k in ("sector", "market")]
             edges.append((CODES[i], CODES[j], -corr * (1 - config.shrinkage), *same))
@@ -104,6 +86,121 @@ def test_graph_matches_the_pair_by_pair_definition(config: GraphConfig) -> None:
         assert expected
         assert [edge[:2] for edge in found] == [edge[:2] for edge in expected]
         np.testing.assert_allclose([e[2:] for e in found], [e[2:] for e in expected], atol=1e-5)
+
+
+def brute_force(data: Market, sessions: int, dtype: type) -> tuple[np.ndarray, np.ndarray]:
+    """Correlations `[n, n]` of the last `sessions`, and whether a pair may be neighbours; not demeaned, all at once."""
+    window = data["returns"][-sessions:].astype(dtype)
+    has = np.isfinite(window)
+    z = (window - np.nanmean(window, axis=0)) / np.nanstd(window, axis=0)
+    z = np.where(has, np.clip(z, -CLIP, CLIP), dtype(0.0))
+    z /= np.sqrt((z * z).sum(axis=0))
+    node = data["member"][-1] & (has.sum(axis=0) >= 2 / 3 * sessions)
+    common = has.T.astype(float) @ has
+    corr = z.T @ z
+    allowed = node & node[:, None] & (common >= sessions / 2) & ~np.eye(len(node), dtype=bool) & (corr > 0)
+    return corr, allowed
+
+
+def assert_same_neighbours(data: Market, sessions: int, neighbours: int, dtype: type) -> None:
+    """The last refresh has brute force's neighbours, up to pairs whose correlations differ by less than 1e-6."""
+    config = replace(
+        CONFIG, lookback_sessions=sessions, neighbours=neighbours, refresh_sessions=sessions - 1, sector_demeaned=False
+    )
+    graph = build({name: values[-sessions:] for name, values in data.items()}, config)
+    corr, allowed = brute_force(data, sessions, dtype)
+    for i in range(len(corr)):
+        rows = graph.target == i
+        found, expected = graph.source[rows], np.argsort(-np.where(allowed[i], corr[i], 0.0), kind="stable")
+        expected = expected[: min(neighbours, allowed[i].sum())]
+        assert len(found) == len(expected)
+        assert allowed[i, found].all()
+        assert len(set(found)) == len(found)
+        np.testing.assert_allclose(corr[i, found], corr[i, expected], rtol=0, atol=1e-6)
+        np.testing.assert_allclose(graph.edge_attr[rows, 0], 0.8 * corr[i, found], rtol=0, atol=1e-6)
+    assert len(graph.refreshes) == 1
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(("sessions", "neighbours"), [(60, 20), (250, 20), (61, 200)])
+def test_blocks_find_the_neighbours_of_a_brute_force_computation(sessions: int, neighbours: int, dtype: type) -> None:
+    assert_same_neighbours(large_market(500, sessions), sessions, neighbours, dtype)
+
+
+def test_further_candidates_replace_pairs_without_enough_common_sessions() -> None:
+    """90 near-copies lack a third of the window at its start, 90 at its end: across the two, no pair may be taken."""
+    rng = np.random.default_rng(3)
+    data = large_market(400, 60)
+    data["returns"][:, :180] = 0.01 * rng.normal(size=(60, 1)) + 0.0003 * rng.normal(size=(60, 180))
+    data["returns"][:20, :90] = np.nan
+    data["returns"][40:, 90:180] = np.nan
+    data["member"][:] = True
+    corr, allowed = brute_force(data, 60, np.float64)
+    np.fill_diagonal(corr, 0.0)
+    unchecked = np.argsort(-corr, axis=1)[:180, :100]
+    assert not np.take_along_axis(allowed[:180], unchecked, axis=1).all(axis=1).any(), "every such target needs more"
+    assert_same_neighbours(data, 60, 100, np.float64)
+
+
+def bits(data: Market, config: GraphConfig, threads: int | None = None) -> bytes:
+    """Edges and attributes of the last refresh."""
+    graph = build(data, config, threads)
+    last = slice(graph.offsets[-2], graph.offsets[-1])
+    return b"".join(part[last].tobytes() for part in (graph.source, graph.target, graph.edge_attr))
+
+
+def test_a_refresh_is_the_same_to_the_last_bit_alone_and_in_a_long_build_on_any_number_of_threads() -> None:
+    data = large_market(300, 160)
+    config = replace(CONFIG, lookback_sessions=60, neighbours=10, refresh_sessions=1)
+    alone = bits({name: values[100:160] for name, values in data.items()}, replace(config, refresh_sessions=59))
+    assert len(alone) > 10_000
+    assert alone == bits(data, config)
+    assert alone == bits(data, config, threads=1) == bits(data, config, threads=2) == bits(data, config, threads=5)
+    assert alone != bits({name: values[:159] for name, values in data.items()}, config)
+
+
+DIGEST_OF_A_BUILD = """
+from dataclasses import replace
+from graph_market import CONFIG, build, large_market
+from atft_pipeline.graph import content_sha256
+print(content_sha256(build(large_market(300, 250), replace(CONFIG, lookback_sessions=250, refresh_sessions=249))))
+"""
+
+
+def test_the_instructions_of_the_product_change_no_bit() -> None:
+    """OpenBLAS's kernels for AVX2 and for SSE3 round differently; what they nominate is valued the same."""
+    printed = [
+        subprocess.run(
+            [sys.executable, "-c", DIGEST_OF_A_BUILD],
+            env=environment({"PYTHONPATH": f"{REPO}:{REPO / 'tests'}", "OPENBLAS_CORETYPE": kernels}),
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for kernels in ("Haswell", "Prescott")
+    ]
+    assert len(printed[0]) == 65
+    assert printed[0] == printed[1]
+
+
+def test_stocks_outside_the_universe_change_no_bit() -> None:
+    data = large_market(300, 60)
+    data["member"][:, 40:200] = False
+    kept = np.r_[0:40, 200:300]
+    whole = build(data, ONE_REFRESH)
+    part = build({name: values[:, kept] for name, values in data.items()}, ONE_REFRESH)
+    assert (whole.source == kept[part.source]).all()
+    assert (whole.target == kept[part.target]).all()
+    assert (whole.edge_attr == part.edge_attr).all()
+    assert len(part.source) > 300
+
+
+def test_a_correlation_is_the_same_from_both_ends() -> None:
+    graph = build(large_market(300, 60), replace(ONE_REFRESH, neighbours=30))
+    corr = dict(zip(zip(graph.source, graph.target, strict=True), graph.edge_attr[:, 0], strict=True))
+    both = [(corr[s, t], corr[t, s]) for s, t in corr if (t, s) in corr]
+    assert len(both) > 1000
+    assert all(one == other for one, other in both)
 
 
 def test_graph_ignores_everything_after_its_session() -> None:
@@ -146,6 +243,16 @@ def test_equal_correlations_go_by_code() -> None:
     assert first[CODES[12]] == [CODES[9], CODES[10]]
 
 
+def test_equal_correlations_go_by_code_across_blocks() -> None:
+    data = large_market(400, 60)
+    data["member"][:] = True
+    copies = [5, 100, 131, 250, 263, 390, 399]
+    data["returns"][:, copies] = np.nan_to_num(data["returns"][:, [5]])
+    graph = build(data, replace(ONE_REFRESH, neighbours=3, sector_demeaned=False))
+    for copy in copies:
+        assert graph.source[graph.target == copy].tolist() == [other for other in copies if other != copy][:3]
+
+
 def test_a_constant_stock_has_no_neighbours() -> None:
     data = market()
     data["returns"][:, 5] = 0.0
@@ -159,37 +266,36 @@ def test_first_graph_waits_for_enough_history() -> None:
     assert graph.refreshes[0] == SESSIONS[MINIMUM_SESSIONS - 1]
 
 
-def test_graph_survives_the_disk(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["graph.parquet", "graph"])
+def test_graph_survives_the_disk(tmp_path: Path, name: str) -> None:
     graph = build(market())
-    write_graph(tmp_path / "graph.parquet", graph)
-    loaded = load_graph(tmp_path / "graph.parquet")
-    assert (loaded.refreshes == graph.refreshes).all()
-    assert [edges_at(loaded, g) for g in range(7)] == [edges_at(graph, g) for g in range(7)]
-    table = pq.read_table(tmp_path / "graph.parquet")
-    assert table.column_names == ["Date", "source", "target", "corr", "same_sector", "same_market"]
-    assert [str(t) for t in table.schema.types] == ["date32[day]", "string", "string", "float", "float", "float"]
+    write_graph(tmp_path / name, graph)
+    assert all_edges(load_graph(tmp_path / name)) == all_edges(graph)
+    files = sorted((tmp_path / name).iterdir()) if name == "graph" else [tmp_path / name]
+    assert name != "graph" or [file.name for file in files] == ["2020-02.parquet", "2020-03.parquet"]
+    for file in files:
+        schema = pq.read_schema(file)
+        assert schema.names == ["Date", "source", "target", "corr", "same_sector", "same_market"]
+        assert [str(t) for t in schema.types] == ["date32[day]", "string", "string", "float", "float", "float"]
 
 
-def write_market(path: Path, data: dict[str, np.ndarray]) -> None:
-    """The market as a dataset on disk with one feature; stock 7 has no row before session 20."""
-    t, i = np.divmod(np.arange(data["returns"].size), N)
-    t, i = t[(i != 7) | (t >= 20)], i[(i != 7) | (t >= 20)]
-    keys = {"Date": pa.array(SESSIONS[t], pa.date32()), "Code": pa.array(CODES[i])}
-    text = lambda values: pa.array([None if v < 0 else f"{v}" for v in values], pa.string())  # noqa: E731
-    returns = data["returns"][t, i]
-    columns = {
-        "is_traded": np.isfinite(returns),
-        "is_investable": data["member"][t, i],
-        "is_liquid": data["member"][t, i] & (i < 12),
-        "return_1d": pa.array(returns, from_pandas=True),
-        "Open": returns,
-        "Close": returns,
-        "Sector33Code": text(data["sector"][t, i]),
-        "MarketCode": text(data["market"][t, i]),
-    }
-    features = pa.table({**keys, **{name: returns.astype(np.float32) for name in ("feature", *TARGETS)}})
+def test_a_folder_takes_the_place_of_a_file_and_back(tmp_path: Path) -> None:
+    graph = build(market())
+    (tmp_path / "g").write_text("an earlier product")
+    (tmp_path / "g.parquet").mkdir()
+    for name in ("g", "g.parquet"):
+        write_graph(tmp_path / name, graph)
+        assert all_edges(load_graph(tmp_path / name)) == all_edges(graph)
+
+
+def write_market(path: Path, data: Market) -> None:
+    """The market as a dataset on disk with one feature."""
+    membership = membership_table(data)
+    values = membership["return_1d"].cast(pa.float32())
+    features = pa.table(
+        {"Date": membership["Date"], "Code": membership["Code"]} | dict.fromkeys(("feature", *TARGETS), values)
+    )
     manifest = {"kind": "ml_dataset", "fingerprint": "f00d", "source": {"path": "raw"}, "features": ["feature"]}
-    membership = pa.table({**keys, **columns}).select(list(MEMBERSHIP_COLUMNS))
     write_dataset(path, features, membership, manifest, by_month=False)
 
 

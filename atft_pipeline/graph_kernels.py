@@ -1,0 +1,284 @@
+"""Exact nearest neighbours by trailing correlation: one BLAS product in blocks, compiled selection, several threads.
+
+The product of a block of targets with all sources only nominates. A nominated pair is valued by `_dot`, whose order of
+summation is fixed, and everything within the product's rounding of the last place is nominated; so the result depends
+neither on the BLAS, nor on the blocks, nor on the number of threads, and corr[i, j] is corr[j, i] to the last bit.
+
+Shapes: W sessions of the window, N stocks of the panel, n candidate nodes padded with empty ones to a multiple of
+`BLOCK`, k neighbours. Kernels slice rows before they index them: with `x[s, first + j]` in the inner loop numba checks
+for a negative index and does not vectorise, three times slower.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+from threadpoolctl import ThreadpoolController
+
+BLOCK: int = 128
+"""Targets per product: the product's matrix, 2 MB at 4,000 stocks, stays near the core that selects from it. Also the
+number of groups whose maxima bound the k-th largest value from below."""
+
+FLAT: float = 1e-7
+"""Standard deviation of a constant series: far under any real residual (about 1e-2), far over rounding."""
+
+
+class Neighbours(NamedTuple):
+    """Edges `[E]`, sorted by target, -corr, source; source and target are positions in the window's columns."""
+
+    source: NDArray[np.int32]
+    target: NDArray[np.int32]
+    corr: NDArray[np.float32]
+
+
+class Search:
+    """Threads, their buffers and a BLAS held to one thread each, for as many windows as are searched inside `open`."""
+
+    def __init__(self, pool: ThreadPoolExecutor, threads: int) -> None:
+        self._pool, self._threads = pool, threads
+
+    @classmethod
+    @contextmanager
+    def open(cls, threads: int | None = None) -> Iterator[Search]:
+        """`threads`: all of the machine's unless given; the result is the same for any number."""
+        threads = threads or os.cpu_count() or 1
+        with ThreadPoolExecutor(max(threads - 1, 1)) as pool, _blas().limit(limits=1, user_api="blas"):
+            yield cls(pool, threads)
+
+    def demeaned(
+        self, returns: NDArray[np.float32], member: NDArray[np.bool_], sector: NDArray[np.int32], least: int
+    ) -> NDArray[np.float32]:
+        """Returns minus the session's mean over the sector's members, or over all where they are under `least`.
+
+        All `[T, N]`; a negative sector is unknown. A session depends on itself alone.
+        """
+        residual = np.empty_like(returns)
+        groups = int(sector.max(initial=-1)) + 2
+        self._each(len(returns), 32, lambda a, b: _demean(returns, member, sector, groups, least, residual, a, b))
+        return residual
+
+    def nearest(
+        self, window: NDArray[np.float32], members: NDArray[np.int64], neighbours: int, clip: float
+    ) -> Neighbours:
+        """The `neighbours` largest positive correlations of each of `members` with the others.
+
+        window: `[W, N]`, NaN where missing. members: ascending columns of it.
+        """
+        n = -(-len(members) // BLOCK) * BLOCK
+        z = np.zeros((n, len(window)), dtype=np.float32)
+        present = np.zeros((n, len(window)), dtype=np.bool_)
+        missing = np.full(n, -1, dtype=np.int32)
+
+        def standardise(a: int, b: int) -> None:
+            _standardise(window, members[a:b], clip, z[a:b], present[a:b], missing[a:b])
+
+        self._each(len(members), BLOCK, standardise)
+        source = np.empty((n, neighbours), dtype=np.int32)
+        corr = np.empty((n, neighbours), dtype=np.float32)
+        count = np.zeros(n, dtype=np.int64)
+
+        def select(a: int, b: int, products: NDArray[np.float32]) -> None:
+            np.matmul(z[a:b], z.T, out=products)
+            _select(products, a, z, present, missing, source[a:b], corr[a:b], count[a:b])
+
+        self._each(n, BLOCK, select, buffer=(BLOCK, n))
+        used = np.arange(neighbours) < count[:, None]
+        target = np.repeat(members.astype(np.int32), count[: len(members)])
+        return Neighbours(members.astype(np.int32)[source[used]], target, corr[used])
+
+    def _each(self, rows: int, step: int, work: Callable[..., None], buffer: tuple[int, int] | None = None) -> None:
+        """`work(start, stop)` for every run of `step` rows, on all threads, with a buffer each if asked for."""
+        starts = iter(range(0, rows, step))  # taking from a range's iterator is atomic
+
+        def worker() -> None:
+            own = () if buffer is None else (np.empty(buffer, dtype=np.float32),)
+            for start in starts:
+                work(start, min(start + step, rows), *own)
+
+        # The calling thread works too: one that only waits leaves its core to whom it woke, and the other core idle.
+        helpers = [self._pool.submit(worker) for _ in range(self._threads - 1)]
+        worker()
+        for helper in helpers:
+            helper.result()
+
+
+@cache
+def _blas() -> ThreadpoolController:
+    return ThreadpoolController()  # looks through the loaded libraries, milliseconds; numpy's is loaded by now
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _demean(
+    returns: Any, member: Any, sector: Any, groups: Any, least: Any, residual: Any, first: Any, last: Any
+) -> None:
+    total = np.empty(groups)
+    count = np.empty(groups, dtype=np.int64)
+    mean = np.empty(groups, dtype=np.float32)
+    for t in range(first, last):
+        row, used, group, out = returns[t], member[t], sector[t], residual[t]
+        total[:] = 0.0
+        count[:] = 0
+        for j in range(len(row)):
+            if used[j] and np.isfinite(row[j]):
+                g = max(group[j], -1) + 1
+                total[g] += row[j]
+                count[g] += 1
+        mean[:] = total.sum() / max(count.sum(), 1)
+        for g in range(1, groups):
+            if count[g] >= least:
+                mean[g] = total[g] / count[g]
+        for j in range(len(row)):
+            out[j] = row[j] - mean[max(group[j], -1) + 1]
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _standardise(window: Any, columns: Any, clip: Any, z: Any, present: Any, missing: Any) -> None:
+    """Fills z `[b, W]` (unit norm, 0 where missing), present and the number of missing sessions of `columns: [b]`.
+
+    A stock without returns in two thirds of the window, or without variance, stays empty: zeros and missing -1.
+    """
+    W, b = len(window), len(columns)
+    x = np.empty((W, b), dtype=np.float32)
+    count, mean = np.zeros(b), np.zeros(b)
+    square, norm = np.zeros(b), np.zeros(b)
+    for s in range(W):
+        row, own = window[s], x[s]
+        for j in range(b):
+            own[j] = row[columns[j]]
+        for j in range(b):
+            finite = np.isfinite(own[j])
+            count[j] += 1.0 if finite else 0.0
+            mean[j] += own[j] if finite else 0.0
+    for j in range(b):
+        mean[j] /= max(count[j], 1.0)
+    for s in range(W):
+        own = x[s]
+        for j in range(b):
+            deviation = own[j] - mean[j] if np.isfinite(own[j]) else 0.0
+            square[j] += deviation * deviation
+    for j in range(b):
+        std = np.sqrt(square[j] / max(count[j], 1.0))
+        square[j] = 1.0 / std if 3.0 * count[j] >= 2.0 * W and std > FLAT else 0.0
+    for s in range(W):
+        own = x[s]
+        for j in range(b):
+            score = min(max((own[j] - mean[j]) * square[j], -clip), clip) if np.isfinite(own[j]) else 0.0
+            norm[j] += score * score
+    for j in range(b):
+        if square[j] > 0.0:
+            missing[j] = W - int(count[j])
+            _fill(x[:, j], mean[j], square[j], clip, 1.0 / np.sqrt(norm[j]), z[j], present[j])
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _fill(x: Any, mean: Any, per_std: Any, clip: Any, per_norm: Any, z: Any, present: Any) -> None:
+    for s in range(len(x)):
+        present[s] = np.isfinite(x[s])
+        z[s] = min(max((x[s] - mean) * per_std, -clip), clip) * per_norm if present[s] else 0.0
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _select(products: Any, first: Any, z: Any, present: Any, missing: Any, source: Any, corr: Any, count: Any) -> None:
+    """Fills source and corr `[b, k]` and count `[b]` with the best of the targets first, first + 1, ... of z.
+
+    products: `[b, n]` their products with all sources, correct to `slack`; overwritten on the diagonal.
+    """
+    b, n = products.shape
+    W, k = z.shape[1], source.shape[1]
+    slack = np.float32((W + 8) * 2.0**-23)  # twice what rounding moves a product of unit columns, summed in any order
+    best = np.empty(BLOCK, dtype=np.float32)
+    for r in range(b):
+        i = first + r
+        if missing[i] < 0:
+            continue
+        row = products[r]
+        row[i] = -1.0
+        _group_maxima(row, best)
+        places = k
+        while True:
+            floor = _floor(best, places)
+            certain = 0
+            count[r] = 0
+            for g in range(BLOCK):
+                if best[g] < floor - slack:
+                    continue
+                for j in range(g, n, BLOCK):
+                    if row[j] >= floor - slack and _comparable(i, j, present, missing):
+                        certain += row[j] >= floor
+                        count[r] = _insert(_dot(z[i], z[j]), j, source[r], corr[r], count[r])
+            # Pairs with too few common sessions are no candidates: take further ones until k are certain.
+            if certain >= k or floor <= 0.0:
+                break
+            places *= 2
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _group_maxima(row: Any, best: Any) -> None:
+    """best[g] is the maximum of row[g], row[g + BLOCK], ..."""
+    best[:] = -1.0
+    for start in range(0, len(row), BLOCK):
+        part = row[start : start + BLOCK]
+        for g in range(BLOCK):
+            best[g] = part[g] if part[g] > best[g] else best[g]
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _floor(best: Any, places: Any) -> Any:
+    """A value that at least `places` of `best` reach, near the largest such, by bisection; 0 when there is none."""
+    low, high = np.float32(0.0), np.float32(1.0)
+    for _ in range(10):
+        middle = np.float32(0.5) * (low + high)
+        reached = 0
+        for g in range(BLOCK):
+            reached += best[g] >= middle
+        if reached >= places:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _comparable(i: Any, j: Any, present: Any, missing: Any) -> Any:
+    """Whether both are nodes with half of the window in common; counted only where their gaps could add up to more."""
+    if missing[j] < 0:
+        return False
+    W = present.shape[1]
+    if 2 * (missing[i] + missing[j]) <= W:
+        return True
+    common = 0
+    one, two = present[i], present[j]
+    for s in range(W):
+        common += one[s] & two[s]
+    return 2 * common >= W
+
+
+@njit(cache=True, nogil=True, error_model="numpy", fastmath={"reassoc", "contract"})
+def _dot(one: Any, two: Any) -> Any:
+    """Products of float32 are exact in float64, so the sum is rounded once: any order gives the same float32."""
+    total = 0.0
+    for s in range(len(one)):
+        total += np.float64(one[s]) * np.float64(two[s])
+    return np.float32(total)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _insert(value: Any, j: Any, source: Any, corr: Any, count: Any) -> Any:
+    """Keeps the largest positive values, equal ones by source, best first; returns how many there are now."""
+    k = len(corr)
+    if value <= 0.0 or (count == k and (value < corr[k - 1] or (value == corr[k - 1] and j > source[k - 1]))):
+        return count
+    place = min(count, k - 1)
+    while place > 0 and (corr[place - 1] < value or (corr[place - 1] == value and source[place - 1] > j)):
+        corr[place], source[place] = corr[place - 1], source[place - 1]
+        place -= 1
+    corr[place], source[place] = value, j
+    return min(count + 1, k)
