@@ -45,7 +45,7 @@ def stock_graph(
         )
         key = sha256_of({"dataset": data["fingerprint"], "config": to_dict(settings.graph)})
         path = store.product("stock_graph", key)
-        build_graph_file(dataset, path, settings.graph)
+        build_graph_file(dataset, path, settings.graph, store.previous("stock_graph"))
         manifest = read_manifest(path, kind="stock_graph")
     problems = graph_problems(manifest, data)
     if not problems:

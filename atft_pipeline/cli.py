@@ -100,31 +100,57 @@ def _market(options: argparse.Namespace) -> Result:
 
 
 def _features(options: argparse.Namespace) -> Result:
-    from atft_pipeline.contracts import check_prices, read_checked
-    from atft_pipeline.dataset import require_replaceable, write_dataset
-    from atft_pipeline.dataset_rows import build_dataset
+    from atft_pipeline.dataset import require_replaceable
     from atft_pipeline.sources import open_source
     from atft_pipeline.trading_calendar import market_facts
-    from atft_pipeline.universe import build_prices
 
     config = _configuration(options, sections=("dataset",))[0].dataset
     require_replaceable(options.out, "ml_dataset")
     market_facts(config.market)  # an unknown market is refused before minutes of reading
-    checked = read_checked(open_source(options.source))
+    one_file = options.out.suffix == ".parquet"
+    if one_file and options.update:
+        raise InputError(f"{options.out}: --update needs a dataset in monthly parts; name a folder, without .parquet")
     try:
-        adjusted = build_prices(checked.tables, config)
-        check_prices(adjusted.prices).require()
-        features, membership, manifest = build_dataset(
-            adjusted.panel, adjusted.quarantine, checked.tables, config, checked.record
-        )
+        build = _dataset_in_one_file if one_file else _dataset_in_parts
+        manifest = build(open_source(options.source), options.out, config, options.update)
     except InputError as refusal:
         raise InputError(f"{options.source}: {refusal}") from refusal
-    write_dataset(options.out, features, membership, manifest, by_month=False)
     for warning in manifest["warnings"]:
         _say(f"warning: {warning}")
     shown = ("fingerprint", "rows", "sessions", "stocks", "first_date", "last_date", "quarantine", "warnings")
     live = f"{len(manifest['live_features'])} of {len(manifest['features'])}"
-    return {"path": str(options.out), "live": live, **{name: manifest[name] for name in shown}}, 0
+    content = {"path": str(options.out), "live": live, **{name: manifest[name] for name in shown}}
+    return content | ({"changes": manifest["changes"]} if "changes" in manifest else {}), 0
+
+
+def _dataset_in_one_file(source: Any, out: Path, config: Any, update: bool) -> dict[str, Any]:  # noqa: ARG001
+    from atft_pipeline.contracts import check_prices, read_checked
+    from atft_pipeline.dataset import write_dataset
+    from atft_pipeline.dataset_rows import build_dataset
+    from atft_pipeline.universe import build_prices
+
+    checked = read_checked(source)
+    adjusted = build_prices(checked.tables, config)
+    check_prices(adjusted.prices).require()
+    tables = checked.tables
+    features, membership, manifest = build_dataset(adjusted.panel, adjusted.quarantine, tables, config, checked.record)
+    write_dataset(out, features, membership, manifest)
+    return manifest
+
+
+def _dataset_in_parts(source: Any, out: Path, config: Any, update: bool) -> dict[str, Any]:
+    """The dataset as a folder of months, the prices it is made from beside it as `OUT.prices`."""
+    from atft_pipeline.contracts import read_checked
+    from atft_pipeline.dataset_parts import update_dataset_parts
+    from atft_pipeline.month_parts import beside
+    from atft_pipeline.price_parts import update_price_parts
+
+    others, prices = read_checked(source, but=["prices"]), beside(out, "prices")
+    _, contract = update_price_parts(source, others, prices, config, prices if update else None)
+    contract.require()
+    manifest, contract = update_dataset_parts(prices, others.tables, out, config, out if update else None)
+    contract.require()
+    return manifest
 
 
 def _graph(options: argparse.Namespace) -> Result:
@@ -133,7 +159,7 @@ def _graph(options: argparse.Namespace) -> Result:
 
     config = _configuration(options, sections=("graph",))[0].graph
     require_replaceable(options.out, "stock_graph")
-    manifest = build_graph_file(options.dataset, options.out, config)
+    manifest = build_graph_file(options.dataset, options.out, config, options.out if options.update else None)
     return {"path": str(options.out), **manifest}, 0
 
 
@@ -244,12 +270,14 @@ def _parser() -> argparse.ArgumentParser:
 
     features = command("features", _features, "Source folder to the dataset of 82 features and targets.")
     features.add_argument("source", type=Path, metavar="SOURCE")
-    features.add_argument("out", type=Path, metavar="OUT.parquet")
+    features.add_argument("out", type=Path, metavar="OUT", help="OUT.parquet is one file, OUT a folder of months")
+    features.add_argument("--update", action="store_true", help="compute only what has changed since OUT was written")
     configured(features, "cpu")
 
     graph = command("graph", _graph, "Dataset to the cross-sectional stock graph.")
     graph.add_argument("dataset", type=Path, metavar="DATASET")
-    graph.add_argument("out", type=Path, metavar="OUT")
+    graph.add_argument("out", type=Path, metavar="OUT", help="OUT.parquet is one file, OUT a folder of months")
+    graph.add_argument("--update", action="store_true", help="compute only what has changed since OUT was written")
     configured(graph, "cpu")
 
     train = command("train", _train, "Train one run and judge it; exits 1 when the criterion fails.")

@@ -2,8 +2,8 @@
 
 The training path reads a dataset through this module alone, so it needs pyarrow and nothing else. `PATH` is a parquet
 file, or a folder of one part per month; beside it lie `PATH.membership.parquet` or `PATH.membership/` (same parts, rows
-and order) and `PATH.manifest.json`, which is written last: a dataset without a manifest is not a dataset. The sidecar helpers serve
-any other product with a manifest, the stock graph included.
+and order) and `PATH.manifest.json`, which is written last: a dataset without a manifest is not a dataset. The sidecar
+helpers serve any other product with a manifest, the stock graph included.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""`ml_dataset` on disk from the adjusted prices on disk, month by month: a span in memory at a time, and continued where
-something is new.
+"""`ml_dataset` on disk from the adjusted prices on disk, month by month: a span in memory at a time, and continued
+where something is new.
 
 A product at PATH: `PATH/YYYY-MM.parquet` and `PATH.membership/YYYY-MM.parquet` as dataset.py reads them,
 `PATH.statistics/YYYY-MM.npz` of each month's values, `PATH.memory/YYYY-MM.npz` after the months from which the features

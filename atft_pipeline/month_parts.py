@@ -171,15 +171,17 @@ def remembered_months(previous: Path, memory: str) -> list[str]:
     return sorted(file.stem for file in beside(previous, memory).glob("*.npz"))
 
 
-def move_product(path: Path, to: Path, folders: Iterable[str], files: Iterable[str] = ()) -> None:
-    """Gives the product at `path`, with what lies beside it, the name `to`; what was there is replaced."""
-    manifest_path(to).unlink(missing_ok=True)
-    for name in ("", *folders, *files):
-        old, new = (product if name == "" else beside(product, name) for product in (resolved(path), resolved(to)))
-        if new.is_dir():
-            shutil.rmtree(new)
-        old.replace(new)
-    manifest_path(path).replace(manifest_path(to))
+def move_product(path: Path, to: Path) -> None:
+    """Gives the product at `path`, with all that lies beside it, the name `to`; what was there is replaced."""
+    old, new = resolved(path), resolved(to)
+    manifest_path(new).unlink(missing_ok=True)
+    # The manifest comes last: without it the others are no product.
+    names = sorted((file.name for file in old.parent.glob(f"{old.name}*")), key=lambda name: name.endswith(".json"))
+    for name in names:
+        place = new.with_name(new.name + name.removeprefix(old.name))
+        if place.is_dir():
+            shutil.rmtree(place)
+        old.with_name(name).replace(place)
 
 
 def save_arrays(path: Path, arrays: Mapping[str, Any]) -> None:

@@ -116,6 +116,12 @@ def _no_universe(parts: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return [NO_UNIVERSE]
 
 
+def table_digests(source: Source, others: CheckedTables) -> dict[str, str]:
+    """sha256 of each table of the source as it is now."""
+    digests = {name: entry["sha256"] for name, entry in others.record["tables"].items()}
+    return {"prices": source.fingerprint("prices"), **digests}
+
+
 def read_months(path: Path, months: Sequence[str], sessions: Days) -> PricePanel:
     """The panel of some consecutive months over their `sessions`. Raises InputError when a part is missing."""
     return PricePanel.from_frame(read_frame(path, months), sessions)

@@ -138,9 +138,9 @@ class Source:
     def read_counted(self, table: str, *, first: dt.date | None = None, last: dt.date | None = None) -> TableRead:
         """The table with its known columns: dates as Date, numbers as Float64 (NaN as null), the rest as String.
 
-        Row order is the files', which follow each other by their first dates, whatever their names. `first` and `last`, both included, bound the table's date column and leave out rows
-        without a date; where a file has it as Date, only the row groups that may hold such dates are read. Values of
-        rows outside are not looked at.
+        Row order is the files', which follow each other by their first dates, whatever their names. `first` and `last`,
+        both included, bound the table's date column and leave out rows without a date; where a file has it as Date,
+        only the row groups that may hold such dates are read. Values of rows outside are not looked at.
 
         Raises: InputError for an absent table, an unreadable file, a missing column, a wrong type, or a table without
         rows; a period without rows is an empty frame.

@@ -65,7 +65,7 @@ QUARANTINE_RULES: dict[str, QuarantineRule] = {
 
 @dataclass(frozen=True)
 class UniverseMemory:
-    """What the universe remembers after a session; with it, later sessions continue as if all had been passed at once."""
+    """What the universe remembers after a session: with it, later ones continue as if all had been passed at once."""
 
     sessions: Days
     """All sessions so far."""
@@ -95,7 +95,7 @@ class PricesResult:
     """Of the sessions passed now, and of the stocks that have ever traded."""
     quarantine: pl.DataFrame
     """rule, decision, Date, Code, detail, known_from; one row per hit, per code where the whole code is dropped.
-    known_from is the session at whose close it was decided: later than Date where only a later session shows the fault."""
+    known_from is the session at whose close it was decided: after Date where only a later session shows the fault."""
     memory: UniverseMemory
 
     @cached_property

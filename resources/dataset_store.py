@@ -4,19 +4,18 @@ Products are named by the fingerprint of what made them, so an interrupted or fa
 were; a link per product points at the newest complete one. Nothing of a run is ever linked.
 """
 
-import hashlib
 import os
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
-import polars as pl
 
 from atft_pipeline import synthetic
 from atft_pipeline.config import DatasetConfig
-from atft_pipeline.dataset import read_manifest, sha256_of, write_manifest
+from atft_pipeline.dataset import read_manifest, sha256_of
 from atft_pipeline.errors import InputError
 from atft_pipeline.files import relink, replacing
+from atft_pipeline.month_parts import move_product
 from atft_pipeline.sources import Source, open_source
 
 EMBEDDED_STOCKS, EMBEDDED_SESSIONS, EMBEDDED_SEED = 200, 750, 0
@@ -76,9 +75,8 @@ class DatasetStore(dg.ConfigurableResource):
     # Products --------------------------------------------------------------------------------------------------
 
     def product(self, kind: str, fingerprint: str) -> Path:
-        """Where the product `kind` of this fingerprint lies: a file, or for the dataset a folder of months."""
-        suffix = "" if kind == "ml_dataset" else ".parquet"
-        return self.datasets / f"{kind}_{fingerprint[:16]}{suffix}"
+        """Where the product `kind` of this fingerprint lies, a folder of months."""
+        return self.datasets / f"{kind}_{fingerprint[:16]}"
 
     def publish(self, kind: str, path: Path) -> None:
         """Points the product's link at a complete `path`."""
@@ -109,36 +107,22 @@ class DatasetStore(dg.ConfigurableResource):
                 f" or run `dagster asset materialize --select '+key:{asset}'` to rebuild them from {named}"
             )
 
-    def write_prices(
-        self, prices: pl.DataFrame, quarantine: pl.DataFrame, *, source: dict[str, Any], config: dict[str, Any]
-    ) -> tuple[Path, dict[str, Any]]:
-        """Stores adjusted prices and their quarantine under the fingerprint of their content."""
-        fingerprint = sha256_of({"source": source, "config": config, "content": _content_hash(prices)})
-        path = self.product("prices", fingerprint)
-        with replacing(path) as temporary:
-            prices.write_parquet(temporary, compression="zstd")
-        with replacing(_quarantine_path(path)) as temporary:
-            quarantine.write_parquet(temporary, compression="zstd")
-        manifest = {"kind": "prices", "fingerprint": fingerprint, "source": source, "config": config}
-        write_manifest(path, manifest)
-        return path, manifest
+    def previous(self, kind: str) -> Path | None:
+        """The newest complete product, of whatever source: what a new version may continue."""
+        link = self.datasets / LINKS[kind]
+        return self.datasets / link.readlink() if link.exists() else None
 
-    def read_prices(self, asset: str) -> tuple[pl.DataFrame, pl.DataFrame, dict[str, Any]]:
-        """The current adjusted prices, their quarantine and their manifest, for `asset`."""
-        path, manifest = self.current("prices", asset)
-        return pl.read_parquet(path), pl.read_parquet(_quarantine_path(path)), manifest
+    def building(self, kind: str) -> Path:
+        """Where a product is built before its fingerprint is known."""
+        return self.datasets / f".{kind}_building"
+
+    def keep(self, kind: str, fingerprint: str) -> Path:
+        """Gives what was built its name."""
+        path = self.product(kind, fingerprint)
+        move_product(self.building(kind), path)
+        return path
 
     @staticmethod
     def dataset_config(manifest: dict[str, Any]) -> DatasetConfig:
         """The dataset configuration a product was made with."""
         return DatasetConfig(**manifest["config"])
-
-
-def _quarantine_path(prices: Path) -> Path:
-    return prices.with_name(f"{prices.stem}.quarantine.parquet")
-
-
-def _content_hash(frame: pl.DataFrame) -> str:
-    """Hash of a table's rows in order; the seed is fixed, so equal tables hash alike in every process."""
-    rows = frame.hash_rows(seed=0)
-    return hashlib.sha256(rows.to_numpy().tobytes()).hexdigest()

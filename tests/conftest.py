@@ -33,7 +33,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Data]:
         adjusted.panel, adjusted.quarantine, tables, DatasetConfig(), {"path": "market", "tables": {}}
     )
     paths = Data(folder / "ml_dataset.parquet", folder / "graph.parquet")
-    write_dataset(paths.dataset, features, membership, manifest, by_month=False)
+    write_dataset(paths.dataset, features, membership, manifest)
     config = GraphConfig(lookback_sessions=60, neighbours=3, refresh_sessions=20, universe="all")
     build_graph_file(paths.dataset, paths.graph, config)
     yield paths

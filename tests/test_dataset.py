@@ -40,7 +40,7 @@ DAYS = [dt.date(2024, 1, 30), dt.date(2024, 1, 31), dt.date(2024, 2, 1)]
 def test_written_dataset_reads_back_whole(tmp_path: Path, by_month: bool) -> None:
     path = tmp_path / "new folder" / "out.parquet"
     features, membership, manifest = _tables(DAYS, ["1301", "1332"])
-    dataset.write_dataset(path, features, membership, manifest, by_month=by_month)
+    dataset.write_dataset(path, features, membership, manifest)
     assert dataset.read_table(path).equals(features)
     assert dataset.read_membership(path).equals(membership)
     assert dataset.read_manifest(path, "ml_dataset") == manifest
@@ -60,7 +60,7 @@ def test_by_month_writes_one_part_per_month_and_nothing_else(tmp_path: Path) -> 
 
 def test_columns_come_in_the_order_asked_for(tmp_path: Path) -> None:
     path = tmp_path / "out.parquet"
-    dataset.write_dataset(path, *_tables(DAYS, ["1301"]), by_month=False)
+    dataset.write_dataset(path, *_tables(DAYS, ["1301"]))
     assert dataset.read_table(path, ["target_5d", "Code"]).column_names == ["target_5d", "Code"]
     with pytest.raises(InputError, match="column nonsense is missing"):
         dataset.read_table(path, ["nonsense"])
@@ -76,7 +76,7 @@ def test_sidecars_of_a_link_are_those_of_its_target(tmp_path: Path) -> None:
 
 def test_writing_again_replaces_file_by_folder(tmp_path: Path) -> None:
     path = tmp_path / "out.parquet"
-    dataset.write_dataset(path, *_tables(DAYS, ["1301"]), by_month=False)
+    dataset.write_dataset(path, *_tables(DAYS, ["1301"]))
     dataset.write_dataset(path, *_tables(DAYS[:1], ["1301"]), by_month=True)
     assert dataset.read_table(path).num_rows == 1
 
@@ -84,13 +84,13 @@ def test_writing_again_replaces_file_by_folder(tmp_path: Path) -> None:
 def test_refused_tables_leave_the_earlier_dataset_as_it_was(tmp_path: Path) -> None:
     path = tmp_path / "out.parquet"
     features, membership, manifest = _tables(DAYS, ["1301"])
-    dataset.write_dataset(path, features, membership, manifest, by_month=False)
+    dataset.write_dataset(path, features, membership, manifest)
     with pytest.raises(InputError, match=r"missing \['alpha'\]"):
-        dataset.write_dataset(path, features.drop_columns(["alpha"]), membership, manifest, by_month=False)
+        dataset.write_dataset(path, features.drop_columns(["alpha"]), membership, manifest)
     with pytest.raises(InputError, match="differ"):
-        dataset.write_dataset(path, features, membership.slice(1), manifest, by_month=False)
+        dataset.write_dataset(path, features, membership.slice(1), manifest)
     with pytest.raises(InputError, match="expected columns"):
-        dataset.write_dataset(path, features, membership.drop_columns(["Open"]), manifest, by_month=False)
+        dataset.write_dataset(path, features, membership.drop_columns(["Open"]), manifest)
     assert dataset.read_table(path).equals(features)
     assert dataset.read_manifest(path) == manifest
 
@@ -100,7 +100,7 @@ def test_a_failing_write_leaves_the_earlier_dataset_and_no_litter(
 ) -> None:
     path = tmp_path / "out.parquet"
     features, membership, manifest = _tables(DAYS, ["1301"])
-    dataset.write_dataset(path, features, membership, manifest, by_month=False)
+    dataset.write_dataset(path, features, membership, manifest)
     before = sorted(tmp_path.iterdir())
 
     def full_disk(*_: Any, **__: Any) -> None:

@@ -296,7 +296,7 @@ def write_market(path: Path, data: Market) -> None:
         {"Date": membership["Date"], "Code": membership["Code"]} | dict.fromkeys(("feature", *TARGETS), values)
     )
     manifest = {"kind": "ml_dataset", "fingerprint": "f00d", "source": {"path": "raw"}, "features": ["feature"]}
-    write_dataset(path, features, membership, manifest, by_month=False)
+    write_dataset(path, features, membership, manifest)
 
 
 @pytest.mark.parametrize("universe", ["all", "liquid"])

@@ -47,7 +47,7 @@ def shared(compute: Callable[Concatenate[Market, P], R]) -> Callable[Concatenate
         if mine:
             try:
                 found.set_result(compute(market, *args, **kwargs))
-            except BaseException as error:
+            except BaseException as error:  # noqa: BLE001 - whoever waits for it is told too
                 found.set_exception(error)
         return found.result()
 
@@ -87,7 +87,7 @@ class Market:
         return 0 if isinstance(self.investable, Trace) else len(self.investable)
 
     def span(self, start: int, stop: int, overlap: int) -> Market:
-        """The market as it stood after row `stop` − 1, its rows from `start` on fresh, at most `overlap` before them."""
+        """The market as it stood after row `stop` − 1: rows from `start` on are fresh, and at most `overlap` before."""
         first, later = max(0, start - overlap), self.rows - stop
         cut = len(self.sessions) - later
         return replace(

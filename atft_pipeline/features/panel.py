@@ -103,8 +103,8 @@ def build_market(
 ) -> Market:
     """The prices and the other tables as dense panels over the exchange's sessions.
 
-    tables: `index`, and `investor_flows` and `statements` where there are. With `before`, the prices are those after its
-    last session; its panels are put before them, and what it remembers is continued.
+    tables: `index`, and `investor_flows` and `statements` where there are. With `before`, the prices are those after
+    its last session; its panels are put before them, and what it remembers is continued.
 
     Raises: InputError when there is no row, no index, or an index table with several codes and none of TOPIX's.
     """

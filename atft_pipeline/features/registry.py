@@ -1,8 +1,8 @@
 """The 82 features, one row each. Adding a feature changes one line of `REGISTRY`; its length is part of the contract.
 
-A row is: name, family, norm, window, columns, formula, expression, lag. It is held to its own expression when this module
-is imported (`validated`). `window_sessions` counts the sessions that the
-expression looks back over, the current one included, before normalisation; `ts` adds 252. An exponential average never
+A row is: name, family, norm, window, columns, formula, expression, lag. It is held to its own expression when this
+module is imported (`validated`). `window_sessions` counts the sessions that the expression looks back over, the current
+one included, before normalisation; `ts` adds 252. An exponential average never
 forgets: its window is five spans, after which the start weighs e^-10 and moves the value by less than
 `WARM_UP_TOLERANCE` of the feature's own standard deviation.
 """
@@ -76,6 +76,11 @@ class Feature:
     def publication_lag(self) -> int:
         return max(PUBLICATION[table].lag_sessions for table in self.tables)
 
+    @property
+    def publication(self) -> str:
+        """When the newest input counts, by table."""
+        return "; ".join(dict.fromkeys(PUBLICATION[table].rule for table in self.tables))
+
     @cached_property
     def trace(self) -> Trace:
         """What the expression reads, found by evaluating it on traces."""
@@ -139,7 +144,8 @@ REGISTRY: tuple[Feature, ...] = (
     Feature("volatility_10d", "volatility", "cs", 9 + _STEP, _CLOSE, "std(R_1, 10) · √D", lambda m: m.volatility(10)),
     Feature("volatility_20d", "volatility", "cs", 19 + _STEP, _CLOSE, "std(R_1, 20) · √D", lambda m: m.volatility(20)),
     Feature("volatility_60d", "volatility", "cs", 59 + _STEP, _CLOSE, "std(R_1, 60) · √D", lambda m: m.volatility(60)),
-    Feature("parkinson_volatility_20d", "volatility", "cs", 20, _prices("High", "Low"), "√(mean_20 ln²(H/L) / (4 ln 2)) · √D",
+    Feature("parkinson_volatility_20d", "volatility", "cs", 20, _prices("High", "Low"),
+            "√(mean_20 ln²(H/L) / (4 ln 2)) · √D",
             lambda m: np.sqrt(ex.rolling_mean(ex.log_ratio(m.high, m.low) ** 2, 20) / _PARKINSON * m.days_per_year)),
 
     Feature("price_to_ema_5", "trend", "cs", _emas(5), _CLOSE, "C / EMA_5 − 1",
@@ -239,14 +245,20 @@ REGISTRY: tuple[Feature, ...] = (
     Feature("flow_individual_net_ratio", "investor flow", "raw", _WEEKS, _flows(*_INDIVIDUAL),
             "IndividualsBalance / IndividualsTotal",
             lambda m: m.by_section(m.releases.individual_net[:, -1]), lag_sessions=1),
-    Feature("flow_activity_ratio", "investor flow", "raw", _WEEKS, _flows("TotalTotal"), "TotalTotal / its 52-week mean",
-            lambda m: m.by_section(ex.ratio(m.releases.total[:, -1], ex.weekly_mean(m.releases.total, WEEKS_IN_YEAR))), lag_sessions=1),
-    Feature("flow_breadth_pos", "investor flow", "raw", _WEEKS, (*RELEASE, *INVESTOR_BALANCES, "listed.MarketCode"), "share of investor types with Balance > 0",
+    Feature("flow_activity_ratio", "investor flow", "raw", _WEEKS, _flows("TotalTotal"),
+            "TotalTotal / its 52-week mean",
+            lambda m: m.by_section(ex.ratio(m.releases.total[:, -1], ex.weekly_mean(m.releases.total, WEEKS_IN_YEAR))),
+            lag_sessions=1),
+    Feature("flow_breadth_pos", "investor flow", "raw", _WEEKS, (*RELEASE, *INVESTOR_BALANCES, "listed.MarketCode"),
+            "share of investor types with Balance > 0",
             lambda m: m.by_section(m.releases.buying_share), lag_sessions=1),
-    Feature("flow_foreign_net_z", "investor flow", "raw", _WEEKS, _flows(*_FOREIGN), "52-week z of flow_foreign_net_ratio",
+    Feature("flow_foreign_net_z", "investor flow", "raw", _WEEKS, _flows(*_FOREIGN),
+            "52-week z of flow_foreign_net_ratio",
             lambda m: m.by_section(ex.weekly_zscores(m.releases.foreign_net, WEEKS_IN_YEAR, 1)[:, -1]), lag_sessions=1),
-    Feature("flow_individual_net_z", "investor flow", "raw", _WEEKS, _flows(*_INDIVIDUAL), "52-week z of flow_individual_net_ratio",
-            lambda m: m.by_section(ex.weekly_zscores(m.releases.individual_net, WEEKS_IN_YEAR, 1)[:, -1]), lag_sessions=1),
+    Feature("flow_individual_net_z", "investor flow", "raw", _WEEKS, _flows(*_INDIVIDUAL),
+            "52-week z of flow_individual_net_ratio",
+            lambda m: m.by_section(ex.weekly_zscores(m.releases.individual_net, WEEKS_IN_YEAR, 1)[:, -1]),
+            lag_sessions=1),
     Feature("flow_activity_z", "investor flow", "raw", _WEEKS, _flows("TotalTotal"), "52-week z of TotalTotal",
             lambda m: m.by_section(ex.weekly_zscores(m.releases.total, WEEKS_IN_YEAR, 1)[:, -1]), lag_sessions=1),
     Feature("flow_smart_idx", "investor flow", "raw", _WEEKS, _SMART, "flow_foreign_net_z − flow_individual_net_z",
@@ -268,18 +280,22 @@ REGISTRY: tuple[Feature, ...] = (
             lambda m: m.in_force(ex.growth(m.stmt("OperatingProfit"), m.stmt("OperatingProfit_year_ago")))),
     Feature("stmt_yoy_np", "statements", "cs", _YEARS, _statements("Profit"), "the same of Profit",
             lambda m: m.in_force(ex.growth(m.stmt("Profit"), m.stmt("Profit_year_ago")))),
-    Feature("stmt_opm", "statements", "cs", _YEARS, _statements("OperatingProfit", "NetSales"), "OperatingProfit / NetSales",
+    Feature("stmt_opm", "statements", "cs", _YEARS, _statements("OperatingProfit", "NetSales"),
+            "OperatingProfit / NetSales",
             lambda m: m.in_force(ex.ratio(m.stmt("OperatingProfit"), m.stmt("NetSales")))),
     Feature("stmt_npm", "statements", "cs", _YEARS, _statements("Profit", "NetSales"), "Profit / NetSales",
             lambda m: m.in_force(ex.ratio(m.stmt("Profit"), m.stmt("NetSales")))),
-    Feature("stmt_progress_op", "statements", "cs", _YEARS, _statements("OperatingProfit", *_forecasts("OperatingProfit")),
+    Feature("stmt_progress_op", "statements",
+            "cs", _YEARS, _statements("OperatingProfit", *_forecasts("OperatingProfit")),
             "OperatingProfit so far / full-year forecast in force",
             lambda m: m.in_force(ex.ratio(m.stmt("OperatingProfit"), m.stmt("OperatingProfit_full_year")))),
-    Feature("stmt_progress_np", "statements", "cs", _YEARS, _statements("Profit", *_forecasts("Profit")), "Profit so far / full-year forecast in force",
+    Feature("stmt_progress_np", "statements", "cs", _YEARS, _statements("Profit", *_forecasts("Profit")),
+            "Profit so far / full-year forecast in force",
             lambda m: m.in_force(ex.ratio(m.stmt("Profit"), m.stmt("Profit_full_year")))),
     Feature("stmt_rev_fore_op", "statements", "cs", _YEARS, _statements(*_forecasts("OperatingProfit")),
             "(forecast − the one before for the same year) / abs(that), OperatingProfit",
-            lambda m: m.in_force(ex.growth(m.stmt("OperatingProfit_forecast"), m.stmt("OperatingProfit_forecast_before")), "forecast")),
+            lambda m: m.in_force(ex.growth(m.stmt("OperatingProfit_forecast"),
+                                   m.stmt("OperatingProfit_forecast_before")), "forecast")),
     Feature("stmt_rev_fore_np", "statements", "cs", _YEARS, _statements(*_forecasts("Profit")), "the same of Profit",
             lambda m: m.in_force(ex.growth(m.stmt("Profit_forecast"), m.stmt("Profit_forecast_before")), "forecast")),
     Feature("stmt_roe", "statements", "cs", _YEARS, _statements("Profit", "Equity"), "Profit / Equity",
@@ -307,9 +323,9 @@ REGISTRY: tuple[Feature, ...] = (
 def validated(rows: tuple[Feature, ...]) -> tuple[Feature, ...]:
     """The rows, each held to what its own expression reads.
 
-    Raises: InputError that names the row: a wrong count, a repeated name, an unknown norm or table, a column that is read
-    and not declared or declared and not read, a window shorter than the expression looks back, a lag shorter than its
-    tables' publication rule.
+    Raises: InputError that names the row: a wrong count, a repeated name, an unknown norm or table, a column that is
+    read and not declared or declared and not read, a window shorter than the expression looks back, a lag shorter than
+    its tables' publication rule.
     """
     names = [row.name for row in rows]
     repeated = sorted({name for name in names if names.count(name) > 1})

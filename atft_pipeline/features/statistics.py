@@ -1,4 +1,4 @@
-"""What each feature's values look like, part by part: counts that add up, so that a dataset's are the sum of its months'.
+"""What each feature's values look like, part by part: counts that add up, so a dataset's are the sum of its months'.
 
 Quantiles are read from a histogram of the upper 16 bits of each float32: sign, exponent and 7 bits of the mantissa, so
 a quantile is right to one part in 256 and parts can be added without their values.
@@ -18,6 +18,9 @@ from numpy.typing import NDArray
 BINS = 1 << 16
 DRIFT_WARNING = 0.5
 """Shift of a feature's mean, in its earlier standard deviations, or log ratio of the two, that is worth a warning."""
+
+NULL_SHARE_WARNING = 0.10
+"""Share of all rows by which a feature's nulls may grow from one dataset to the next without a warning."""
 
 
 @njit(cache=True, nogil=True)

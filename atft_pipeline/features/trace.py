@@ -66,8 +66,8 @@ def word(
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Makes a function of panels a word of the vocabulary: on traces it returns what it reads.
 
-    reach: further sessions it looks back, as a number or a function of those of its arguments that it names. results: how
-    many panels it returns. remembers: whether it continues from memory, so that looking back needs no earlier rows.
+    reach: further sessions it looks back, as a number or a function of those of its arguments that it names. results:
+    how many panels it returns. remembers: whether it continues from memory, so that looking back needs no earlier rows.
     """
 
     def decorate(compute: Callable[..., Any]) -> Callable[..., Any]:
