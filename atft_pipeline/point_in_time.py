@@ -233,7 +233,7 @@ def disclosures(
     with. They are compared with the period that ended a year before (a month either way) and spans as many months: a
     year of nine months has no year-ago figure and is none, and neither has the first year after the year's end moved.
     Periods begin where CurrentFiscalYearStartDate or CurrentPeriodStartDate says; without either a quarter's name
-    gives its months, and a full year has twelve, or those since the fiscal year that ended less than a year before it.
+    gives its months, and a full year has twelve, or those since the full year known that ended less than eleven before.
     A period of another name (OtherPeriod) is placed by its dates, and is no result where they are not stated.
 
     A forecast is revised against the one before for the same fiscal year; next year is NextFiscalYearEndDate's, else
