@@ -218,6 +218,20 @@ _VALUES: tuple[str, ...] = (
     *(f"{name}_forecast" for name in _FORECASTS),
     *(f"{name}_forecast_before" for name in _FORECASTS),
 )
+_STATED: tuple[str, ...] = (
+    *(f"NextYearForecast{name}" for name in _FORECASTS),
+    *(f"Forecast{name}" for name in _FORECASTS),
+)
+"""Forecasts of a document. Next year's first: where a document has both, the current year's is the one in force."""
+_PERIOD_DATES: tuple[str, ...] = (
+    "CurrentPeriodStartDate",
+    "CurrentPeriodEndDate",
+    "CurrentFiscalYearStartDate",
+    "CurrentFiscalYearEndDate",
+    "NextFiscalYearEndDate",
+)
+_PLACE: tuple[str, ...] = ("stock", "day", "year", "next_year", "rank", "start", "end")
+"""Integers that say whose a document is, when it was disclosed, and where its period lies."""
 
 
 def disclosures(
@@ -270,15 +284,6 @@ def disclosures(
         values=dict(zip(_VALUES, values, strict=True)),
         disclosed=dict(zip(("document", "results", "forecast"), disclosed, strict=True)),
     )
-
-
-_STATED: tuple[str, ...] = (
-    *(f"NextYearForecast{name}" for name in _FORECASTS),
-    *(f"Forecast{name}" for name in _FORECASTS),
-)
-"""Forecasts of a document. Next year's first: where a document has both, the current year's is the one in force."""
-_PLACE: tuple[str, ...] = ("stock", "day", "year", "next_year", "rank", "start", "end")
-"""Integers that say whose a document is, when it was disclosed, and where its period lies."""
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -374,15 +379,6 @@ def _year_ago(starts: Any, ends: Any, documents: Any, count: Any, row: Any) -> A
         ):
             nearest, found = distance, documents[other]
     return found
-
-
-_PERIOD_DATES: tuple[str, ...] = (
-    "CurrentPeriodStartDate",
-    "CurrentPeriodEndDate",
-    "CurrentFiscalYearStartDate",
-    "CurrentFiscalYearEndDate",
-    "NextFiscalYearEndDate",
-)
 
 
 def _documents(statements: pl.DataFrame, sessions: Days, codes: Sequence[str], market: str) -> pl.DataFrame:
