@@ -218,6 +218,20 @@ _VALUES: tuple[str, ...] = (
     *(f"{name}_forecast" for name in _FORECASTS),
     *(f"{name}_forecast_before" for name in _FORECASTS),
 )
+_STATED: tuple[str, ...] = (
+    *(f"NextYearForecast{name}" for name in _FORECASTS),
+    *(f"Forecast{name}" for name in _FORECASTS),
+)
+"""Forecasts of a document. Next year's first: where a document has both, the current year's is the one in force."""
+_PERIOD_DATES: tuple[str, ...] = (
+    "CurrentPeriodStartDate",
+    "CurrentPeriodEndDate",
+    "CurrentFiscalYearStartDate",
+    "CurrentFiscalYearEndDate",
+    "NextFiscalYearEndDate",
+)
+_PLACE: tuple[str, ...] = ("stock", "day", "year", "next_year", "rank", "start", "end")
+"""Integers that say whose a document is, when it was disclosed, and where its period lies."""
 
 
 def disclosures(
@@ -233,7 +247,7 @@ def disclosures(
     with. They are compared with the period that ended a year before (a month either way) and spans as many months: a
     year of nine months has no year-ago figure and is none, and neither has the first year after the year's end moved.
     Periods begin where CurrentFiscalYearStartDate or CurrentPeriodStartDate says; without either a quarter's name
-    gives its months, and a full year has twelve, or those since the fiscal year that ended less than a year before it.
+    gives its months, and a full year has twelve, or those since the full year known that ended less than eleven before.
     A period of another name (OtherPeriod) is placed by its dates, and is no result where they are not stated.
 
     A forecast is revised against the one before for the same fiscal year; next year is NextFiscalYearEndDate's, else
@@ -270,15 +284,6 @@ def disclosures(
         values=dict(zip(_VALUES, values, strict=True)),
         disclosed=dict(zip(("document", "results", "forecast"), disclosed, strict=True)),
     )
-
-
-_STATED: tuple[str, ...] = (
-    *(f"NextYearForecast{name}" for name in _FORECASTS),
-    *(f"Forecast{name}" for name in _FORECASTS),
-)
-"""Forecasts of a document. Next year's first: where a document has both, the current year's is the one in force."""
-_PLACE: tuple[str, ...] = ("stock", "day", "year", "next_year", "rank", "start", "end")
-"""Integers that say whose a document is, when it was disclosed, and where its period lies."""
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -374,15 +379,6 @@ def _year_ago(starts: Any, ends: Any, documents: Any, count: Any, row: Any) -> A
         ):
             nearest, found = distance, documents[other]
     return found
-
-
-_PERIOD_DATES: tuple[str, ...] = (
-    "CurrentPeriodStartDate",
-    "CurrentPeriodEndDate",
-    "CurrentFiscalYearStartDate",
-    "CurrentFiscalYearEndDate",
-    "NextFiscalYearEndDate",
-)
 
 
 def _documents(statements: pl.DataFrame, sessions: Days, codes: Sequence[str], market: str) -> pl.DataFrame:

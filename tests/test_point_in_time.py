@@ -176,14 +176,14 @@ NO_RESULTS = dict.fromkeys(("NetSales", "OperatingProfit", "Profit", "TotalAsset
 
 def test_documents_of_a_day_follow_each_other_by_time_then_number() -> None:
     rows = [
-        document("2024-05-14", "13:00:00", NetSales="3", DisclosureNumber="20240514000009"),
         document("2024-05-14", "13:00:00", NetSales="2", DisclosureNumber="20240514000010"),
+        document("2024-05-14", "13:00:00", NetSales="3", DisclosureNumber="20240514000009"),
         document("2024-05-14", "11:00:00", NetSales="1", DisclosureNumber="20240514000011"),
     ]
     assert at(known(*rows), "NetSales", "2024-05-14") == 2.0
     unnumbered = [{name: value for name, value in row.items() if name != "DisclosureNumber"} for row in rows]
-    assert at(known(*unnumbered), "NetSales", "2024-05-14") == 2.0, "of one moment the table's last"
-    assert at(known(*unnumbered[::-1]), "NetSales", "2024-05-14") == 3.0
+    assert at(known(*unnumbered), "NetSales", "2024-05-14") == 3.0, "of one moment the table's last"
+    assert at(known(*unnumbered[::-1]), "NetSales", "2024-05-14") == 2.0
 
 
 def test_results_with_a_forecast_and_a_dividend_revision_on_one_day() -> None:
@@ -234,6 +234,12 @@ def test_short_fiscal_year_is_compared_with_no_full_one(are_starts_stated: bool)
     record = known(*(rows if are_starts_stated else map(without_starts, rows)))
     assert np.isnan(at(record, "NetSales_year_ago", "2024-02-14")), "twelve months are not compared with nine"
     assert at(record, "NetSales_year_ago", "2025-02-14") == 420.0
+
+
+def test_year_ends_a_month_off_are_still_full_years() -> None:
+    # Eleven months apart, without starts: a year's end estimated or dated otherwise, not a year of eleven months.
+    rows = [year("2023-03-31", "", "2023-05-12", "400"), year("2024-02-29", "", "2024-04-12", "410")]
+    assert at(known(*rows), "NetSales_year_ago", "2024-04-12") == 400.0
 
 
 def test_first_quarter_of_a_moved_year_has_no_year_ago_quarter() -> None:

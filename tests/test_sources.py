@@ -231,6 +231,12 @@ def test_parts_follow_each_other_by_number(folder: Path) -> None:
     assert_frame_equal(open_source(folder).read("index"), whole)
 
 
+def test_names_that_look_like_patterns_are_names(folder: Path) -> None:
+    strange = folder.rename(folder.with_name("market [2024] *"))
+    assert open_source(strange).read("prices").height > 0
+    assert open_source(strange).codes("index") == ["0000"]
+
+
 def test_other_folders_and_hidden_files_are_no_parts(folder: Path) -> None:
     whole = open_source(folder).read("index")
     (folder / "index" / "backup").mkdir(parents=True)
