@@ -3,6 +3,7 @@
 The generator's market is the quiet background (its own splits are undone first). Each event is one small function whose
 docstring is the market's rule, and `_plan` says which stock has which event on which session. Panels are [T, N].
 """
+# ruff: noqa: ARG001  (events share one signature)
 
 from __future__ import annotations
 

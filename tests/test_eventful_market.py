@@ -91,7 +91,7 @@ PRESENT: dict[str, Present] = {
     "real_halving": lambda v: v.jump() < 0.6 and v.quote("TurnoverValue") > 5 * v.quote("TurnoverValue", -1),  # type: ignore[operator]
     "factor_without_jump": lambda v: v.jump() > 0.9 and factor_is(0.25)(v),
     "factor_one_session_late": lambda v: v.jump() < 0.6 and factor_is(1.0)(v) and v.quote("AdjustmentFactor", 1) == 0.5,
-    "penny_stock": lambda v: 50 < v.rows["Close"].max() and v.rows["Close"].min() < 50,  # type: ignore[operator]
+    "penny_stock": lambda v: v.rows["Close"].max() > 50 > v.rows["Close"].min(),  # type: ignore[operator]
     "session_without_quotes": lambda v: v.session not in set(v.tables["prices"]["Date"]),
     "holiday_rows": lambda v: HOLIDAY in set(v.tables["prices"]["Date"]),
     "missing_index_row": lambda v: v.session not in set(v.tables["index"]["Date"]),
@@ -103,7 +103,7 @@ PRESENT: dict[str, Present] = {
     and v.tables["investor_flows"].select("EndDate", "Section").is_duplicated().any(),
     "late_flows": lambda v: v.tables["investor_flows"].sort("EndDate")["PublishedDate"].is_sorted() is False,
     "forecast_revision": has_one_of("EarnForecastRevision"),
-    "several_documents_in_a_day": lambda v: v.disclosed().height >= 3 and v.disclosed()["DisclosedTime"].n_unique() >= 3,
+    "several_documents_in_a_day": lambda v: len(v.disclosed()) >= 3 and v.disclosed()["DisclosedTime"].n_unique() >= 3,
     "dividend_notice": has_one_of("RevisionDividendForecast"),
     "corrected_older_period": lambda v: v.disclosed()["CurrentPeriodEndDate"].max() < str(v.session.year - 1) + "-12",  # type: ignore[operator]
     "restated_newest_period": lambda v: "1000000" in set(v.disclosed()["Equity"]),
@@ -111,7 +111,7 @@ PRESENT: dict[str, Present] = {
     < v.documents.filter(pl.col("DisclosedDate") < str(v.session))["CurrentPeriodEndDate"].max(),  # type: ignore[operator]
     "silent_company": lambda v: v.documents["DisclosedDate"].max() < str(v.session),  # type: ignore[operator]
     "ifrs_filer": lambda v: set(v.documents["OrdinaryProfit"]) == {""} and "-" in set(v.documents["OperatingProfit"]),
-    "marks_for_nothing": lambda v: {"*"} <= set(v.documents["TotalAssets"]) and {"-"} <= set(v.documents["Equity"]),
+    "marks_for_nothing": lambda v: "*" in set(v.documents["TotalAssets"]) and "-" in set(v.documents["Equity"]),
     "document_without_time": lambda v: "" in set(v.disclosed()["DisclosedTime"]),
     "document_on_a_saturday": lambda v: any(
         dt.date.fromisoformat(day).weekday() == 5 for day in v.documents["DisclosedDate"]

@@ -22,6 +22,7 @@ from market_factory import (
     Tables,
     build,
     built_of,
+    dataset_of,
     features_of,
     panels,
     panels_of,
@@ -127,7 +128,19 @@ LATER_SESSIONS = 25
 """Of the changed future so many sessions are kept: enough for every halt and jump of the plan to end."""
 
 
-def known_at_close(tables: Tables, t: dt.date) -> dict[str, pl.Expr]:
+@cache
+def law_2_market(market: str) -> tuple[Tables, PricesResult, Built]:
+    """The market's tables and what becomes of them; of the long one the last 660 sessions, for time: most windows are
+    full when its events begin."""
+    tables = tables_of(market)
+    if market == "segments":
+        first = sessions_of(tables["index"])[400]
+        tables |= {name: tables[name].filter(pl.col("Date") >= first) for name in ("prices", "index")}
+    result = build_prices(tables, CONFIG)
+    return tables, result, dataset_of(result, tables)
+
+
+def known_at_close(t: dt.date) -> dict[str, pl.Expr]:
     """Of each table, the rows that were public at the close of `t`."""
     close = close_time("tokyo", t).isoformat()
     earlier = pl.col("DisclosedDate") < str(t)
@@ -142,13 +155,13 @@ def known_at_close(tables: Tables, t: dt.date) -> dict[str, pl.Expr]:
 
 def nothing_later(tables: Tables, t: dt.date) -> Tables:
     """The tables as they were at the close of `t`."""
-    return {name: tables[name].filter(known) for name, known in known_at_close(tables, t).items()}
+    return {name: tables[name].filter(known) for name, known in known_at_close(t).items()}
 
 
 def all_later_changed(tables: Tables, t: dt.date) -> Tables:
     """Everything that became public after the close of t, changed as hard as the tables allow, for some sessions."""
     rng = np.random.default_rng(11)
-    known = known_at_close(tables, t)
+    known = known_at_close(t)
     until = [day for day in sessions_of(tables["index"]) if day > t][:LATER_SESSIONS]
     end = until[-1] if until else t
     cut = {name: table if name in ("investor_flows", "statements") else table.filter(pl.col("Date") <= end)
@@ -198,7 +211,9 @@ def cuts() -> list[tuple[str, dt.date]]:
     for period in PERIODS:
         days = sessions_of(eventful_tables(period)["index"])
         at = {int(np.searchsorted(days, event.session)) + k for event in events(period) for k in (-1, 0, 1)}
-        found += [(period, days[t]) for t in sorted(at) if 0 < t < len(days) - 1]
+        in_a_long_halt = {650, 689} if period == "segments" else set()
+        first = 460 if period == "segments" else 1
+        found += [(period, days[t]) for t in sorted(at | in_a_long_halt) if first <= t < len(days) - 1]
     return found
 
 
@@ -220,9 +235,11 @@ def assert_same_prices(was: PricesResult, now: PricesResult, t: dt.date) -> None
 @pytest.mark.parametrize("future", FUTURES)
 @pytest.mark.parametrize(("market", "t"), cuts(), ids=str)
 def test_law_2_nothing_published_after_the_close_moves_an_earlier_session(market: str, t: dt.date, future: str) -> None:
-    tables = FUTURES[future](tables_of(market), t)
-    assert_same_prices(prices_of(market), build_prices(tables, CONFIG), t)
-    was, now = built_of(market), build(tables)
+    tables, prices, was = law_2_market(market)
+    changed = FUTURES[future](tables, t)
+    changed_prices = build_prices(changed, CONFIG)
+    assert_same_prices(prices, changed_prices, t)
+    now = dataset_of(changed_prices, changed)
     compared = 0
     for table, columns in ((0, FEATURE_NAMES), (1, dataset.MEMBERSHIP_COLUMNS)):
         rows = [pl.DataFrame(result[table]).filter(pl.col("Date") <= t) for result in (was, now)]
@@ -297,14 +314,31 @@ def last_window(market: str, end: dt.date, sessions: int) -> Any:
     recent = {
         "index": tables["index"].filter(pl.col("Date").is_between(first, end)),
         "investor_flows": tables["investor_flows"].filter(pl.col("PublishedDate").is_between(first, end)),
-        "statements": tables["statements"].filter(pl.col("DisclosedDate").is_between(str(first), str(end))),
+        "statements": tables["statements"].filter(
+            pl.col("DisclosedDate").is_between(pl.lit(str(first)), pl.lit(str(end)))
+        ),
     }
     return panels(prices.filter(pl.col("Date").is_between(first, end)), recent)
 
 
 def window_ends() -> list[tuple[str, int]]:
-    """The last session of each market, and sessions within and shortly after the eventful weeks."""
-    return [(QUIET, -1), ("segments", 706), ("segments", 713), ("segments", 730), ("segments", -1)]
+    """The last session of each market, sessions within and shortly after the eventful weeks, and the last but few of
+    the old segments."""
+    return [(QUIET, -1), ("segments", 706), ("segments", 713), ("segments", 730), ("segments", 930), ("segments", -1)]
+
+
+def is_exponential(feature: Feature) -> bool:
+    return any(name in feature.formula for name in ("EMA", "RSI", "ma_gap"))
+
+
+def sessions_needed(feature: Feature, market: str, t: int) -> int:
+    """The feature's window; an exponential average steps over nulls, so its window counts a stock's own sessions."""
+    needed, close = feature.window_sessions, long_panels(market)[1].raw["Close"][: t + 1]
+    if is_exponential(feature):
+        absent = np.isnan(close) & (np.cumsum(~np.isnan(close), axis=0) > 0) & ~np.isnan(close[-1])
+        for _ in range(5):
+            needed = feature.window_sessions + int(absent[-needed:].sum(axis=0).max())
+    return needed
 
 
 @pytest.mark.parametrize(("market", "end"), window_ends())
@@ -312,23 +346,34 @@ def window_ends() -> list[tuple[str, int]]:
 def test_law_4_the_last_window_of_sessions_gives_the_same_value(feature: Feature, market: str, end: int) -> None:
     rows, dense = long_panels(market)
     t = range(len(rows.sessions))[end]
-    if t < feature.window_sessions:
-        pytest.skip(f"the market is younger than the window of {feature.window_sessions} sessions")
-    window_rows, window = last_window(market, rows.sessions[t].item(), feature.window_sessions)
-    assert len(window_rows.sessions) == feature.window_sessions
+    needed = sessions_needed(feature, market, t)
+    if t < needed:
+        pytest.skip(f"the market is younger than the window of {needed} sessions")
+    window_rows, window = last_window(market, rows.sessions[t].item(), needed)
     whole, last = feature.compute(dense), feature.compute(window)[-1]
     # Exact, but for the start that an exponential average never quite forgets, and rounding of a chained level.
-    exponential = "EMA" in feature.formula or "RSI" in feature.formula
-    tolerance = WARM_UP_TOLERANCE * np.nanstd(whole[max(0, t - 249) : t + 1]) if exponential else 0
-    expected = whole[t]
-    if whole.ndim == 2:
-        expected = whole[t, [rows.codes.index(code) for code in window_rows.codes]]
-    assert np.isfinite(expected).any(), "nothing to compare"
+    tolerance = WARM_UP_TOLERANCE * np.nanstd(whole[max(0, t - 249) : t + 1]) if is_exponential(feature) else 0
+    stocks = [rows.codes.index(code) for code in window_rows.codes]
+    expected = whole[t, stocks] if whole.ndim == 2 else whole[t : t + 1]
+    last = np.atleast_1d(last)
+    # A section of 2022-04-04 has no 35 weeks yet half a year later.
+    assert np.isfinite(expected).any() or (feature.family == "investor flow" and end == -1), "nothing to compare"
     wrong = ~np.isclose(last, expected, rtol=1e-12, atol=tolerance, equal_nan=True)
-    cells = np.flatnonzero(np.atleast_1d(wrong))
-    stocks = [window_rows.codes[n] for n in cells] if whole.ndim == 2 else cells
-    found = list(zip(stocks, np.atleast_1d(last)[cells], np.atleast_1d(expected)[cells], strict=True))
-    assert found == [], "stock, value of the window, value of the whole"
+    if feature.name.startswith("rsi"):
+        # What a price that stands still does to it has its own test, below.
+        wrong &= np.ptp(dense.raw["Close"][t - 14 : t + 1, stocks], axis=0) != 0
+    cells = [(window_rows.codes[n], last[n], expected[n]) for n in np.flatnonzero(wrong)]
+    assert cells == [], "stock, value of the window, value of the whole"
+
+
+@every_feature(lambda feature: feature.name.startswith("rsi"))
+def test_law_4_an_rsi_forgets_what_was_before_its_window_also_while_the_price_stands_still(feature: Feature) -> None:
+    """Gains and losses decay at one pace, so on a price that stands still their ratio stays whatever it was before."""
+    flat = np.concatenate([np.cumsum([100.0, 2, 3, -1, 2, 4, -2, 1, 3, 2] * 3), np.full(200, 120.0)])[:, None]
+    panel = dataclasses.replace(panels_of(QUIET)[1], raw={"Close": flat}, memo={}, tables_read=set())
+    window = dataclasses.replace(panel, raw={"Close": flat[-feature.window_sessions :]}, memo={}, tables_read=set())
+    assert feature.compute(window)[-1, 0] == 50.0
+    assert feature.compute(panel)[-1, 0] == pytest.approx(50.0, abs=1.0)
 
 
 def test_law_4_trailing_normalisation_needs_252_sessions() -> None:
