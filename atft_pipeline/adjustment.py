@@ -181,7 +181,8 @@ def pass_through(
     cells = [getattr(passed, f.name) for f in fields(passed) if f.name != "hits"]
 
     def of_stocks(columns: slice) -> Panel:
-        return _pass(
+        pass_: Any = _pass  # numba's stub of a dispatcher takes no star arguments
+        return pass_(
             columns.start,
             columns.stop,
             present,

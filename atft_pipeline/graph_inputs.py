@@ -91,7 +91,7 @@ class Rows:
     @classmethod
     def of(cls, dataset: Path, manifest: Mapping[str, Any], config: GraphConfig) -> Rows:
         """Raises InputError when the manifest's `session_dates` and `parts` do not fit together."""
-        if "parts" not in manifest:
+        if not resolved(dataset).with_name(f"{resolved(dataset).name}.membership").is_dir():
             whole = read_members(dataset, config)
             return cls(dataset, config, whole.sessions, {}, whole)
         sessions = _session_dates(dataset, manifest["session_dates"])

@@ -186,7 +186,8 @@ def move_product(path: Path, to: Path) -> None:
 
 def save_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
     """Arrays and texts by name as one file, written without pickling."""
-    np.savez(path, **{name: np.asarray(value) for name, value in arrays.items()})
+    named: dict[str, Any] = {name: np.asarray(value) for name, value in arrays.items()}
+    np.savez(path, **named)
 
 
 def load_arrays(path: Path) -> dict[str, NDArray[Any]]:

@@ -87,27 +87,27 @@ class PricePanel:
             out[:, place] = cells
             return out
 
+        flags: dict[str, Any] = {name: wider(getattr(self, name), False) for name in (*FLAGS, "has_row")}
         return replace(
             self,
             codes=tuple(codes),
             quotes={name: wider(panel, np.nan) for name, panel in self.quotes.items()},
             cumulative_factor=wider(self.cumulative_factor, np.nan),
-            **{name: wider(getattr(self, name), False) for name in (*FLAGS, "has_row")},
-            **{
-                name: Categories(category.names, wider(category.number, -1))
-                for name, category in (("sector", self.sector), ("section", self.section))
-            },
+            **flags,
+            sector=Categories(self.sector.names, wider(self.sector.number, -1)),
+            section=Categories(self.section.names, wider(self.section.number, -1)),
         )
 
     def last(self, sessions: int) -> PricePanel:
         """The last `sessions` of it, copied, so that the rest can go."""
         rows = slice(max(0, len(self.sessions) - sessions), None)
+        flags: dict[str, Any] = {name: getattr(self, name)[rows].copy() for name in (*FLAGS, "has_row")}
         return replace(
             self,
             sessions=self.sessions[rows].copy(),
             quotes={name: panel[rows].copy() for name, panel in self.quotes.items()},
             cumulative_factor=self.cumulative_factor[rows].copy(),
-            **{name: getattr(self, name)[rows].copy() for name in (*FLAGS, "has_row")},
+            **flags,
             sector=Categories(self.sector.names, self.sector.number[rows].copy()),
             section=Categories(self.section.names, self.section.number[rows].copy()),
         )

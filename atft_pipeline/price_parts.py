@@ -70,7 +70,8 @@ def update_price_parts(
     before = read_previous(previous, KIND, config=to_dict(config), code=code_fingerprint())
     listed = others.tables["listed"]
     raw = _RawFiles.of(source, before)
-    changes = Changes.between({"prices": raw.months, "listed": _listed_digests(listed, before)}, before)
+    inputs: dict[str, dict[str, Any]] = {"prices": raw.months, "index": _end_of(others.tables["index"])}
+    changes = Changes.between(inputs | {"listed": _listed_digests(listed, before)}, before)
     kept = changes.kept(remembered_months(previous, MEMORY)) if before is not None and previous is not None else []
     memory = _load_memory(previous, kept[-1]) if kept and previous is not None else None
     parts: dict[str, Any] = {month: before["parts"][month] for month in kept} if before is not None else {}
@@ -80,7 +81,7 @@ def update_price_parts(
     with writing_parts(out, [MEMORY], previous if kept else None) as writer:
         for month in kept:
             writer.take_over(month)
-        for result in _passes(raw, listed, config, memory):
+        for result in _passes(raw, others.tables, config, memory):
             parts |= _write(writer, result)
             reports.append(check_prices(result.prices, needs_universe=False))
             quarantine.append(result.quarantine)
@@ -100,7 +101,7 @@ def update_price_parts(
         "session_dates": memory.sessions.astype(str).tolist(),
         "stocks": int((memory.stocks.history > 0).sum()),
         "raw": raw.record(),
-        "inputs": {"prices": raw.months, "listed": month_digests(listed, "Date")},
+        "inputs": inputs | {"listed": month_digests(listed, "Date")},
         "late_codes": sorted(late),
         "late_digest": _earliest_digest(listed, late),
         "changes": changes.record(kept, sorted(parts)),
@@ -114,6 +115,12 @@ def _no_universe(parts: Mapping[str, Mapping[str, Any]]) -> list[str]:
     if any(month["investable_rows"] for month in parts.values()):
         return []
     return [NO_UNIVERSE]
+
+
+def _end_of(index: pl.DataFrame) -> dict[str, str]:
+    """Its last day, which may be a session without a quote."""
+    last = str(index["Date"].max())
+    return {last[:7]: last}
 
 
 def table_digests(source: Source, others: CheckedTables) -> dict[str, str]:
@@ -271,7 +278,7 @@ def _late_codes(result: PricesResult) -> set[str]:
 
 
 def _passes(
-    raw: _RawFiles, listed: pl.DataFrame, config: DatasetConfig, memory: UniverseMemory | None
+    raw: _RawFiles, others: Mapping[str, pl.DataFrame], config: DatasetConfig, memory: UniverseMemory | None
 ) -> Iterator[PricesResult]:
     """The universe of a span of months after the other, after what `memory` remembers."""
     days = raw.dates()
@@ -283,10 +290,11 @@ def _passes(
         first, last = days[months[span[0]].start].item(), days[months[span[-1]].stop - 1].item()
         frame = raw.read(first, last)
         check_table("prices", frame, where=str(raw.source.where("prices"))).require()
-        # The exchange's sessions count to the end of a month, and up to the last day of the data.
+        # The exchange's sessions count to the end of a month, and in the last one up to the last day of the data.
         is_last = months[span[-1]].stop == len(days)
-        until = last if is_last else (np.datetime64(span[-1]) + 1).astype("datetime64[D]").item() - dt.timedelta(1)
-        result = build_prices({"prices": frame, "listed": listed}, config, memory, until)
+        following = (np.datetime64(span[-1]) + 1).astype("datetime64[D]").item()
+        until = None if is_last else following - dt.timedelta(days=1)
+        result = build_prices({**others, "prices": frame}, config, memory, until)
         yield result
         memory = result.memory
 

@@ -131,13 +131,15 @@ def build_prices(
     trailing 20 sessions at or above the market's floor, untraded sessions left out and two thirds of them needed.
 
     With `before`, the prices are those after its last session, and what it remembers is continued. `until`: the day up
-    to which the exchange's sessions count, the last day of the prices unless given.
+    to which the exchange's sessions count, unless given the last one of prices or index: the index tells of a session
+    in which no stock traded.
 
     Raises: InputError when fewer than two common stocks trade.
     """
     facts = market_facts(config.market)
     before = before or UniverseMemory.empty()
     prices = tables["prices"]
+    until = until or last_day(prices, tables["index"])
     sessions, row_session, closed = _on_exchange_days(prices, config.market, before.sessions, until)
     codes = sorted({*before.codes, *prices["Code"].unique().to_list()})
     memory = before.of_codes(codes)
@@ -172,6 +174,13 @@ def build_prices(
             factors_stated=memory.factors_stated or len(stated) > 0,
         ),
     )
+
+
+def last_day(prices: pl.DataFrame, index: pl.DataFrame) -> dt.date:
+    """The last day of either."""
+    days = pl.concat([prices["Date"], index["Date"]]).max()
+    assert isinstance(days, dt.date)
+    return days
 
 
 def _is_liquid(turnover: Panel, first: int, facts: MarketFacts) -> NDArray[np.bool_]:
@@ -225,7 +234,7 @@ def _panel(
 
 
 def _on_exchange_days(
-    prices: pl.DataFrame, market: str, before: Days, until: dt.date | None
+    prices: pl.DataFrame, market: str, before: Days, until: dt.date
 ) -> tuple[Days, NDArray[np.int64], pl.DataFrame]:
     """Sessions, the session of each row (−1 on a closed day), and a hit per closed day on which there are rows.
 
@@ -237,7 +246,7 @@ def _on_exchange_days(
     by_day = prices.group_by("Date").agg(rows=pl.len(), traded=volume.ne(0).fill_null(priced).any()).sort("Date")
     days = day_array(by_day["Date"])
     first = before[-1] + 1 if len(before) else days[0]
-    known = trading_calendar.known_sessions(market, first, until or days[-1])
+    known = trading_calendar.known_sessions(market, first, until)
     sessions = np.union1d(days[by_day["traded"].to_numpy()], known)
     place = np.searchsorted(sessions, days)
     is_session = np.isin(days, sessions)

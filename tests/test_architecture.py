@@ -24,8 +24,10 @@ from atft_process import (
 
 LAYERS: tuple[str, ...] = (
     "errors", "files", "config", "presets",
-    "sources", "contracts", "trading_calendar", "universe", "point_in_time",
-    "dataset", "targets", "features.expressions", "features.market", "features.registry", "features.panel",
+    "sources", "contracts", "trading_calendar", "price_panel", "adjustment", "universe", "point_in_time",
+    "dataset", "targets", "provenance", "month_parts", "price_parts",
+    "features.trace", "features.expressions", "features.market", "features.registry", "features.panel",
+    "features.statistics", "dataset_rows", "dataset_parts",
     "splits", "graph_kernels", "graph_inputs", "graph", "blocks",
     "model.variable_selection", "model.adaptive_norm", "model.temporal_encoder", "model.backbone_projection",
     "model.fusion", "model.prediction_head", "model.gat", "model.atft_gat_fan", "model",

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from atft_pipeline.blocks import Block, BlockDataset, Panel, load_panel
-from atft_pipeline.dataset import MEMBERSHIP_COLUMNS, TARGETS, membership_path, write_dataset
+from atft_pipeline.dataset import MEMBERSHIP_COLUMNS, TARGETS, manifest_path, membership_path, write_dataset
 from atft_pipeline.errors import InputError
 from atft_pipeline.graph import StockGraph
 
@@ -66,9 +66,21 @@ def write(path: Path, rows: list[dict[str, Any]], *, by_month: bool = False) -> 
         pa.table({name: column(name) for name in names}),
         pa.table({name: column(name) for name in MEMBERSHIP_COLUMNS}),
         {"kind": "ml_dataset", "fingerprint": "f00d", "features": FEATURES},
-        by_month=by_month,
     )
-    return path
+    return in_months(path) if by_month else path
+
+
+def in_months(path: Path) -> Path:
+    """The dataset at `path` as a folder of months, membership likewise."""
+    folder = path.with_name(f"{path.name}.months")
+    for table, parts in ((path, folder), (membership_path(path), folder.with_name(f"{folder.name}.membership"))):
+        parts.mkdir()
+        rows = pq.read_table(table)
+        months = np.array([day.isoformat()[:7] for day in rows["Date"].to_pylist()])
+        for month in np.unique(months):
+            pq.write_table(rows.filter(pa.array(months == month)), parts / f"{month}.parquet")
+    manifest_path(folder).write_bytes(manifest_path(path).read_bytes())
+    return folder
 
 
 GRAPH = StockGraph(

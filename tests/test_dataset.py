@@ -36,8 +36,7 @@ def _tables(days: list[dt.date], codes: list[str]) -> tuple[pa.Table, pa.Table, 
 DAYS = [dt.date(2024, 1, 30), dt.date(2024, 1, 31), dt.date(2024, 2, 1)]
 
 
-@pytest.mark.parametrize("by_month", [False, True])
-def test_written_dataset_reads_back_whole(tmp_path: Path, by_month: bool) -> None:
+def test_written_dataset_reads_back_whole(tmp_path: Path) -> None:
     path = tmp_path / "new folder" / "out.parquet"
     features, membership, manifest = _tables(DAYS, ["1301", "1332"])
     dataset.write_dataset(path, features, membership, manifest)
@@ -51,13 +50,6 @@ def test_written_dataset_reads_back_whole(tmp_path: Path, by_month: bool) -> Non
     ]
 
 
-def test_by_month_writes_one_part_per_month_and_nothing_else(tmp_path: Path) -> None:
-    path = tmp_path / "ml_dataset_abc"
-    dataset.write_dataset(path, *_tables(DAYS, ["1301"]), by_month=True)
-    assert [p.name for p in sorted(path.iterdir())] == ["2024-01.parquet", "2024-02.parquet"]
-    assert pq.read_table(path / "2024-01.parquet")["Date"].to_pylist() == DAYS[:2]
-
-
 def test_columns_come_in_the_order_asked_for(tmp_path: Path) -> None:
     path = tmp_path / "out.parquet"
     dataset.write_dataset(path, *_tables(DAYS, ["1301"]))
@@ -68,17 +60,10 @@ def test_columns_come_in_the_order_asked_for(tmp_path: Path) -> None:
 
 def test_sidecars_of_a_link_are_those_of_its_target(tmp_path: Path) -> None:
     path, link = tmp_path / "ml_dataset_abc", tmp_path / "latest.parquet"
-    dataset.write_dataset(path, *_tables(DAYS, ["1301"]), by_month=True)
+    dataset.write_dataset(path, *_tables(DAYS, ["1301"]))
     link.symlink_to(path.name)
     assert dataset.manifest_path(link) == dataset.manifest_path(path)
     assert dataset.read_table(link).num_rows == 3
-
-
-def test_writing_again_replaces_file_by_folder(tmp_path: Path) -> None:
-    path = tmp_path / "out.parquet"
-    dataset.write_dataset(path, *_tables(DAYS, ["1301"]))
-    dataset.write_dataset(path, *_tables(DAYS[:1], ["1301"]), by_month=True)
-    assert dataset.read_table(path).num_rows == 1
 
 
 def test_refused_tables_leave_the_earlier_dataset_as_it_was(tmp_path: Path) -> None:
@@ -108,7 +93,7 @@ def test_a_failing_write_leaves_the_earlier_dataset_and_no_litter(
 
     monkeypatch.setattr(pq, "write_table", full_disk)
     with pytest.raises(OSError, match="No space"):
-        dataset.write_dataset(path, *_tables(DAYS[:1], ["9999"]), by_month=True)
+        dataset.write_dataset(path, *_tables(DAYS[:1], ["9999"]))
     assert sorted(tmp_path.iterdir()) == before
     assert dataset.read_table(path).equals(features)
 

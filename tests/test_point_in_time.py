@@ -9,12 +9,13 @@ import numpy as np
 import polars as pl
 import pytest
 from market_factory import days
-from slow_point_in_time import known_documents
+from slow_point_in_time import known_documents, known_weeks
 
 from atft_pipeline.config import DatasetConfig
 from atft_pipeline.errors import InputError
 from atft_pipeline.features.panel import build_market
 from atft_pipeline.point_in_time import HISTORY_WEEKS, Disclosures, disclosures, flow_releases, session_at
+from atft_pipeline.price_panel import PricePanel
 from atft_pipeline.trading_calendar import sessions as exchange_sessions
 
 SESSIONS = exchange_sessions("tokyo", "2024-01-04", "2025-12-30")
@@ -530,8 +531,10 @@ def test_stock_has_the_flows_of_the_section_it_is_in_at_each_session() -> None:
     flows += [week("2022-04-14", "2022-04-08", value, Section=section) for section, value in new.items()]
     index = pl.DataFrame({"Date": days_around, "Code": "0000", "Close": 1.0})
     tables = {"index": index, "investor_flows": pl.DataFrame(flows)}
-    _, panels = build_market(prices, tables, DatasetConfig())
-    found = panels.by_section(panels.flows.foreign_net[:, -1])
+    flags = dict.fromkeys(("is_liquid", "is_traded", "is_listed_backfilled"), pl.lit(value=True))
+    dense = PricePanel.from_frame(prices.with_columns(**flags, cumulative_factor=1.0))
+    panels = build_market(dense, tables, DatasetConfig())
+    found = panels.by_section(panels.releases.foreign_net[:, -1])
     shown = {day: found[int(np.searchsorted(days_around, np.datetime64(day)))].tolist() for day in
              ("2022-04-01", "2022-04-04", "2022-04-14", "2022-04-15")}  # fmt: skip
     np.testing.assert_allclose(shown["2022-04-01"], [0.1, 0.3, 0.4, NAN])

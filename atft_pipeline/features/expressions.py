@@ -28,6 +28,9 @@ CARRY_SESSIONS = 5
 FLAT = 1e-12
 """Relative difference below which two prices are the same price: dividing by a split's factor leaves about 1e-16,
 while one tick is at least 1e-7."""
+STILL = 1e-6
+"""Average move per session, relative to the price, that is none. Gains and losses of a price that stands still decay
+at one pace, so their ratio would remember for ever what was before; a tick is at least 1e-5 of a price."""
 NORMALISE_LEAST = 10
 """Values that a session needs for a cross-sectional statistic."""
 CLIP_MAD = 5.0
@@ -136,11 +139,11 @@ def rise(new: Any, old: Any) -> Any:
 
 
 @word()
-@vectorize([_BINARY], cache=True)
-def share(part: Any, rest: Any) -> Any:
-    """100 · part / (part + rest), 50 where both are 0."""
-    total = part + rest
-    return 50.0 if total == 0.0 else 100.0 * part / total
+@vectorize([_TERNARY], cache=True)
+def strength(gain: Any, loss: Any, price: Any) -> Any:
+    """100 · gain / (gain + loss), 50 where both together are under `STILL` of the price: it has stood still."""
+    total = gain + loss
+    return 50.0 if total <= STILL * price else 100.0 * gain / total
 
 
 @word()

@@ -12,13 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import wraps
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from atft_pipeline.features import expressions as ex
-from atft_pipeline.features.trace import Trace
+from atft_pipeline.features.trace import Trace, is_trace
 from atft_pipeline.point_in_time import EXPIRY_DAYS, Disclosures, FlowReleases
 
 Panel = NDArray[np.float64]
@@ -84,7 +84,7 @@ class Market:
 
     @property
     def rows(self) -> int:
-        return 0 if isinstance(self.investable, Trace) else len(self.investable)
+        return 0 if is_trace(self.investable) else len(self.investable)
 
     def span(self, start: int, stop: int, overlap: int) -> Market:
         """The market as it stood after row `stop` − 1: rows from `start` on are fresh, and at most `overlap` before."""
@@ -139,7 +139,7 @@ class Market:
 
     def on_rows(self, series: Panel) -> Panel:
         """`[T]` or `[T, G]` as a column `[S, 1]` or rows `[S, G]` beside the panels."""
-        if isinstance(series, Trace):
+        if is_trace(series):
             return series
         rows = series[len(series) - self.rows :]
         return rows[:, None] if rows.ndim == 1 else rows
@@ -153,8 +153,8 @@ class Market:
 
     def history(self, name: str, rows: Panel) -> Panel:
         """`[S, G]` values as a series `[T, G]`: those remembered under `name`, then the fresh ones."""
-        if isinstance(rows, Trace):
-            return rows.kept()
+        if is_trace(rows):
+            return cast(Trace, rows).kept()  # type: ignore[return-value]
         before = self.memory.get(name)
         fresh = rows[self.fresh :]
         self.remembered[name] = fresh if before is None else np.concatenate([before, fresh])
@@ -200,7 +200,7 @@ class Market:
         return ex.rise(self.close, last), ex.rise(last, self.close)
 
     def rsi(self, window: int) -> Panel:
-        """Relative strength index in [0, 100], 50 where nothing moved.
+        """Relative strength index in [0, 100], 50 where the price has stood still.
 
         Gains and losses are averaged with alpha = 1 / window, starting as the mean of the first `window` changes.
         Source: J. Welles Wilder, New Concepts in Technical Trading Systems (1978), section VI.
@@ -209,7 +209,7 @@ class Market:
             self.averaged(f"{name}_{window}", step, 1.0 / window, window)
             for name, step in zip(("gains", "losses"), self.steps(), strict=True)
         )
-        return ex.share(gains, losses)
+        return ex.strength(gains, losses, self.close)
 
     def has_traded(self, sessions: int) -> Panel:
         """1 from the stock's n-th traded session on."""
@@ -315,11 +315,11 @@ class Market:
         return _day_numbers(self.sessions[-self.rows :])
 
 
-def _day_numbers(days: NDArray[np.datetime64]) -> Panel:
+def _day_numbers(days: Any) -> Panel:
     """Days since 1970, NaN for NaT."""
-    if isinstance(days, Trace):
-        return days
-    numbers = days.astype(np.float64)
+    if is_trace(days):
+        return cast(Panel, days)
+    numbers: Panel = days.astype(np.float64)
     numbers[np.isnat(days)] = np.nan
     return numbers
 

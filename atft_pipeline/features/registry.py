@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -84,7 +84,7 @@ class Feature:
     @cached_property
     def trace(self) -> Trace:
         """What the expression reads, found by evaluating it on traces."""
-        return self.compute(traced_market())
+        return cast(Trace, self.compute(traced_market()))
 
     def compute(self, market: Market) -> Panel:
         """Values before normalisation, `[S, N]`, or the last of a series; rows before `market.fresh` mean nothing."""
@@ -164,9 +164,11 @@ REGISTRY: tuple[Feature, ...] = (
     Feature("bb_position", "oscillators", "cs", 20, _CLOSE, "%B: (C − SMA_20 + 2σ) / 4σ, σ with ddof 0, 0.5 at 0/0",
             lambda m: ex.band_position(m.close, *m.bands())),
     Feature("bb_width", "oscillators", "cs", 20, _CLOSE, "4σ / SMA_20", lambda m: ex.band_width(*m.bands())),
-    Feature("rsi_2", "oscillators", "cs", _emas(3) + _STEP, _CLOSE, "Wilder's RSI over 2 changes, 50 at 0/0",
+    Feature("rsi_2", "oscillators", "cs", _emas(3) + _STEP, _CLOSE,
+            "Wilder's RSI over 2 changes, 50 where the price stood still",
             lambda m: m.rsi(2)),
-    Feature("rsi_14", "oscillators", "cs", _emas(27) + _STEP, _CLOSE, "Wilder's RSI over 14 changes, 50 at 0/0",
+    Feature("rsi_14", "oscillators", "cs", _emas(27) + _STEP, _CLOSE,
+            "Wilder's RSI over 14 changes, 50 where the price stood still",
             lambda m: m.rsi(14)),
     Feature("macd_histogram", "oscillators", "cs", _emas(26, 9), _CLOSE,
             "(MACD − EMA_9(MACD)) / C, MACD = EMA_12 − EMA_26",

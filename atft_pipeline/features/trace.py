@@ -50,6 +50,11 @@ class Trace(np.lib.mixins.NDArrayOperatorsMixin):
     __hash__ = object.__hash__
 
 
+def is_trace(value: object) -> bool:
+    """Whether it stands for a panel instead of being one."""
+    return isinstance(value, Trace)
+
+
 def joined(values: Iterable[Any]) -> Trace:
     """What an expression of all `values` reads; what is no trace is a constant."""
     traces = [value for value in values if isinstance(value, Trace)]
