@@ -11,7 +11,7 @@ ADJUSTED = ("Open", "High", "Low", "Close", "Volume")
 
 
 def _raw(table: str, *columns: str) -> list[dg.TableColumnDep]:
-    return [dg.TableColumnDep(dg.AssetKey(f"raw_{table}"), column) for column in columns]
+    return [dg.TableColumnDep(dg.AssetKey(f"raw_{table}"), column) for column in dict.fromkeys(columns)]
 
 
 def prices_lineage() -> dg.TableColumnLineage:

@@ -121,6 +121,8 @@ def update_dataset_parts(
     Raises: InputError as `features.panel.build_market` does.
     """
     made_from = _Prices.open(prices)
+    # A dataset may have drifted whether or not its parts can be continued; `out` may take its place.
+    earlier = None if previous is None else dict(read_manifest(previous, KIND))
     before = read_previous(previous, KIND, config=to_dict(config), code=code_fingerprint())
     changes = Changes.between(_inputs(made_from, tables), before)
     kept = changes.kept(remembered_months(previous, MEMORY)) if before is not None and previous is not None else []
@@ -158,14 +160,9 @@ def update_dataset_parts(
     manifest["prices_fingerprint"] = made_from.manifest["fingerprint"]
     manifest["inputs"] = _inputs(made_from, tables)
     manifest["changes"] = changes.record(kept, list(parts)) | {"months_retargeted": retargeted}
-    manifest = with_drift(manifest, _any_manifest(previous))
+    manifest = with_drift(manifest, earlier)
     write_manifest(out, manifest)
     return manifest, joined_report("ml_dataset", reports)
-
-
-def _any_manifest(previous: Path | None) -> dict[str, Any] | None:
-    """The earlier manifest whether or not its parts can be continued: a dataset may drift with its code too."""
-    return None if previous is None else dict(read_manifest(previous, KIND))
 
 
 def _inputs(prices: _Prices, tables: Mapping[str, pl.DataFrame]) -> dict[str, dict[str, Any]]:

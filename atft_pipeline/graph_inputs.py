@@ -91,7 +91,7 @@ class Rows:
     @classmethod
     def of(cls, dataset: Path, manifest: Mapping[str, Any], config: GraphConfig) -> Rows:
         """Raises InputError when the manifest's `session_dates` and `parts` do not fit together."""
-        if not resolved(dataset).with_name(f"{resolved(dataset).name}.membership").is_dir():
+        if "parts" not in manifest or resolved(dataset).is_file():
             whole = read_members(dataset, config)
             return cls(dataset, config, whole.sessions, {}, whole)
         sessions = _session_dates(dataset, manifest["session_dates"])

@@ -184,7 +184,7 @@ def test_training_runs_where_nothing_else_is_installed(
 
     refused = on_a_bare_machine("features", "source", "again.parquet")
     assert refused.returncode == 2
-    assert refused.stderr == "atft features: needs the package pandera, which is not installed here; install it\n"
+    assert refused.stderr == "atft features: needs the package polars, which is not installed here; install it\n"
     settings = ("--set", "train.epochs=1", "--set", "evaluation.criterion_epoch=20")
     trained = on_a_bare_machine("train", "d.parquet", "g.parquet", "runs/bare", *TRAIN_SETTINGS, *settings)
     assert trained.returncode == 0, trained.stderr

@@ -14,10 +14,11 @@ import polars as pl
 import pytest
 from dagster_runs import EVER, NEVER, UPSTREAM_CONFIG, failures, made, make, make_source, outcomes, training
 
-import assets.features
 import assets.graph
 from assets.checks import criterion_result, health_result, milestones_result
 from assets.evaluation import recorded_rows
+from assets.features import drift_result
+from atft_pipeline import dataset_parts, price_parts
 from atft_pipeline.config import GraphConfig
 from atft_pipeline.dataset import write_manifest
 from atft_pipeline.sources import RAW_TABLES
@@ -77,6 +78,8 @@ def test_every_check_passes_on_sound_data(sound: tuple[Path, dict[str, dg.AssetC
         "prices:listed_is_point_in_time": True,
         "ml_dataset:contract": True,
         "ml_dataset:live_features": True,
+        "ml_dataset:null_share": True,
+        "ml_dataset:drift": True,
         "stock_graph:belongs_to_dataset": True,
         "model_20ep:success_criterion": True,
         "training_run_20ep:training_health": True,
@@ -140,13 +143,15 @@ def test_absent_optional_tables_warn_and_are_counted_as_not_live(work: Path, ins
 def test_unsorted_prices_break_their_contract_and_are_not_published(
     work: Path, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    build = assets.features.build_prices
+    build = price_parts.build_prices
 
     def reversed_rows(*arguments: Any) -> Any:
         result = build(*arguments)
-        return type(result)(result.prices.reverse(), result.quarantine, result.summary)
+        vars(result)["prices"] = result.prices.reverse()
+        return result
 
-    monkeypatch.setattr(assets.features, "build_prices", reversed_rows)
+    monkeypatch.setattr(price_parts, "build_prices", reversed_rows)
+    monkeypatch.setattr(price_parts, "read_previous", lambda *_, **__: None)
     before = linked(work)
     result = make('key:"prices" or key:"ml_dataset"', instance)
     assert not outcomes(result)["prices:contract"].passed
@@ -182,17 +187,15 @@ def test_sectors_from_a_later_snapshot_warn(work: Path, instance: dg.DagsterInst
 def test_an_infinite_feature_breaks_the_contract_of_ml_dataset(
     work: Path, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    build = assets.features.build_dataset
+    build = dataset_parts.build_features
 
     def with_infinity(*arguments: Any) -> Any:
-        features, membership, manifest = build(*arguments)
-        column = features.column_names.index("Code") + 1
-        field = features.schema.field(column)
-        values = features.column(column).to_numpy().copy()
-        values[-1] = np.inf
-        return features.set_column(column, field, [values]), membership, manifest | {"fingerprint": "f" * 64}
+        panel = build(*arguments)
+        panel.values[0, -1] = np.inf
+        return panel
 
-    monkeypatch.setattr(assets.features, "build_dataset", with_infinity)
+    monkeypatch.setattr(dataset_parts, "build_features", with_infinity)
+    monkeypatch.setattr(dataset_parts, "read_previous", lambda *_, **__: None)
     before = linked(work)
     result = make('key:"ml_dataset" or key:"stock_graph"', instance)
     assert not outcomes(result)["ml_dataset:contract"].passed
@@ -205,8 +208,8 @@ def test_a_graph_without_edges_does_not_belong_to_the_dataset(
 ) -> None:
     build = assets.graph.build_graph_file
 
-    def without_edges(dataset: Path, out: Path, config: GraphConfig) -> None:
-        write_manifest(out, build(dataset, out, config) | {"edges": 0})
+    def without_edges(dataset: Path, out: Path, config: GraphConfig, previous: Path | None) -> None:
+        write_manifest(out, build(dataset, out, config, previous) | {"edges": 0})
 
     monkeypatch.setattr(assets.graph, "build_graph_file", without_edges)
     before = linked(work)
@@ -371,3 +374,36 @@ def test_explaining_a_run_beside_its_training_needs_the_record_selected(
 def test_a_record_reported_by_hand_without_its_run_is_refused(work: Path, instance: dg.DagsterInstance) -> None:  # noqa: ARG001
     instance.report_runless_asset_event(dg.AssetMaterialization(RUN))
     assert "train again" in failures(make('key:"evaluation_20ep"', instance))["evaluation_20ep"]
+
+
+# Drift against the dataset before ------------------------------------------------------------------------------
+
+
+def test_more_nulls_and_a_moved_feature_warn_by_name(work: Path, instance: dg.DagsterInstance) -> None:
+    """The turnover of most stocks goes missing, and every volume after a day is a thousandfold."""
+    file = work / "source" / "prices.parquet"
+    frame = pl.read_parquet(file)
+    late = pl.col("Date") > frame["Date"].unique().sort()[60]
+    frame.with_columns(
+        pl.when(late).then(pl.col("High") * 1.4).otherwise("High").alias("High"),
+        pl.when(late).then(None).otherwise("Volume").alias("Volume"),
+    ).write_parquet(file)
+    result = make('key:"prices" or key:"ml_dataset"', instance)
+    assert result.success
+    nulls, drift = (outcomes(result)[f"ml_dataset:{name}"] for name in ("null_share", "drift"))
+    assert not nulls.passed
+    assert nulls.severity == dg.AssetCheckSeverity.WARN
+    assert "volume_ratio_20" in str(nulls.description)
+    assert nulls.metadata["compared_with"].value != "nothing"
+    assert drift.severity == dg.AssetCheckSeverity.WARN
+
+
+def test_a_feature_whose_mean_moves_is_named() -> None:
+    still = {"mean_shift": 0.1, "std_log_ratio": -0.1, "null_share_change": 0.0}
+    manifest = {"drift_against": "f" * 64, "drift": {"returns_1d": still, "rsi_14": still | {"mean_shift": 0.9}}}
+    result = drift_result(manifest)
+    assert not result.passed
+    assert str(result.description).endswith("rsi_14")
+    assert drift_result(manifest | {"drift": {"returns_1d": still}}).passed
+    unknown = drift_result({"drift_against": None, "drift": {}})
+    assert "nothing known of drift" in str(unknown.description)

@@ -178,7 +178,7 @@ BAD_SOURCES: dict[str, tuple[Damage, tuple[str, ...]]] = {
     ),
     "ten sessions": (
         edit("prices", lambda t: t.filter(pl.col("Date") <= t["Date"].unique().sort()[9])),
-        ("no stock is investable in any of the", "give a longer history"),
+        ("no stock is investable in any session", "give a longer history"),
     ),
     "codes that listed does not know": (
         edit("listed", lambda t: t.with_columns(Code="X" + pl.col("Code"))), ("not_listed", "check Code against"),

@@ -15,8 +15,9 @@ from atft_pipeline import trading_calendar
 from atft_pipeline.config import DatasetConfig
 from atft_pipeline.contracts import check_prices
 from atft_pipeline.errors import InputError
+from atft_pipeline.price_panel import PRICES_COLUMNS
 from atft_pipeline.synthetic import generate_market
-from atft_pipeline.universe import PRICES_COLUMNS, QUARANTINE_RULES, PricesResult, build_prices
+from atft_pipeline.universe import QUARANTINE_RULES, PricesResult, build_prices
 
 CONFIG = DatasetConfig(min_history_sessions=10)
 DAYS: list[dt.date] = trading_calendar.sessions("tokyo", "2023-01-04", "2023-04-28").tolist()

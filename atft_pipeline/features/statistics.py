@@ -104,6 +104,8 @@ class Statistics:
         shares = {"live_share": live, "null_share": 1.0 - live}
         if count == 0:
             return shares | {"mean": None, "std": None, "p01": None, "p99": None}
+        if not np.isfinite(squares):  # the dataset's contract names the infinite value; JSON has no word for it
+            return shares | {"mean": None, "std": None, "p01": None, "p99": None}
         mean = total / count
         return shares | {
             "mean": mean,

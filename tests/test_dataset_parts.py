@@ -1,0 +1,255 @@
+"""Prices and dataset in monthly parts: a span after the other, continued, and always what one pass over all gives."""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pyarrow.parquet as pq
+import pytest
+from eventful_market import eventful_tables
+
+from atft_pipeline import dataset_parts, price_parts
+from atft_pipeline.config import DatasetConfig
+from atft_pipeline.contracts import read_checked
+from atft_pipeline.dataset import read_manifest, read_membership, read_table
+from atft_pipeline.dataset_parts import update_dataset_parts
+from atft_pipeline.dataset_rows import build_dataset
+from atft_pipeline.errors import InputError
+from atft_pipeline.features.statistics import Statistics
+from atft_pipeline.price_parts import read_quarantine, update_price_parts
+from atft_pipeline.sources import RAW_TABLES, open_source
+from atft_pipeline.synthetic import generate_market
+from atft_pipeline.universe import build_prices
+
+CONFIG = DatasetConfig()
+Tables = dict[str, pl.DataFrame]
+VOLATILE = ("changes", "drift", "drift_against")
+"""Entries of a manifest that tell how it was made, not what of."""
+
+
+@pytest.fixture(autouse=True)
+def _short_spans(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few months at a time, so that a small market is passed in many spans."""
+    monkeypatch.setattr(price_parts, "CELLS_AT_A_TIME", 4_000)
+    monkeypatch.setattr(dataset_parts, "CELLS_AT_A_TIME", 4_000)
+
+
+def quiet() -> Tables:
+    return generate_market(stocks=40, sessions=420, seed=4).tables
+
+
+MARKETS: dict[str, Callable[[], Tables]] = {"quiet": quiet, "eventful": lambda: eventful_tables("segments")}
+
+
+def written(tables: Tables, folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, table in tables.items():
+        table.write_parquet(folder / f"{name}.parquet")
+    return folder
+
+
+def made(source: Path, out: Path, previous: Path | None = None) -> dict[str, Any]:
+    """The dataset's manifest, its prices beside it."""
+    opened = open_source(source)
+    others = read_checked(opened, but=["prices"])
+    prices, before = out.with_name(f"{out.name}.prices"), previous and previous.with_name(f"{previous.name}.prices")
+    update_price_parts(opened, others, prices, CONFIG, before)[1].require()
+    manifest, report = update_dataset_parts(prices, others.tables, out, CONFIG, previous)
+    report.require()
+    assert manifest == read_manifest(out, "ml_dataset")
+    return manifest
+
+
+def until(tables: Tables, day: dt.date) -> Tables:
+    """What a source held at the end of `day`."""
+    return {
+        name: table.filter(pl.col(RAW_TABLES[name].date).cast(pl.String) <= str(day)) for name, table in tables.items()
+    }
+
+
+def assert_same(one: Path, two: Path) -> None:
+    """Every value, every quarantine row and every entry of the manifest that says what there is."""
+    for read in (read_table, read_membership):
+        assert read(one).equals(read(two))
+    quarantines = [read_quarantine(path.with_name(f"{path.name}.prices")) for path in (one, two)]
+    assert quarantines[0].equals(quarantines[1])
+    manifests = [
+        {name: value for name, value in read_manifest(path).items() if name not in (*VOLATILE, "source")}
+        for path in (one, two)
+    ]
+    assert manifests[0] == manifests[1]
+
+
+@pytest.mark.parametrize("market", MARKETS)
+def test_parts_are_the_dataset_made_in_one_piece(market: str, tmp_path: Path) -> None:
+    source = written(MARKETS[market](), tmp_path / "source")
+    manifest = made(source, tmp_path / "d")
+    checked = read_checked(open_source(source))
+    result = build_prices(checked.tables, CONFIG)
+    features, membership, whole = build_dataset(result.panel, result.quarantine, checked.tables, CONFIG, checked.record)
+    assert read_table(tmp_path / "d").equals(features)
+    assert read_membership(tmp_path / "d").equals(membership)
+    assert read_quarantine(tmp_path / "d.prices").equals(result.quarantine)
+    assert manifest["fingerprint"] == whole["fingerprint"]
+    assert manifest["feature_stats"] == whole["feature_stats"]
+    assert len(list((tmp_path / "d.memory").iterdir())) >= 4, "the market must have been passed in several spans"
+
+
+@pytest.mark.parametrize("market", MARKETS)
+@pytest.mark.parametrize("back", [1, 7, 30])
+def test_appended_sessions_give_the_full_computation_bit_for_bit(market: str, back: int, tmp_path: Path) -> None:
+    tables = MARKETS[market]()
+    days = tables["prices"]["Date"].unique().sort()
+    made(written(until(tables, days[-1 - back]), tmp_path / "before"), tmp_path / "old")
+    source = written(tables, tmp_path / "source")
+    manifest = made(source, tmp_path / "new", tmp_path / "old")
+    made(source, tmp_path / "full")
+    assert_same(tmp_path / "new", tmp_path / "full")
+    assert manifest["changes"]["months_reused"]
+    assert days[-back].isoformat()[:7] in manifest["changes"]["months_computed"]
+
+
+def test_one_session_after_the_other_in_place(tmp_path: Path) -> None:
+    tables = MARKETS["eventful"]()
+    days = tables["prices"]["Date"].unique().sort()[-26:].to_list()
+    for day in days:
+        previous = tmp_path / "d" if day != days[0] else None
+        made(written(until(tables, day), tmp_path / "source"), tmp_path / "d", previous)
+    made(tmp_path / "source", tmp_path / "full")
+    assert_same(tmp_path / "d", tmp_path / "full")
+
+
+def revised_price(tables: Tables, day: dt.date) -> Tables:
+    hit = (pl.col("Date") == day) & (pl.col("Code") == tables["prices"]["Code"][50])
+    prices = tables["prices"].with_columns(
+        pl.when(hit).then(pl.col("Volume") + 700).otherwise("Volume").alias("Volume")
+    )
+    return {**tables, "prices": prices}
+
+
+def revised_index(tables: Tables, day: dt.date) -> Tables:
+    hit = pl.col("Date") == day
+    index = tables["index"].with_columns(pl.when(hit).then(pl.col("Close") * 1.01).otherwise("Close").alias("Close"))
+    return {**tables, "index": index}
+
+
+def late_document(tables: Tables, day: dt.date) -> Tables:
+    extra = tables["statements"].tail(1).with_columns(DisclosedDate=pl.lit(str(day)))
+    return {**tables, "statements": pl.concat([tables["statements"], extra]).sort("DisclosedDate")}
+
+
+def moved_sector(tables: Tables, day: dt.date) -> Tables:
+    listed = tables["listed"]
+    snapshot = listed.filter(pl.col("Date") >= day)["Date"].min()
+    hit = (pl.col("Date") == snapshot) & (pl.col("Code") == listed["Code"][40])
+    return {**tables, "listed": listed.with_columns(pl.when(hit).then(pl.lit("0050")).otherwise("Sector33Code").alias(
+        "Sector33Code"))}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("revise", "named"),
+    [(revised_price, "prices"), (revised_index, "index"), (late_document, "statements"), (moved_sector, "prices")],
+)
+def test_a_revised_past_is_recomputed_from_there_on_and_says_what(
+    revise: Callable[[Tables, dt.date], Tables], named: str, tmp_path: Path
+) -> None:
+    tables = MARKETS["quiet"]()
+    day = tables["prices"]["Date"].unique().sort()[300]
+    made(written(tables, tmp_path / "before"), tmp_path / "old")
+    source = written(revise(tables, day), tmp_path / "source")
+    manifest = made(source, tmp_path / "new", tmp_path / "old")
+    made(source, tmp_path / "full")
+    assert_same(tmp_path / "new", tmp_path / "full")
+    changes = manifest["changes"]
+    assert changes["first_changed_month"][named] >= day.isoformat()[:7]
+    assert changes["months_reused"]
+    assert max(changes["months_reused"]) < min(changes["first_changed_month"].values())
+
+
+def test_nothing_new_computes_nothing(tmp_path: Path) -> None:
+    source = written(MARKETS["quiet"](), tmp_path / "source")
+    first = made(source, tmp_path / "d")
+    again = made(source, tmp_path / "e", tmp_path / "d")
+    assert again["changes"]["months_computed"] == again["changes"]["months_retargeted"] == []
+    assert again["fingerprint"] == first["fingerprint"]
+    assert_same(tmp_path / "d", tmp_path / "e")
+
+
+def test_parts_of_other_code_or_configuration_are_not_continued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = written(MARKETS["quiet"](), tmp_path / "source")
+    made(source, tmp_path / "d")
+    monkeypatch.setattr(price_parts, "code_fingerprint", lambda: "other")
+    monkeypatch.setattr(dataset_parts, "code_fingerprint", lambda: "other")
+    again = made(source, tmp_path / "e", tmp_path / "d")
+    assert again["changes"]["months_reused"] == []
+
+
+def test_order_and_names_of_source_files_change_nothing(tmp_path: Path) -> None:
+    tables = MARKETS["quiet"]()
+    made(written(tables, tmp_path / "one"), tmp_path / "d")
+    parts = written({name: table for name, table in tables.items() if name != "prices"}, tmp_path / "many") / "prices"
+    parts.mkdir()
+    half = tables["prices"]["Date"].unique().sort()[200]
+    tables["prices"].filter(pl.col("Date") <= half).write_parquet(parts / "z.parquet")
+    tables["prices"].filter(pl.col("Date") > half).write_parquet(parts / "a.parquet")
+    manifest = made(tmp_path / "many", tmp_path / "e")
+    assert manifest["fingerprint"] == read_manifest(tmp_path / "d")["fingerprint"]
+
+
+def test_a_missing_month_of_prices_is_one_sentence(tmp_path: Path) -> None:
+    source = written(MARKETS["quiet"](), tmp_path / "source")
+    made(source, tmp_path / "d")
+    next(iter(sorted((tmp_path / "d.prices").glob("*.parquet")))).unlink()
+    others = read_checked(open_source(source), but=["prices"])
+    with pytest.raises(InputError, match=r"part 2022-04\.parquet is missing"):
+        update_dataset_parts(tmp_path / "d.prices", others.tables, tmp_path / "e", CONFIG)
+
+
+def test_a_failing_update_leaves_the_earlier_dataset_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tables = MARKETS["quiet"]()
+    days = tables["prices"]["Date"].unique().sort()
+    before = made(written(until(tables, days[-2]), tmp_path / "source"), tmp_path / "d")
+    written(tables, tmp_path / "source")
+
+    def full_disk(*_: Any, **__: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(pq, "write_table", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        made(tmp_path / "source", tmp_path / "d", tmp_path / "d")
+    monkeypatch.undo()
+    assert read_manifest(tmp_path / "d", "ml_dataset") == before
+    assert read_table(tmp_path / "d").num_rows == before["rows"]
+    assert not list(tmp_path.glob(".d*")), "nothing half-written stays"
+
+
+# --- statistics that add up ---
+
+
+def test_statistics_of_parts_are_those_of_the_whole() -> None:
+    rng = np.random.default_rng(0)
+    values = rng.standard_normal((3, 5000)).astype(np.float32)
+    values[0, ::3] = np.nan
+    values[1] = 0.0
+    values[2] *= 1e6
+    whole = Statistics.of(values)
+    total = Statistics.total([Statistics.of(values[:, :1200]), Statistics.of(values[:, 1200:])], 3)
+    np.testing.assert_array_equal(total.bins, whole.bins)
+    np.testing.assert_array_equal(total.counts, whole.counts)
+    for number, column in enumerate(values):
+        live = column[np.isfinite(column)].astype(np.float64)
+        found = total.describe(number)
+        assert found["null_share"] == pytest.approx(1 - len(live) / 5000)
+        assert found["mean"] == pytest.approx(live.mean(), rel=1e-6, abs=1e-9)
+        assert found["std"] == pytest.approx(live.std(), rel=1e-6, abs=1e-9)
+        for name, level in (("p01", 0.01), ("p99", 0.99)):
+            exact = np.quantile(live, level, method="higher")
+            # One bin of the histogram is one part in 128 wide; its middle is at most one in 256 away.
+            assert found[name] == pytest.approx(exact, rel=0.012, abs=1e-6)
