@@ -21,7 +21,15 @@ import pyarrow as pa
 
 from atft_pipeline.config import EXECUTION_DELAY_SESSIONS, HORIZONS, DatasetConfig, to_dict
 from atft_pipeline.contracts import ContractReport, check_ml_dataset, joined_report
-from atft_pipeline.dataset import TARGETS, read_manifest, read_part, sha256_of, write_manifest, write_part
+from atft_pipeline.dataset import (
+    TARGETS,
+    manifest_path,
+    read_manifest,
+    read_part,
+    sha256_of,
+    write_manifest,
+    write_part,
+)
 from atft_pipeline.dataset_rows import (
     MASK_TARGET,
     OPTIONAL_TABLES,
@@ -122,7 +130,8 @@ def update_dataset_parts(
     """
     made_from = _Prices.open(prices)
     # A dataset may have drifted whether or not its parts can be continued; `out` may take its place.
-    earlier = None if previous is None else dict(read_manifest(previous, KIND))
+    has_earlier = previous is not None and manifest_path(previous).is_file()
+    earlier = dict(read_manifest(previous, KIND)) if has_earlier and previous is not None else None
     before = read_previous(previous, KIND, config=to_dict(config), code=code_fingerprint())
     changes = Changes.between(_inputs(made_from, tables), before)
     kept = changes.kept(remembered_months(previous, MEMORY)) if before is not None and previous is not None else []

@@ -145,8 +145,8 @@ def late_document(tables: Tables, day: dt.date) -> Tables:
 
 def moved_sector(tables: Tables, day: dt.date) -> Tables:
     listed = tables["listed"]
-    snapshot = listed.filter(pl.col("Date") >= day)["Date"].min()
-    hit = (pl.col("Date") == snapshot) & (pl.col("Code") == listed["Code"][40])
+    later = listed.filter(pl.col("Date") >= day, pl.col("MarketCode") == "0111", pl.col("Sector33Code") != "0050")
+    hit = (pl.col("Date") == later["Date"][0]) & (pl.col("Code") == later["Code"][0])
     return {**tables, "listed": listed.with_columns(pl.when(hit).then(pl.lit("0050")).otherwise("Sector33Code").alias(
         "Sector33Code"))}  # fmt: skip
 
