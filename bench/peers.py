@@ -78,7 +78,10 @@ def atft() -> Peer:
 
     def compute(source: Path) -> Features:
         checked = read_checked(open_source(source))
-        panel = build_features(build_prices(checked.tables, config).prices, checked.tables, config)
+        adjusted = build_prices(checked.tables, config)
+        tables = {name: table for name, table in checked.tables.items() if name != "prices"}
+        del checked  # the raw table would lie beside the panels made from it
+        panel = build_features(adjusted.panel, tables, config)
         return Features(panel.values.shape[1], len(FEATURE_NAMES), len(FEATURE_NAMES), panel)
 
     return Peer(f"atft_pipeline {__version__}", compute)
