@@ -339,10 +339,12 @@ def sector_change(m: Background, n: int, t: int) -> None:
 
 
 def section_change(m: Background, n: int, t: int) -> None:
-    """A company may move up to the main section."""
-    moved = (pl.col("Code") == m.codes[n]) & (pl.col("Date") >= m.days[t])
-    main = pl.when(pl.col("Date") < SEGMENT_CHANGE).then(pl.lit("0101")).otherwise(pl.lit("0111"))
-    m.tables["listed"] = m.tables["listed"].with_columns(MarketCode=pl.when(moved).then(main).otherwise("MarketCode"))
+    """A company may move between the main section and the second."""
+    listed, own = m.tables["listed"], pl.col("Code") == m.codes[n]
+    now = listed.filter(own, pl.col("Date") <= m.days[t])["MarketCode"][-1]
+    moved = own & (pl.col("Date") >= m.days[t])
+    other = pl.lit("0112" if now == "0111" else "0111")
+    m.tables["listed"] = listed.with_columns(MarketCode=pl.when(moved).then(other).otherwise("MarketCode"))
 
 
 def revised_flows(m: Background, n: int, t: int) -> None:

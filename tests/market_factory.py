@@ -80,9 +80,9 @@ def panels_of(market: str) -> Market:
     return build_market(prices_of(market).panel, beside_prices(tables_of(market)), CONFIG)
 
 
-def panels(prices: pl.DataFrame, tables: Mapping[str, pl.DataFrame]) -> Market:
+def panels(prices: pl.DataFrame, tables: Mapping[str, pl.DataFrame], config: DatasetConfig = CONFIG) -> Market:
     """Panels of an adjusted prices table, or a part of it, and the tables beside it."""
-    return build_market(PricePanel.from_frame(prices), beside_prices(tables), CONFIG)
+    return build_market(PricePanel.from_frame(prices), beside_prices(tables), config)
 
 
 @cache

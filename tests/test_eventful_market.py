@@ -98,7 +98,7 @@ PRESENT: dict[str, Present] = {
     "old_segments": lambda v: {"0101", "0102", "0104", "0106"} <= set(v.tables["listed"]["MarketCode"]) and "TSEJASDAQ"
     in set(v.tables["investor_flows"]["Section"]),
     "sector_change": lambda v: len(set(v.listed("Sector33Code"))) == 2,
-    "section_change": lambda v: v.listed("MarketCode")[1] == "0101",
+    "section_change": lambda v: set(v.listed("MarketCode")) == {"0101", "0102"},
     "revised_flows": lambda v: v.tables["investor_flows"].filter(PublishedDate=v.session)["EndDate"].n_unique() >= 1
     and v.tables["investor_flows"].select("EndDate", "Section").is_duplicated().any(),
     "late_flows": lambda v: v.tables["investor_flows"].sort("EndDate")["PublishedDate"].is_sorted() is False,

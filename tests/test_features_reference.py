@@ -503,7 +503,7 @@ def eventful_cells() -> tuple[Cell, ...]:
             stocks = [m.codes.index(event.code)] if event.code in m.codes else [] if event.code else [10, 12, 33, 44]
             at = m.sessions.index(event.session)
             for n in stocks:
-                cells = [(period, n, at + k) for k in (-1, 0, 1, 4, 16, 45) if at + k < len(m.sessions)]
+                cells = [(period, n, at + k) for k in (-1, 0, 1, 4, 5, 15, 45) if at + k < len(m.sessions)]
                 found |= dict.fromkeys(cell for cell in cells if m.cell(n, cell[2], "is_traded") is not None)
     assert len(found) >= 150
     return tuple(found)

@@ -9,12 +9,15 @@ from collections.abc import Mapping
 import numpy as np
 import polars as pl
 import pytest
+from eventful_market import SEGMENT_CHANGE, SILENT_SESSION, Event, eventful_tables, events
+from market_factory import build, built_of, panels, prices_of, sessions_of
 from polars.testing import assert_frame_equal
 
 from atft_pipeline import trading_calendar
 from atft_pipeline.config import DatasetConfig
 from atft_pipeline.contracts import check_prices
 from atft_pipeline.errors import InputError
+from atft_pipeline.features.registry import REGISTRY
 from atft_pipeline.price_panel import PRICES_COLUMNS
 from atft_pipeline.synthetic import generate_market
 from atft_pipeline.universe import QUARANTINE_RULES, PricesResult, build_prices
@@ -322,3 +325,296 @@ def test_nothing_after_a_session_changes_its_row_or_its_hits(cut: int, future: s
     assert_frame_equal(cropped.quarantine.filter(settled), whole.quarantine.filter(settled))
     assert {"price_not_positive", "factor_without_jump"} <= set(whole.quarantine["rule"])
     assert "jump_reverts" in set(whole.quarantine["rule"])
+
+
+# --- what each rule promises ------------------------------------------------------------------------------------------
+
+DECISIONS = ("drop", "mask", "ignore_factor", "rebase", "flag", "mask_target")
+
+
+def test_every_rule_has_a_decision_and_a_reason_and_fires_on_the_eventful_market_or_here() -> None:
+    fired = set(prices_of("segments").quarantine["rule"])
+    assert fired | {"not_listed"} == set(QUARANTINE_RULES)
+    for rule in QUARANTINE_RULES.values():
+        assert rule.decision in DECISIONS
+        assert rule.explanation
+
+
+def test_summary_counts_the_rows_of_each_rule_and_every_row_says_where_and_what() -> None:
+    result = prices_of("segments")
+    counts = {rule: result.quarantine.filter(rule=rule).height for rule in set(result.quarantine["rule"])}
+    assert result.summary["quarantine"] == counts
+    assert {"rule", "decision", "Date", "Code", "detail"} <= set(result.quarantine.columns)
+    assert result.quarantine.null_count().sum_horizontal().item() == 0
+    decisions = {rule: known.decision for rule, known in QUARANTINE_RULES.items()}
+    assert dict(result.quarantine.select("rule", "decision").iter_rows()).items() <= decisions.items()
+
+
+def test_drop_and_mask_leave_no_price_and_the_other_decisions_keep_the_row() -> None:
+    result = prices_of("segments")
+    for row in result.quarantine.iter_rows(named=True):
+        there = result.prices.filter(pl.col("Date") == row["Date"], pl.col("Code") == row["Code"])
+        if row["decision"] == "drop":
+            assert there.is_empty()
+        else:
+            assert there["is_traded"].to_list() == [row["decision"] != "mask"], row
+            assert there["Close"].null_count() == (row["decision"] == "mask")
+
+
+@pytest.mark.parametrize("rule", [rule for rule in FAULTS if rule != "jump_without_factor"])
+def test_rule_is_decided_on_its_day_from_data_up_to_it(rule: str) -> None:
+    """The hit, the mask and the corrected level of the day are the same when the data end with it."""
+    whole = build_prices(FAULTS[rule], CONFIG)
+    until = {name: FAULTS[rule][name].filter(pl.col("Date") <= DAYS[20]) for name in ("prices", "index", "listed")}
+    ended = build_prices(until, CONFIG)
+    assert_frame_equal(ended.quarantine, whole.quarantine)
+    assert_frame_equal(ended.prices, whole.prices.filter(pl.col("Date") <= DAYS[20]))
+
+
+def test_factor_missing_in_the_past_is_no_hit_of_the_past_because_factors_appear_later() -> None:
+    """A source that states factors only from some day on: whether its early rows are wrong was decided without them."""
+    late = edit(quiet_market(), 0, until=29, AdjustmentFactor=pl.lit(None, pl.Float64))
+    for i in (1, 2):
+        late = edit(late, 0, code=f"300{i}0", until=29, AdjustmentFactor=pl.lit(None, pl.Float64))
+    until = {name: late[name].filter(pl.col("Date") <= DAYS[25]) for name in ("prices", "index", "listed")}
+    then, now = build_prices(until, CONFIG).quarantine, build_prices(late, CONFIG).quarantine
+    assert_frame_equal(then, now.filter(pl.col("Date") <= DAYS[25]))
+
+
+def test_order_of_rows_in_the_tables_does_not_matter() -> None:
+    shuffled = {
+        name: table.sample(fraction=1.0, shuffle=True, seed=1) for name, table in eventful_tables("segments").items()
+    }
+    was, now = prices_of("segments"), build_prices(shuffled, DatasetConfig())
+    assert_frame_equal(was.prices, now.prices)
+    assert_frame_equal(was.quarantine, now.quarantine)
+    old, new = built_of("segments")[0], build(shuffled)[0]
+    assert old.equals(new)
+
+
+# --- sessions of the exchange -----------------------------------------------------------------------------------------
+
+
+def silent(rows: str) -> Tables:
+    """The market across 2020-10-01 as three kinds of sources print that session."""
+    tables = generate_market(stocks=20, sessions=120, seed=4, first_session=dt.date(2020, 7, 1)).tables
+    on = pl.col("Date") == SILENT_SESSION
+    prices, index = tables["prices"], tables["index"]
+    if rows == "empty rows":
+        names = ("Open", "High", "Low", "Close", "Volume", "TurnoverValue")
+        prices = prices.with_columns(pl.when(~on).then(pl.col(name)).alias(name) for name in names)
+        prices = prices.with_columns(AdjustmentFactor=pl.when(on).then(1.0).otherwise("AdjustmentFactor"))
+    else:
+        prices = prices.filter(~on)
+    if rows != "index row":
+        index = index.filter(~on)
+    else:
+        level = index.filter(pl.col("Date") < SILENT_SESSION)["Close"][-1]
+        index = index.with_columns(Close=pl.when(on).then(level).otherwise("Close"))
+    return {**tables, "prices": prices, "index": index}
+
+
+@pytest.mark.parametrize("rows", ["empty rows", "index row", "no row"])
+def test_session_in_which_nothing_traded_is_a_session_whatever_the_source_prints(rows: str) -> None:
+    """A window counts exchange sessions: how a source prints 2020-10-01 cannot move the other sessions' windows."""
+    prices = build_prices(silent(rows), DatasetConfig()).prices
+    there = prices.filter(pl.col("Date") == SILENT_SESSION)
+    assert there.height > 0
+    assert not there["is_traded"].any()
+    reference = build_prices(silent("empty rows"), DatasetConfig()).prices
+    assert_frame_equal(prices, reference)
+
+
+# --- targets of stocks that cannot be traded --------------------------------------------------------------------------
+
+
+def targets_of(event: str, market: str = "segments") -> tuple[pl.DataFrame, Event]:
+    found = next(e for e in events(market) if e.name == event)
+    return pl.DataFrame(built_of(market)[0]).filter(pl.col("Code") == found.code).sort("Date"), found
+
+
+def test_delisted_stock_has_no_target_across_its_end_and_never_a_zero() -> None:
+    rows, event = targets_of("delisting")
+    last = rows.filter(pl.col("Date") < event.session).tail(21)
+    for horizon, column in ((1, "target_1d"), (5, "target_5d"), (20, "target_20d")):
+        # Entered at the next open and left `horizon` opens later: the last horizon + 1 sessions cannot.
+        assert last[column].is_null().to_list() == [k >= 21 - horizon - 1 for k in range(21)], column
+    after = rows.filter(pl.col("Date") >= event.session)
+    assert after.select(pl.col("^target_.*$").is_not_null().any()).row(0) == (False,) * 4
+    assert rows.filter(target_1d=0.0).height < 10
+
+
+def test_halted_stock_has_no_target_that_enters_or_leaves_within_the_halt() -> None:
+    rows, event = targets_of("halt")
+    days = sessions_of(prices_of("segments").prices)
+    at = days.index(event.session)
+    by_day = dict(rows.select("Date", "target_1d").iter_rows())
+    null = {k: by_day.get(days[at + k]) is None for k in range(-3, 6)}
+    # The halt is 0..3: entry at k + 1, exit at k + 2.
+    assert null == {k: not {k + 1, k + 2}.isdisjoint(range(4)) for k in range(-3, 6)}
+
+
+def test_stock_that_returns_has_no_return_over_its_absence() -> None:
+    """After 90 sessions no close is carried: the first session back has no R_1, and 60 traded sessions are history."""
+    rows, event = targets_of("stop_and_return")
+    days = sessions_of(prices_of("segments").prices)
+    back = days[days.index(event.session) + 90]
+    membership = pl.DataFrame(built_of("segments")[1]).filter(pl.col("Code") == event.code)
+    first = membership.filter(pl.col("Date") == back)
+    assert first.select("is_traded", "return_1d").row(0) == (True, None)
+    absent = membership.filter(pl.col("Date").is_between(event.session, back, closed="left"))
+    assert absent.height == 4, "rows end with the fifth session after the last trade, that one included"
+    assert not absent["is_traded"].any()
+    assert rows.filter(pl.col("Date") == back).height == 1
+
+
+def test_error_of_level_nulls_the_targets_of_its_row_only() -> None:
+    rows, event = targets_of("level_error")
+    days = sessions_of(prices_of("segments").prices)
+    at = days.index(event.session)
+    null = rows.filter(pl.col("Date").is_between(days[at - 6], days[at + 4]))["target_1d"].is_null().to_list()
+    # The bad open is the exit of the session two before it and the entry of the one before it.
+    assert null == [k in (-2, -1) for k in range(-6, 5)]
+
+
+# --- memberships ------------------------------------------------------------------------------------------------------
+
+
+def test_liquid_is_part_of_all_and_all_part_of_what_has_a_row() -> None:
+    for period in ("segments", "later_close", "half_days"):
+        prices = prices_of(period).prices
+        assert prices.filter(pl.col("is_liquid") & ~pl.col("is_investable")).is_empty()
+        share = prices.select(pl.col("is_investable").mean(), pl.col("is_liquid").mean()).row(0)
+        assert 0 < share[1] < share[0] < 1
+
+
+def test_untraded_stock_leaves_the_universe_after_the_fifth_session_and_returns_with_a_trade() -> None:
+    _, event = targets_of("stop_and_return")
+    rows = prices_of("segments").prices.filter(pl.col("Code") == event.code).sort("Date")
+    days = sessions_of(prices_of("segments").prices)
+    at = days.index(event.session)
+    flags = dict(rows.select("Date", "is_investable").iter_rows())
+    # A session within a long absence may have no row at all: no row, no member.
+    assert [flags.get(days[at + k], False) for k in (-1, 0, 4, 5, 50, 89, 90)] == [
+        True,
+        True,
+        True,
+        False,
+        False,
+        False,
+        True,
+    ]
+
+
+def test_stock_below_the_price_floor_is_out_on_exactly_those_sessions() -> None:
+    _, event = targets_of("penny_stock")
+    rows = prices_of("segments").prices.filter(pl.col("Code") == event.code, pl.col("is_traded")).sort("Date")[60:]
+    assert rows.filter(pl.col("is_investable") != (pl.col("Close") >= 50.0)).is_empty()
+    assert rows["is_investable"].n_unique() == 2
+
+
+def test_code_that_is_listed_and_never_traded_has_no_row() -> None:
+    event = next(e for e in events("segments") if e.name == "listed_and_never_traded")
+    assert event.code in set(eventful_tables("segments")["listed"]["Code"])
+    assert event.code not in set(prices_of("segments").prices["Code"])
+
+
+def test_sector_and_segment_change_on_the_day_of_their_snapshot() -> None:
+    prices = prices_of("segments").prices
+    for name, column in (("sector_change", "Sector33Code"), ("section_change", "MarketCode")):
+        event = next(e for e in events("segments") if e.name == name)
+        listed = eventful_tables("segments")["listed"].filter(pl.col("Code") == event.code)
+        snapshot = listed.filter(pl.col("Date") >= event.session)["Date"].min()
+        rows = prices.filter(pl.col("Code") == event.code, pl.col("Date") < SEGMENT_CHANGE)
+        before, after = rows.filter(pl.col("Date") < snapshot), rows.filter(pl.col("Date") >= snapshot)
+        assert before[column].n_unique() == after[column].n_unique() == 1
+        assert before[column][0] != after[column][0]
+    old = set(prices.filter(pl.col("Date") < SEGMENT_CHANGE)["MarketCode"])
+    new = set(prices.filter(pl.col("Date") >= SEGMENT_CHANGE)["MarketCode"])
+    assert old == {"0101", "0102", "0104", "0106"}
+    assert new == {"0111", "0112", "0113"}
+
+
+# --- sources that have less, and other markets ------------------------------------------------------------------------
+
+
+def test_source_without_factors_keeps_its_prices_and_says_nothing_of_every_row() -> None:
+    tables = eventful_tables("later_close")
+    none = tables["prices"].with_columns(AdjustmentFactor=pl.lit(None, pl.Float64))
+    result = build_prices(tables | {"prices": none}, DatasetConfig())
+    split = next(e for e in events("later_close") if e.name == "split")
+    hits = [hit for hit in rules(result) if hit[0] != "not_common_stock"]
+    assert hits == [("split_without_factor", split.session, split.code)], "a split is found by its price"
+    assert_frame_equal(result.prices, prices_of("later_close").prices, rel_tol=1e-9)
+
+
+@pytest.mark.parametrize("missing", [("investor_flows",), ("statements",), ("investor_flows", "statements")])
+def test_prices_and_universe_need_neither_flows_nor_statements(missing: tuple[str, ...]) -> None:
+    tables = {name: table for name, table in eventful_tables("segments").items() if name not in missing}
+    result = build_prices(tables, DatasetConfig())
+    assert_frame_equal(result.prices, prices_of("segments").prices)
+    assert_frame_equal(result.quarantine, prices_of("segments").quarantine)
+
+
+US_SECTORS = ("Information Technology", "Health Care", "Consumer Staples")
+
+
+def us_market(stocks: int = 45, sessions: int = 100) -> Tables:
+    """New York: tickers for codes, names of GICS for sectors, dollars, no section of the market and no factor table."""
+    days = trading_calendar.sessions("us", "2024-01-02", "2024-12-31")[:sessions].tolist()
+    base = generate_market(stocks=stocks, sessions=sessions, seed=6).tables
+    was = base["index"]["Date"].sort().to_list()
+    names = base["listed"].filter(pl.col("MarketCode") != "0109", pl.col("Code").str.ends_with("0"))["Code"].unique()
+    tickers = {code: f"T{chr(65 + i // 26)}{chr(65 + i % 26)}" for i, code in enumerate(names.sort())}
+    dates = dict(zip(was, days, strict=True))
+    tables = {}
+    for name in ("prices", "listed", "index"):
+        table = base[name].with_columns(pl.col("Date").replace_strict(dates, default=None))
+        if name != "index":
+            table = table.filter(pl.col("Code").is_in(list(tickers))).with_columns(pl.col("Code").replace(tickers))
+        tables[name] = table
+    sector = {code: US_SECTORS[i % 3] for i, code in enumerate(tickers.values())}
+    tables["listed"] = tables["listed"].with_columns(
+        Sector33Code=pl.col("Code").replace(sector), MarketCode=pl.lit("NYSE"), Sector17Code=pl.lit("")
+    )
+    return tables
+
+
+def test_us_market_keeps_its_tickers_sectors_and_252_days() -> None:
+    config = DatasetConfig(market="us")
+    features, membership, manifest = build(us_market(), config)
+    assert manifest["days_per_year"] == 252
+    assert manifest["quarantine"] == {}
+    rows = pl.DataFrame(membership)
+    assert set(rows["Sector33Code"]) == set(US_SECTORS)
+    assert set(rows["MarketCode"]) == {"NYSE"}
+    assert rows["Code"].str.contains(r"^T[A-Z]{2}$").all()
+    frame = pl.DataFrame(features)
+    assert frame["is_sector_valid"].max() == 1.0
+    assert frame["is_flow_valid"].max() == 0.0
+    assert frame["sec_mom_20"].is_not_null().any()
+
+
+def test_days_per_year_scale_the_volatilities_before_normalisation() -> None:
+    config = DatasetConfig(market="us")
+    result = build_prices(us_market(), config)
+    dense = panels(result.prices, us_market(), config)
+    row = next(feature for feature in REGISTRY if feature.name == "volatility_20d")
+    returns = dense.ret(1)[-20:, 0]
+    assert row.compute(dense)[-1, 0] == pytest.approx(np.std(returns, ddof=1) * math.sqrt(252), rel=1e-12)
+
+
+def test_sector_needs_five_members() -> None:
+    """Of 45 stocks five are of one sector and four of another: the first has sector features, the second has none."""
+    tables = us_market()
+    codes = tables["listed"]["Code"].unique().sort().to_list()
+    traded = [code for code in codes if tables["prices"].filter(pl.col("Code") == code).height == 100]
+    sectors = dict.fromkeys(traded[:5], "five") | dict.fromkeys(traded[5:9], "four")
+    tables["listed"] = tables["listed"].with_columns(
+        Sector33Code=pl.col("Code").replace_strict(sectors, default=pl.col("Sector33Code"))
+    )
+    rows = pl.DataFrame(build(tables, DatasetConfig(market="us"))[0]).filter(pl.col("Date") == pl.col("Date").max())
+    valid = dict(rows.select("Code", "is_sector_valid").iter_rows())
+    assert [valid[code] for code in traded[:9]] == [1.0] * 5 + [0.0] * 4
+    without = rows.filter(pl.col("Code").is_in(traded[5:9]))
+    assert without["sec_mom_20"].null_count() == without["alpha_vs_sec_1d"].null_count() == 4
