@@ -17,6 +17,9 @@ from atft_pipeline.price_parts import read_quarantine, table_digests, update_pri
 from resources.compute import Compute
 from resources.dataset_store import DatasetStore
 
+MOVES = ("mean_shift", "std_log_ratio", "tail_shift")
+"""Figures of `features.statistics.drift` that say that a feature's values have moved."""
+
 
 class DatasetOverrides(dg.Config):
     overrides: dict[str, Any] = {}  # noqa: RUF012 - Dagster copies it
@@ -139,7 +142,9 @@ def quarantine_summary(quarantine: pl.DataFrame) -> list[dict[str, Any]]:
             description="No feature has over 10 points more nulls than in the dataset before.",
         ),
         dg.AssetCheckSpec(
-            "drift", asset="ml_dataset", description="No feature's mean or spread has moved since the dataset before."
+            "drift",
+            asset="ml_dataset",
+            description="No feature's mean, spread or tail has moved since the dataset before.",
         ),
     ],
 )
@@ -219,12 +224,13 @@ def null_share_result(manifest: dict[str, Any]) -> dg.AssetCheckResult:
 
 
 def drift_result(manifest: dict[str, Any]) -> dg.AssetCheckResult:
-    """Warns where a feature's mean or spread moved by more than `DRIFT_WARNING` since the dataset before."""
+    """Warns where a feature's mean, spread or tail moved by more than `DRIFT_WARNING` since the dataset before."""
     return _moved(
         manifest,
         "drift",
-        f"mean moved by over {DRIFT_WARNING:g} standard deviations, or spread by a factor over e^{DRIFT_WARNING:g}",
-        lambda moved: any(abs(moved[name] or 0.0) > DRIFT_WARNING for name in ("mean_shift", "std_log_ratio")),
+        f"mean or tail moved by over {DRIFT_WARNING:g} standard deviations, or spread by a factor over"
+        f" e^{DRIFT_WARNING:g},",
+        lambda moved: any(abs(moved[name] or 0.0) > DRIFT_WARNING for name in MOVES),
     )
 
 

@@ -191,7 +191,7 @@ def pass_through(
             *memory.arrays().values(),
             *cells,
             np.log(SPLIT_RATIOS),
-            (first_session, factors_from, min_history_sessions),
+            (first_session, factors_from, min_history_sessions, STALE_SESSIONS),
             price_floor,
         )
 
@@ -245,7 +245,9 @@ def _split_ratio(opened: Any, closed: Any, ladder: Any) -> Any:
 
 
 @njit(cache=True, nogil=True)
-def _judged(opened: Any, closed: Any, factor: Any, last: Any, quiet: Any, gap: Any, ladder: Any, floor: Any) -> Any:
+def _judged(
+    opened: Any, closed: Any, factor: Any, last: Any, quiet: Any, gap: Any, ladder: Any, floor: Any, stale: Any
+) -> Any:
     """Rule (−1 for none) and log correction of a traded row, from its log moves after the published factor's log."""
     if abs(factor) > JUMP and abs(closed + factor) < 0.25 * abs(factor):
         return _USELESS_FACTOR, -factor
@@ -255,7 +257,7 @@ def _judged(opened: Any, closed: Any, factor: Any, last: Any, quiet: Any, gap: A
     split = _split_ratio(opened, closed, ladder)
     rebased = split * np.sign(closed)
     looks_split = split == split
-    if looks_split and quiet and gap <= STALE_SESSIONS:
+    if looks_split and quiet and gap <= stale:
         return _SPLIT, rebased
     if min(opened, closed) > BREAK:
         return _LEVEL, rebased if looks_split else opened
@@ -284,7 +286,8 @@ def _pass(
     cumulative: Any, is_traded: Any, is_investable: Any, has_row: Any, is_backfilled: Any, listing: Any,
     ladder: Any, sessions: Any, price_floor: Any,
 ) -> Any:  # fmt: skip
-    first_session, factors_from, min_history = sessions
+    # A constant of another module is an argument: the compiled code is cached by this file alone.
+    first_session, factors_from, min_history, stale = sessions
     hits, count = np.empty((64, len(HIT))), 0
     newest = start[:-1].copy()
     for t in range(len(present)):
@@ -336,7 +339,7 @@ def _pass(
                     opened, log_move, stated = np.log(o / last / step), np.log(moved), np.log(step)
                     quiet = _is_quiet(money, turnovers[n])
                     rule, log_correction = _judged(
-                        opened, log_move, stated, last, quiet, now - last_session[n], ladder, price_floor
+                        opened, log_move, stated, last, quiet, now - last_session[n], ladder, price_floor, stale
                     )
                     useless = rule == _USELESS_FACTOR
                     returned = abs(before) > BREAK and abs(before + log_move) < RETURN_TOLERANCE
@@ -371,7 +374,7 @@ def _pass(
             close[t, n] = c / scale if traded else np.nan
             turnover[t, n] = money if traded else np.nan
             volume[t, n] = volume[t, n] * scale if traded else np.nan
-            has_row[t, n] = now - last_session[n] <= STALE_SESSIONS
+            has_row[t, n] = now - last_session[n] <= stale
             is_investable[t, n] = has_row[t, n] and history[n] >= min_history and last_close[n] >= price_floor
             listing[t, n] = listing[t, n] if has_row[t, n] else -1
             is_backfilled[t, n] = is_backfilled[t, n] and has_row[t, n]

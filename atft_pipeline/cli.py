@@ -154,12 +154,13 @@ def _dataset_in_parts(source: Any, out: Path, config: Any, update: bool) -> dict
 
 
 def _graph(options: argparse.Namespace) -> Result:
-    from atft_pipeline.dataset import require_replaceable
+    from atft_pipeline.dataset import manifest_path, require_replaceable
     from atft_pipeline.graph import build_graph_file
 
     config = _configuration(options, sections=("graph",))[0].graph
     require_replaceable(options.out, "stock_graph")
-    manifest = build_graph_file(options.dataset, options.out, config, options.out if options.update else None)
+    previous = options.out if options.update and manifest_path(options.out).is_file() else None
+    manifest = build_graph_file(options.dataset, options.out, config, previous)
     return {"path": str(options.out), **manifest}, 0
 
 

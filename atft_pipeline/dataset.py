@@ -112,6 +112,20 @@ def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
     write_json(manifest_path(path), manifest)
 
 
+@contextmanager
+def replacing_product(path: Path) -> Iterator[Path]:
+    """`files.replacing` for the data of a product, file or folder; the earlier manifest goes with its data.
+
+    Without its manifest a product does not exist: no kill in between pairs new data with an old one.
+    """
+    data = resolved(path)
+    with replacing(data) as temporary:
+        yield temporary
+        manifest_path(data).unlink(missing_ok=True)
+        if temporary.is_dir() and data.is_file():
+            data.unlink()  # a folder cannot be renamed onto a file
+
+
 def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
     """Rows of the product at `path` (a file, or a folder of parts in name order), `columns` in the order asked for.
 
@@ -146,11 +160,10 @@ def write_dataset(path: Path, features: pa.Table, membership: pa.Table, manifest
     _require_consistent(features, membership, manifest)
     data = resolved(path)
     members = data.with_name(f"{data.name}.membership.parquet")
-    with replacing(data) as rows, replacing(members) as temporary:
+    # The data is entered last and so replaced first: with it goes the manifest.
+    with replacing(members) as temporary, replacing_product(data) as rows:
         write_part(rows, features)
         write_part(temporary, membership)
-        # From here on only renames: the old manifest goes first, so no moment pairs it with new data.
-        manifest_path(data).unlink(missing_ok=True)
     write_manifest(data, manifest)
 
 

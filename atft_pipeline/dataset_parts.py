@@ -47,14 +47,12 @@ from atft_pipeline.features.panel import OVERLAP_SESSIONS, FeatureMemory, build_
 from atft_pipeline.features.registry import FEATURE_COUNT, FEATURE_NAMES
 from atft_pipeline.features.statistics import Statistics
 from atft_pipeline.month_parts import (
-    Changes,
+    Earlier,
     PartsWriter,
     beside,
     load_arrays,
     month_digests,
     part,
-    read_previous,
-    remembered_months,
     save_arrays,
     sessions_by_month,
     spans,
@@ -130,23 +128,23 @@ def update_dataset_parts(
     """
     made_from = _Prices.open(prices)
     # A dataset may have drifted whether or not its parts can be continued; `out` may take its place.
-    has_earlier = previous is not None and manifest_path(previous).is_file()
-    earlier = dict(read_manifest(previous, KIND)) if has_earlier and previous is not None else None
-    before = read_previous(previous, KIND, config=to_dict(config), code=code_fingerprint())
-    changes = Changes.between(_inputs(made_from, tables), before)
-    kept = changes.kept(remembered_months(previous, MEMORY)) if before is not None and previous is not None else []
-    memory = _load_memory(previous, kept[-1], made_from) if kept and previous is not None else None
-    parts: dict[str, Any] = {month: dict(before["parts"][month]) for month in kept} if before is not None else {}
+    has_before = previous is not None and manifest_path(previous).is_file()
+    before = dict(read_manifest(previous, KIND)) if has_before and previous is not None else None
+    earlier = Earlier.of(previous, KIND, config=to_dict(config), code=code_fingerprint())
+    inputs = _inputs(made_from, tables)
+    changes = earlier.changes(inputs, MEMORY)
+    memory = _load_memory(earlier.path, changes.kept[-1], made_from) if changes.kept else None
+    parts: dict[str, Any] = {month: dict(earlier.parts[month]) for month in changes.kept}
     reports: list[ContractReport] = []
     retargeted = []
-    with writing_parts(out, [MEMBERSHIP, STATISTICS, MEMORY], previous if kept else None) as writer:
-        for month in kept:
-            inputs = _target_inputs(made_from, month, config)
-            changed = parts[month]["target_inputs"] != inputs
+    with writing_parts(out, [MEMBERSHIP, STATISTICS, MEMORY], earlier) as writer:
+        for month in changes.kept:
+            leaves_at = _target_inputs(made_from, month, config)
+            changed = parts[month]["target_inputs"] != leaves_at
             writer.take_over(month, but=[""] if changed else [])
             if changed:
                 retargeted.append(month)
-                parts[month] |= _retarget(writer, made_from, month, config) | {"target_inputs": inputs}
+                parts[month] |= _retarget(writer, made_from, month, config) | {"target_inputs": leaves_at}
         for rows in _spans_of_rows(made_from, tables, config, memory):
             written = _write(writer, rows, reports)
             for month, record in written.items():
@@ -167,9 +165,9 @@ def update_dataset_parts(
         source=made_from.manifest["source"],
     )
     manifest["prices_fingerprint"] = made_from.manifest["fingerprint"]
-    manifest["inputs"] = _inputs(made_from, tables)
-    manifest["changes"] = changes.record(kept, list(parts)) | {"months_retargeted": retargeted}
-    manifest = with_drift(manifest, earlier)
+    manifest["inputs"] = inputs
+    manifest["changes"] = changes.record(parts) | {"months_retargeted": retargeted}
+    manifest = with_drift(manifest, before)
     write_manifest(out, manifest)
     return manifest, joined_report("ml_dataset", reports)
 

@@ -32,6 +32,14 @@ def replacing(path: Path) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+def link(file: Path, to: Path) -> None:
+    """Gives `file` a second name, without a copy where the file system can."""
+    try:
+        to.hardlink_to(file)
+    except OSError:  # another file system, or one without hard links
+        shutil.copy2(file, to)
+
+
 def write_json(path: Path, content: Any) -> None:
     """`content` as JSON at `path`, atomically. NaN is refused: it is not JSON, and a missing number is null."""
     with replacing(path) as temporary:

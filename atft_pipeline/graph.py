@@ -23,9 +23,7 @@ month, and a manifest beside it. The parts of an earlier graph are taken over wh
 from __future__ import annotations
 
 import hashlib
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from itertools import pairwise, takewhile
@@ -39,9 +37,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from atft_pipeline.config import GraphConfig, to_dict
-from atft_pipeline.dataset import manifest_path, read_manifest, read_table, resolved, sha256_of, write_manifest
+from atft_pipeline.dataset import read_manifest, read_table, replacing_product, resolved, sha256_of, write_manifest
 from atft_pipeline.errors import InputError
-from atft_pipeline.files import replacing
+from atft_pipeline.files import link
 from atft_pipeline.graph_inputs import (
     MINIMUM_SESSIONS,
     UNIVERSE_COLUMNS,
@@ -157,7 +155,7 @@ def _same(label: NDArray[np.int32], source: NDArray[np.int32], target: NDArray[n
 
 def write_graph(path: Path, graph: StockGraph) -> None:
     """Writes the edges whole or not at all: one table where `path` ends in `.parquet`, else a folder of months."""
-    with _replacing_product(path) as temporary:
+    with replacing_product(path) as temporary:
         if _is_one_file(path):
             _write_table(temporary, _table(graph))
             return
@@ -182,18 +180,6 @@ def content_sha256(graph: StockGraph) -> str:
     for values in (_dates(graph), position[graph.source], position[graph.target], graph.edge_attr):
         digest.update(np.ascontiguousarray(values).tobytes())
     return digest.hexdigest()
-
-
-@contextmanager
-def _replacing_product(path: Path) -> Iterator[Path]:
-    """A temporary name for the data of a product that takes its place; the earlier manifest goes with its data."""
-    data = resolved(path)
-    with replacing(data) as temporary:
-        yield temporary
-        # Without its manifest a product does not exist: no kill in between pairs new edges with an old one.
-        manifest_path(data).unlink(missing_ok=True)
-        if temporary.is_dir() and data.is_file():
-            data.unlink()  # a folder cannot be renamed onto a file
 
 
 def _is_one_file(path: Path) -> bool:
@@ -282,7 +268,7 @@ def build_graph_file(dataset: Path, out: Path, config: GraphConfig, previous: Pa
             f" history or set graph.universe"
         )
     if by_month:
-        with _replacing_product(out) as folder:
+        with replacing_product(out) as folder:
             folder.mkdir()
             parts = {month.name: earlier.link(month, folder) for month in reused}
             parts |= {month.name: _compute_part(rows, membership, month, earlier, folder) for month in computed}
@@ -331,11 +317,7 @@ class _Earlier:
 
     def link(self, month: Month, folder: Path) -> dict[str, Any]:
         """Puts the month's part into `folder` and returns its entry in the manifest."""
-        target = folder / self._file(month).name
-        try:
-            target.hardlink_to(self._file(month))
-        except OSError:  # another file system, or one without hard links
-            shutil.copy2(self._file(month), target)
+        link(self._file(month), folder / self._file(month).name)
         return dict(self.parts[month.name])
 
     def first_refreshes(self, month: Month, digests: Mapping[str, str]) -> tuple[int, list[pa.Table]]:

@@ -7,7 +7,6 @@ only when it is whole; its manifest comes last.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -20,15 +19,10 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from atft_pipeline.dataset import manifest_path, read_manifest, resolved
-from atft_pipeline.files import replacing
+from atft_pipeline.dataset import manifest_path, read_manifest, replacing_product, resolved
+from atft_pipeline.files import link, replacing
 
 Days = NDArray[np.datetime64]
-
-
-def month_of(days: Days) -> list[str]:
-    """`YYYY-MM` of each day."""
-    return days.astype("datetime64[M]").astype(str).tolist()
 
 
 def sessions_by_month(sessions: Days) -> dict[str, slice]:
@@ -62,9 +56,9 @@ def part(folder: Path, month: str, suffix: str = "parquet") -> Path:
 
 
 def beside(path: Path, name: str) -> Path:
-    """The further folder or file `name` of the product at `path`."""
+    """The further folder or file `name` of the product at `path`; the product itself where there is no name."""
     data = resolved(path)
-    return data.with_name(f"{data.name}.{name}")
+    return data.with_name(f"{data.name}.{name}") if name else data
 
 
 @dataclass(frozen=True)
@@ -82,30 +76,18 @@ class PartsWriter:
 
 
 @contextmanager
-def writing_parts(path: Path, folders: Iterable[str], previous: Path | None) -> Iterator[PartsWriter]:
+def writing_parts(path: Path, folders: Iterable[str], earlier: Earlier) -> Iterator[PartsWriter]:
     """Temporary folders that take the place of those at `path` when the block ends well; the manifest is then gone."""
-    data = resolved(path)
-    names = ["", *folders]
-
-    def place(product: Path, name: str) -> Path:
-        return product if name == "" else beside(product, name)
-
+    data, names = resolved(path), [*folders, ""]
     with ExitStack() as stack:
-        temporary = {name: stack.enter_context(replacing(place(data, name))) for name in names}
+        # The product's own folder is entered last and so replaced first: with it goes the manifest.
+        temporary = {
+            name: stack.enter_context(replacing(beside(data, name)) if name else replacing_product(data))
+            for name in names
+        }
         for folder in temporary.values():
             folder.mkdir()
-        yield PartsWriter(temporary, {name: place(resolved(previous), name) for name in names} if previous else {})
-        manifest_path(data).unlink(missing_ok=True)
-        if data.is_file():
-            data.unlink()  # a folder cannot be renamed onto a file
-
-
-def link(file: Path, to: Path) -> None:
-    """`file` under another name, without a copy where the file system can."""
-    try:
-        os.link(file, to)
-    except OSError:
-        shutil.copy2(file, to)
+        yield PartsWriter(temporary, {name: beside(earlier.path, name) for name in names})
 
 
 def month_digests(frame: pl.DataFrame, date: str) -> dict[str, int]:
@@ -118,57 +100,54 @@ def month_digests(frame: pl.DataFrame, date: str) -> dict[str, int]:
 
 
 @dataclass(frozen=True)
-class Changes:
-    """Against an earlier version: the first month in which each input differs."""
+class Earlier:
+    """An earlier version of a product in parts, as far as it can be continued; without one, nothing."""
 
-    first_by_input: Mapping[str, str]
-    earlier: Sequence[str]
-    """Months of the earlier version, none where there is none to continue."""
+    path: Path
+    parts: Mapping[str, dict[str, Any]]
+    """By month, what its manifest says of them."""
+    manifest: Mapping[str, Any]
 
     @staticmethod
-    def between(inputs: Mapping[str, Mapping[str, Any]], before: Mapping[str, Any] | None) -> Changes:
-        """inputs: by name, a digest by month; before: the earlier manifest, with its own `inputs` and `parts`."""
-        if before is None:
-            return Changes({}, ())
-        known = before["inputs"]
+    def of(previous: Path | None, kind: str, **same: Any) -> Earlier:
+        """The version at `previous` where it is of this kind, and the `same` in what is named."""
+        if previous is not None and manifest_path(previous).is_file() and resolved(previous).is_dir():
+            manifest = read_manifest(previous, kind)
+            if "inputs" in manifest and all(manifest.get(name) == value for name, value in same.items()):
+                return Earlier(resolved(previous), manifest["parts"], manifest)
+        return Earlier(Path(), {}, {})
+
+    def changes(self, inputs: Mapping[str, Mapping[str, Any]], memory: str) -> Changes:
+        """inputs: by name, a digest by month. memory: the folder of what is remembered after a month."""
         first = {}
+        known = self.manifest.get("inputs", inputs)
         for name in sorted({*inputs, *known}):
             one, two = inputs.get(name, {}), known.get(name, {})
             differing = [month for month in {*one, *two} if one.get(month) != two.get(month)]
             if differing:
                 first[name] = min(differing)
-        return Changes(first, sorted(before["parts"]))
+        changed = min(first.values(), default=None)
+        remembered = [file.stem for file in beside(self.path, memory).glob("*.npz")] if self.parts else []
+        newest = max((month for month in remembered if changed is None or month < changed), default="")
+        return Changes(first, [month for month in sorted(self.parts) if month <= newest])
 
-    def kept(self, remembered: Iterable[str]) -> list[str]:
-        """Earlier months that stand: up to the newest with a memory before the first that differs."""
-        first = min(self.first_by_input.values(), default=None)
-        good = [month for month in remembered if first is None or month < first]
-        return [month for month in self.earlier if good and month <= max(good)]
 
-    def record(self, kept: Sequence[str], months: Sequence[str]) -> dict[str, Any]:
-        """What the manifest says of it."""
+@dataclass(frozen=True)
+class Changes:
+    """Against an earlier version: what differs, and what stands."""
+
+    first_by_input: Mapping[str, str]
+    """The first month in which each input differs."""
+    kept: Sequence[str]
+    """Earlier months that stand: up to the newest with a memory before the first that differs."""
+
+    def record(self, months: Iterable[str]) -> dict[str, Any]:
+        """What the manifest says of it, `months` being all there are now."""
         return {
             "first_changed_month": dict(self.first_by_input),
-            "months_reused": list(kept),
-            "months_computed": [month for month in months if month not in set(kept)],
+            "months_reused": list(self.kept),
+            "months_computed": sorted({*months} - {*self.kept}),
         }
-
-
-def read_previous(previous: Path | None, kind: str, **same: Any) -> dict[str, Any] | None:
-    """The manifest of an earlier version in parts that can be continued: of this kind, and the `same` in what is named.
-
-    None where there is none, or where it was made otherwise.
-    """
-    if previous is None or not manifest_path(previous).is_file():
-        return None
-    manifest = read_manifest(previous, kind)
-    made_alike = "inputs" in manifest and all(manifest.get(name) == value for name, value in same.items())
-    return dict(manifest) if made_alike and resolved(previous).is_dir() else None
-
-
-def remembered_months(previous: Path, memory: str) -> list[str]:
-    """Months after which an earlier version can be continued."""
-    return sorted(file.stem for file in beside(previous, memory).glob("*.npz"))
 
 
 def move_product(path: Path, to: Path) -> None:

@@ -133,7 +133,7 @@ class PricePanel:
         panels = {**self.quotes, "cumulative_factor": self.cumulative_factor}
         return pl.DataFrame(
             {
-                "Date": _dates(self.sessions)[t],
+                "Date": dates_of(self.sessions)[t],
                 "Code": pl.Series(self.codes, dtype=pl.String).gather(n),
                 **{name: pl.Series(panel.reshape(-1)[cells]).fill_nan(None) for name, panel in panels.items()},
                 **{name: getattr(self, name).reshape(-1)[cells] for name in FLAGS},
@@ -191,5 +191,6 @@ def scattered(values: NDArray[Any], cells: NDArray[np.integer], shape: tuple[int
     return panel
 
 
-def _dates(sessions: Days) -> pl.Series:
+def dates_of(sessions: Days) -> pl.Series:
+    """datetime64[D] as a column of dates."""
     return pl.Series(sessions.astype("datetime64[D]").astype(np.int32)).cast(pl.Date)

@@ -32,14 +32,12 @@ from atft_pipeline.dataset import sha256_of, write_manifest
 from atft_pipeline.errors import InputError
 from atft_pipeline.files import replacing
 from atft_pipeline.month_parts import (
-    Changes,
+    Earlier,
     PartsWriter,
     beside,
     load_arrays,
     month_digests,
     part,
-    read_previous,
-    remembered_months,
     save_arrays,
     sessions_by_month,
     spans,
@@ -67,19 +65,20 @@ def update_price_parts(
 
     Raises: InputError when raw rows break their contract, or fewer than two common stocks trade.
     """
-    before = read_previous(previous, KIND, config=to_dict(config), code=code_fingerprint())
+    earlier = Earlier.of(previous, KIND, config=to_dict(config), code=code_fingerprint())
     listed = others.tables["listed"]
-    raw = _RawFiles.of(source, before)
+    raw = _RawFiles.of(source, earlier)
     inputs: dict[str, dict[str, Any]] = {"prices": raw.months, "index": _end_of(others.tables["index"])}
-    changes = Changes.between(inputs | {"listed": _listed_digests(listed, before)}, before)
-    kept = changes.kept(remembered_months(previous, MEMORY)) if before is not None and previous is not None else []
-    memory = _load_memory(previous, kept[-1]) if kept and previous is not None else None
-    parts: dict[str, Any] = {month: before["parts"][month] for month in kept} if before is not None else {}
-    quarantine = [_decided_by(previous, memory.sessions[-1])] if memory is not None and previous is not None else []
-    late = set(before["late_codes"]) if kept and before is not None else set()
+    changes = earlier.changes(inputs | {"listed": _listed_digests(listed, earlier)}, MEMORY)
+    parts: dict[str, Any] = {month: earlier.parts[month] for month in changes.kept}
+    memory, quarantine, late = None, [], set[str]()
+    if changes.kept:
+        memory = _load_memory(earlier.path, changes.kept[-1])
+        quarantine.append(_decided_by(earlier.path, memory.sessions[-1]))
+        late |= {*earlier.manifest["late_codes"]}
     reports = []
-    with writing_parts(out, [MEMORY], previous if kept else None) as writer:
-        for month in kept:
+    with writing_parts(out, [MEMORY], earlier) as writer:
+        for month in changes.kept:
             writer.take_over(month)
         for result in _passes(raw, others.tables, config, memory):
             parts |= _write(writer, result)
@@ -104,7 +103,7 @@ def update_price_parts(
         "inputs": inputs | {"listed": month_digests(listed, "Date")},
         "late_codes": sorted(late),
         "late_digest": _earliest_digest(listed, late),
-        "changes": changes.record(kept, sorted(parts)),
+        "changes": changes.record(parts),
     }
     write_manifest(out, manifest)
     return manifest, joined_report("prices (adjusted)", reports, _no_universe(parts))
@@ -135,7 +134,7 @@ def read_months(path: Path, months: Sequence[str], sessions: Days) -> PricePanel
 
 
 def read_frame(path: Path, months: Sequence[str]) -> pl.DataFrame:
-    """The long table of some months, or of all where none are named."""
+    """The long table of some months."""
     files = [part(path, month) for month in months]
     missing = next((file for file in files if not file.is_file()), None)
     if missing is not None:
@@ -177,8 +176,8 @@ class _RawFiles:
     """Whether the files' rows have been counted; else they are while they are passed."""
 
     @staticmethod
-    def of(source: Source, before: Mapping[str, Any] | None) -> _RawFiles:
-        known = {name: _File(**record) for name, record in before["raw"].items()} if before is not None else {}
+    def of(source: Source, earlier: Earlier) -> _RawFiles:
+        known = {name: _File(**record) for name, record in earlier.manifest.get("raw", {}).items()}
         files = {}
         for name, sha256 in source.part_fingerprints("prices").items():
             if name in known and known[name].sha256 == sha256:
@@ -188,8 +187,8 @@ class _RawFiles:
                 # An empty part of many is no fault, and has no days.
                 first, last = (str(days[0]), str(days[-1])) if len(days) else ("9999-12-31", "0001-01-01")
                 files[name] = _File(sha256, first, last)
-        raw = _RawFiles(source, files, digested=before is not None)
-        if before is not None:
+        raw = _RawFiles(source, files, digested=bool(earlier.parts))
+        if raw.digested:
             for name, record in files.items():
                 if not record.rows and record.last >= record.first:
                     for start, stop in _years(record.first, record.last):
@@ -253,10 +252,11 @@ def _years(first: str, last: str) -> Iterator[tuple[dt.date, dt.date]]:
 # --- listed snapshots that arrive late --------------------------------------------------------------------------------
 
 
-def _listed_digests(listed: pl.DataFrame, before: Mapping[str, Any] | None) -> dict[str, int]:
+def _listed_digests(listed: pl.DataFrame, earlier: Earlier) -> dict[str, int]:
     """By month; and where the earliest snapshot of a stock that had prices before any has changed, of all time."""
     digests = month_digests(listed, "Date")
-    if before is not None and _earliest_digest(listed, before["late_codes"]) != before["late_digest"]:
+    before = earlier.manifest
+    if before and _earliest_digest(listed, before["late_codes"]) != before["late_digest"]:
         digests["0000-00"] = 0
     return digests
 

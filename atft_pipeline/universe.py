@@ -23,10 +23,20 @@ from atft_pipeline import trading_calendar
 from atft_pipeline.adjustment import HIT, RULES, Listings, Passed, StockMemory, median_reaches, pass_through
 from atft_pipeline.config import DatasetConfig
 from atft_pipeline.errors import InputError
-from atft_pipeline.price_panel import Categories, Days, Panel, PricePanel, day_array, positions, scattered
+from atft_pipeline.price_panel import (
+    QUOTES,
+    Categories,
+    Days,
+    Panel,
+    PricePanel,
+    dates_of,
+    day_array,
+    positions,
+    scattered,
+)
 from atft_pipeline.trading_calendar import MarketFacts, market_facts
 
-RAW_QUOTES = ("Open", "High", "Low", "Close", "Volume", "TurnoverValue", "AdjustmentFactor")
+RAW_QUOTES = (*QUOTES, "AdjustmentFactor")
 SHARE_CLASS = r"^\d[0-9A-Z]\d[0-9A-Z][1-9]$"
 """Tokyo's codes of preferred shares and the like: the fifth character is not 0."""
 
@@ -218,7 +228,7 @@ def _panel(
     return PricePanel(
         sessions=sessions,
         codes=tuple(np.array(codes)[traded].tolist()),
-        quotes={name: kept(raw[name]) for name in RAW_QUOTES if name != "AdjustmentFactor"},
+        quotes={name: kept(raw[name]) for name in QUOTES},
         cumulative_factor=kept(passed.cumulative_factor),
         is_traded=kept(passed.is_traded),
         is_investable=kept(passed.is_investable),
@@ -360,8 +370,8 @@ def _hits(hits: Panel, known: Days, passed: int, codes: Sequence[str], listed: _
     frame = pl.DataFrame(
         {
             "rule": hits[:, HIT.rule].astype(np.int64),
-            "Date": _dates(known[session]),
-            "known_from": _dates(known[hits[:, HIT.known_from].astype(np.int64) + passed]),
+            "Date": dates_of(known[session]),
+            "known_from": dates_of(known[hits[:, HIT.known_from].astype(np.int64) + passed]),
             "Code": pl.Series(codes, dtype=pl.String).gather(hits[:, HIT.stock].astype(np.int64)),
             **{name: pl.Series(hits[:, column], dtype=_NUMBER).fill_nan(None) for name, column in _figures().items()},
             "listing": pl.Series(np.where(listing.is_null(), -1, listing.fill_null(-1))),
@@ -393,7 +403,3 @@ def _named(rule: str, rows: pl.DataFrame, detail: pl.Expr) -> pl.DataFrame:
         detail.cast(pl.String).alias("detail"),
         "known_from",
     )
-
-
-def _dates(days: Days) -> pl.Series:
-    return pl.Series(days.astype("datetime64[D]").astype(np.int32)).cast(pl.Date)

@@ -151,7 +151,7 @@ def test_unsorted_prices_break_their_contract_and_are_not_published(
         return result
 
     monkeypatch.setattr(price_parts, "build_prices", reversed_rows)
-    monkeypatch.setattr(price_parts, "read_previous", lambda *_, **__: None)
+    monkeypatch.setattr(price_parts, "code_fingerprint", lambda: "other code: nothing is taken over")
     before = linked(work)
     result = make('key:"prices" or key:"ml_dataset"', instance)
     assert not outcomes(result)["prices:contract"].passed
@@ -195,7 +195,7 @@ def test_an_infinite_feature_breaks_the_contract_of_ml_dataset(
         return panel
 
     monkeypatch.setattr(dataset_parts, "build_features", with_infinity)
-    monkeypatch.setattr(dataset_parts, "read_previous", lambda *_, **__: None)
+    monkeypatch.setattr(dataset_parts, "code_fingerprint", lambda: "other code: nothing is taken over")
     before = linked(work)
     result = make('key:"ml_dataset" or key:"stock_graph"', instance)
     assert not outcomes(result)["ml_dataset:contract"].passed
@@ -380,12 +380,15 @@ def test_a_record_reported_by_hand_without_its_run_is_refused(work: Path, instan
 
 
 def test_more_nulls_and_a_moved_feature_warn_by_name(work: Path, instance: dg.DagsterInstance) -> None:
-    """The turnover of most stocks goes missing, and every volume after a day is a thousandfold."""
+    """From a day on volumes are missing, and some stocks have a range far above the rest."""
     file = work / "source" / "prices.parquet"
     frame = pl.read_parquet(file)
     late = pl.col("Date") > frame["Date"].unique().sort()[60]
     frame.with_columns(
-        pl.when(late).then(pl.col("High") * 1.4).otherwise("High").alias("High"),
+        pl.when(late & pl.col("Code").str.contains("^2[13579]"))
+        .then(pl.col("High") * 1.4)
+        .otherwise("High")
+        .alias("High"),
         pl.when(late).then(None).otherwise("Volume").alias("Volume"),
     ).write_parquet(file)
     result = make('key:"prices" or key:"ml_dataset"', instance)
@@ -395,15 +398,18 @@ def test_more_nulls_and_a_moved_feature_warn_by_name(work: Path, instance: dg.Da
     assert nulls.severity == dg.AssetCheckSeverity.WARN
     assert "volume_ratio_20" in str(nulls.description)
     assert nulls.metadata["compared_with"].value != "nothing"
+    assert not drift.passed
     assert drift.severity == dg.AssetCheckSeverity.WARN
+    assert "parkinson_volatility_20d" in str(drift.description)
 
 
 def test_a_feature_whose_mean_moves_is_named() -> None:
-    still = {"mean_shift": 0.1, "std_log_ratio": -0.1, "null_share_change": 0.0}
-    manifest = {"drift_against": "f" * 64, "drift": {"returns_1d": still, "rsi_14": still | {"mean_shift": 0.9}}}
-    result = drift_result(manifest)
-    assert not result.passed
-    assert str(result.description).endswith("rsi_14")
-    assert drift_result(manifest | {"drift": {"returns_1d": still}}).passed
+    still = {"mean_shift": 0.1, "std_log_ratio": -0.1, "tail_shift": 0.2, "null_share_change": 0.0}
+    for name in ("mean_shift", "std_log_ratio", "tail_shift"):
+        manifest = {"drift_against": "f" * 64, "drift": {"returns_1d": still, "rsi_14": still | {name: -0.9}}}
+        result = drift_result(manifest)
+        assert not result.passed
+        assert str(result.description).endswith("rsi_14")
+        assert drift_result(manifest | {"drift": {"returns_1d": still}}).passed
     unknown = drift_result({"drift_against": None, "drift": {}})
     assert "nothing known of drift" in str(unknown.description)

@@ -20,14 +20,13 @@ from numpy.typing import NDArray
 from atft_pipeline.features import expressions as ex
 from atft_pipeline.features.trace import Trace, is_trace
 from atft_pipeline.point_in_time import EXPIRY_DAYS, Disclosures, FlowReleases
+from atft_pipeline.price_panel import QUOTES, Panel
 
-Panel = NDArray[np.float64]
 P = ParamSpec("P")
 R = TypeVar("R")
 
 BETA_WINDOW = 60
 WEEKS_IN_YEAR = 52
-QUOTES: tuple[str, ...] = ("Open", "High", "Low", "Close", "Volume", "TurnoverValue")
 
 Memory = Mapping[str, Any]
 """By name: an `expressions.Average`, a count `[N]`, or a sectors' series `[T, G]`, as of some session."""

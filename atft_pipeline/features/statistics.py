@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 BINS = 1 << 16
 DRIFT_WARNING = 0.5
-"""Shift of a feature's mean, in its earlier standard deviations, or log ratio of the two, that is worth a warning."""
+"""Shift of a feature's mean or of a tail, in its earlier standard deviations, or log ratio of the two standard
+deviations, that is worth a warning."""
 
 NULL_SHARE_WARNING = 0.10
 """Share of all rows by which a feature's nulls may grow from one dataset to the next without a warning."""
@@ -132,13 +133,16 @@ def drift(now: dict[str, float | None], before: dict[str, float | None]) -> dict
     """How far a feature has moved since an earlier manifest.
 
     mean_shift: change of the mean in earlier standard deviations; std_log_ratio: ln of the ratio of the standard
-    deviations; null_share_change: in shares of the rows. Null where one of the two has no value or no spread.
+    deviations; tail_shift: change of the 1st or the 99th percentile, whichever moved more, in earlier standard
+    deviations; null_share_change: in shares of the rows. Null where one of the two has no value or no spread. What is
+    normalised per session keeps its mean and spread whatever happens to it: its drift shows in tails and nulls.
     """
     null_change = None
     if now.get("null_share") is not None and before.get("null_share") is not None:
         null_change = now["null_share"] - before["null_share"]  # type: ignore[operator]
-    shift, ratio = None, None
+    shift, ratio, tail = None, None, None
     if now.get("mean") is not None and before.get("mean") is not None and before.get("std"):
         shift = (now["mean"] - before["mean"]) / before["std"]  # type: ignore[operator]
         ratio = float(np.log(now["std"] / before["std"])) if now["std"] else None  # type: ignore[operator]
-    return {"mean_shift": shift, "std_log_ratio": ratio, "null_share_change": null_change}
+        tail = max((now[p] - before[p] for p in ("p01", "p99")), key=abs) / before["std"]  # type: ignore[operator]
+    return {"mean_shift": shift, "std_log_ratio": ratio, "tail_shift": tail, "null_share_change": null_change}
