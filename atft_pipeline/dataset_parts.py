@@ -203,18 +203,18 @@ def _spans_of_rows(
 def _write(writer: PartsWriter, rows: DatasetRows, reports: list[ContractReport]) -> dict[str, dict[str, Any]]:
     """Writes the months of a span, two at a time; what the manifest says of each."""
 
-    def write(month: str, span: slice) -> tuple[str, dict[str, Any], ContractReport]:
+    def write(month: str, span: slice) -> tuple[str, dict[str, Any], pl.DataFrame]:
         features, membership = rows.features(span), rows.membership(span)
         write_part(part(writer.folders[""], month), features)
         write_part(part(writer.folders[MEMBERSHIP], month), membership)
         rows.statistics(span).save(part(writer.folders[STATISTICS], month, "npz"))
         frame = pl.from_arrow(features)
         assert isinstance(frame, pl.DataFrame)
-        return month, part_record(features, membership), check_ml_dataset(frame, FEATURE_NAMES, TARGETS)
+        return month, part_record(features, membership), frame
 
     with ThreadPoolExecutor(THREADS) as pool:
         written = list(pool.map(lambda item: write(*item), rows.months.items()))
-    reports += [report for _, _, report in written]
+    reports.append(check_ml_dataset(pl.concat([frame for _, _, frame in written]), FEATURE_NAMES, TARGETS))
     return {month: record for month, record, _ in written}
 
 

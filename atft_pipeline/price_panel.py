@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+from numba import njit
 from numpy.typing import NDArray
 
 Panel = NDArray[np.float64]
@@ -189,6 +190,23 @@ def scattered(values: NDArray[Any], cells: NDArray[np.integer], shape: tuple[int
     panel = np.full(shape, absent, dtype=values.dtype)
     panel.reshape(-1)[cells] = values
     return panel
+
+
+@njit(cache=True, nogil=True)
+def _move(cells: Any, width: Any, columns: Any) -> None:
+    for t in range(len(cells) // width):
+        for k in range(len(columns)):
+            cells[t * len(columns) + k] = cells[t * width + columns[k]]
+
+
+def compacted(cells: NDArray[Any], columns: NDArray[np.intp]) -> NDArray[Any]:
+    """`[T, len(columns)]` of an owned `[T, N]` in C order, ascending columns; its memory is taken over, not copied.
+
+    Every column moves left or stays: fresh pages for a copy of every panel cost more than all passes over the quotes.
+    """
+    if len(columns) < cells.shape[1]:
+        _move(cells.reshape(-1), cells.shape[1], columns)
+    return cells.reshape(-1)[: len(cells) * len(columns)].reshape(len(cells), len(columns))
 
 
 def dates_of(sessions: Days) -> pl.Series:

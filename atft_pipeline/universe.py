@@ -29,6 +29,7 @@ from atft_pipeline.price_panel import (
     Days,
     Panel,
     PricePanel,
+    compacted,
     dates_of,
     day_array,
     positions,
@@ -221,8 +222,10 @@ def _panel(
 ) -> PricePanel:
     """The panel of the stocks that have ever traded: funds and unlisted codes take no columns."""
 
+    columns = np.flatnonzero(traded)
+
     def kept(cells: NDArray[Any]) -> NDArray[Any]:
-        return cells if traded.all() else np.ascontiguousarray(cells[:, traded])
+        return compacted(cells, columns)
 
     listing = kept(passed.listing)
     return PricePanel(

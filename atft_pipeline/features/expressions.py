@@ -667,15 +667,16 @@ def _standardise(x: Any, member: Any, kept: Any, out: Any) -> None:
         for i in range(n):
             spread[i] = (there[i] - mean) * (there[i] - mean)
         std = np.sqrt(_sum(spread) / n)
-        flat = std <= FLAT * abs(mean)
+        if std <= FLAT * abs(mean):
+            result[:] = np.nan
+            continue
+        for j in range(N):
+            values[j] = min(max((min(max(row[j], low), high) - mean) / std, -CLIP_STD), CLIP_STD)
         k = 0
         for j in range(N):
-            score = (min(max(row[j], low), high) - mean) / std
-            score = min(max(score, -CLIP_STD), CLIP_STD)
-            values[k] = np.nan if flat or row[j] != row[j] else score
+            buffer[k] = values[j] if row[j] == row[j] else np.nan
             k += wanted[j]
-        for i in range(rows):
-            result[i] = values[i]
+        result[:] = buffer[:rows]
 
 
 def cs_normalise(

@@ -37,8 +37,8 @@ OVERLAP_SESSIONS = max(feature.trace.overlap_sessions + feature.lag_sessions for
 """Rows before the fresh ones that any feature looks back on."""
 OVERLAPS: tuple[int, ...] = (7, 26, 66, 125, OVERLAP_SESSIONS)
 """Features share their intermediates within a class of overlap: one more session then costs few rows for most."""
-CELLS_AT_A_TIME = 2_000_000
-"""Cells of a span's panels, 16 MB each: larger ones leave the cache, and the allocator maps fresh pages for each."""
+CELLS_AT_A_TIME = 1_500_000
+"""Cells of a span's panels, 12 MB each: larger ones leave the cache, and the allocator maps fresh pages for each."""
 THREADS = 2
 
 
