@@ -68,8 +68,9 @@ def update_price_parts(
     earlier = Earlier.of(previous, KIND, config=to_dict(config), code=code_fingerprint())
     listed = others.tables["listed"]
     raw = _RawFiles.of(source, earlier)
-    inputs: dict[str, dict[str, Any]] = {"prices": raw.months, "index": _end_of(others.tables["index"])}
-    changes = earlier.changes(inputs | {"listed": _listed_digests(listed, earlier)}, MEMORY)
+    until = _end_of(others.tables["index"])
+    digests = {"prices": raw.months, "listed": _listed_digests(listed, earlier)}
+    changes = earlier.changes({**digests, "index": until}, MEMORY)
     parts: dict[str, Any] = {month: earlier.parts[month] for month in changes.kept}
     memory, quarantine, late = None, [], set[str]()
     if changes.kept:
@@ -100,7 +101,8 @@ def update_price_parts(
         "session_dates": memory.sessions.astype(str).tolist(),
         "stocks": int((memory.stocks.history > 0).sum()),
         "raw": raw.record(),
-        "inputs": inputs | {"listed": month_digests(listed, "Date")},
+        # Without an earlier version the raw rows are only known now that they have been passed.
+        "inputs": {"prices": raw.months, "index": until, "listed": month_digests(listed, "Date")},
         "late_codes": sorted(late),
         "late_digest": _earliest_digest(listed, late),
         "changes": changes.record(parts),

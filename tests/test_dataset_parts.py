@@ -57,7 +57,7 @@ def made(source: Path, out: Path, previous: Path | None = None) -> dict[str, Any
     """The dataset's manifest, its prices beside it."""
     opened = open_source(source)
     others = read_checked(opened, but=["prices"])
-    prices, before = out.with_name(f"{out.name}.prices"), previous and previous.with_name(f"{previous.name}.prices")
+    prices, before = prices_of(out), previous and prices_of(previous)
     update_price_parts(opened, others, prices, CONFIG, before)[1].require()
     manifest, report = update_dataset_parts(prices, others.tables, out, CONFIG, previous)
     report.require()
@@ -73,16 +73,26 @@ def until(tables: Tables, day: dt.date) -> Tables:
 
 
 def assert_same(one: Path, two: Path) -> None:
-    """Every value, every quarantine row and every entry of the manifest that says what there is."""
+    """Every value, every quarantine row and every entry of the manifests that says what there is."""
     for read in (read_table, read_membership):
         assert read(one).equals(read(two))
-    quarantines = [read_quarantine(path.with_name(f"{path.name}.prices")) for path in (one, two)]
-    assert quarantines[0].equals(quarantines[1])
-    manifests = [
-        {name: value for name, value in read_manifest(path).items() if name not in (*VOLATILE, "source")}
-        for path in (one, two)
-    ]
-    assert manifests[0] == manifests[1]
+    prices = [prices_of(path) for path in (one, two)]
+    assert read_quarantine(prices[0]).equals(read_quarantine(prices[1]))
+    for pair in ((one, two), prices):
+        manifests = [
+            {name: value for name, value in read_manifest(path).items() if name not in (*VOLATILE, "source")}
+            for path in pair
+        ]
+        assert manifests[0] == manifests[1]
+
+
+def prices_of(dataset: Path) -> Path:
+    return dataset.with_name(f"{dataset.name}.prices")
+
+
+def reused(product: Path) -> list[str]:
+    """Months that were taken over from the earlier version."""
+    return list(read_manifest(product)["changes"]["months_reused"])
 
 
 @pytest.mark.parametrize("market", MARKETS)
@@ -107,11 +117,12 @@ def test_appended_sessions_give_the_full_computation_bit_for_bit(market: str, ba
     days = tables["prices"]["Date"].unique().sort()
     made(written(until(tables, days[-1 - back]), tmp_path / "before"), tmp_path / "old")
     source = written(tables, tmp_path / "source")
-    manifest = made(source, tmp_path / "new", tmp_path / "old")
+    made(source, tmp_path / "new", tmp_path / "old")
     made(source, tmp_path / "full")
     assert_same(tmp_path / "new", tmp_path / "full")
-    assert manifest["changes"]["months_reused"]
-    assert days[-back].isoformat()[:7] in manifest["changes"]["months_computed"]
+    for product in (tmp_path / "new", prices_of(tmp_path / "new")):
+        assert reused(product), "everything was computed again"
+        assert days[-back].isoformat()[:7] in read_manifest(product)["changes"]["months_computed"]
 
 
 def test_one_session_after_the_other_in_place(tmp_path: Path) -> None:
@@ -168,6 +179,7 @@ def test_a_revised_past_is_recomputed_from_there_on_and_says_what(
     changes = manifest["changes"]
     assert changes["first_changed_month"][named] >= day.isoformat()[:7]
     assert changes["months_reused"]
+    assert reused(prices_of(tmp_path / "new"))
     assert max(changes["months_reused"]) < min(changes["first_changed_month"].values())
 
 
