@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from atft_pipeline.errors import InputError
 from atft_pipeline.sources import to_date
-from atft_pipeline.trading_calendar import close_time
+from atft_pipeline.trading_calendar import closes
 
 Days = NDArray[np.datetime64]
 
@@ -385,7 +385,6 @@ def _documents(statements: pl.DataFrame, sessions: Days, codes: Sequence[str], m
     """Documents of `codes` public by the last close, by `stock` (position in `codes`) in order of disclosure: `t`, the
     row of the first session at whose close they were public, the months that place their period, and the figures."""
     _require_columns("statements", statements, ("DisclosedDate", "LocalCode", "TypeOfCurrentPeriod", *_FIGURES[:3]))
-    closes = [dt.datetime.combine(day, close_time(market, day)) for day in sessions.tolist()]
     texts = ("TypeOfCurrentPeriod", "TypeOfDocument", "DisclosedTime")
     disclosed = pl.col("DisclosedDate")
     documents = statements.select(
@@ -399,7 +398,7 @@ def _documents(statements: pl.DataFrame, sessions: Days, codes: Sequence[str], m
         .cast(pl.Int64),
     ).filter(pl.col("stock").is_not_null(), disclosed.is_not_null())
     documents = documents.with_columns(at=disclosed.dt.combine(_time().fill_null(dt.time(23, 59, 59))))
-    public = np.searchsorted(np.array(closes, "datetime64[us]"), documents["at"].to_numpy(), side="right")
+    public = np.searchsorted(closes(market, sessions), documents["at"].to_numpy(), side="right")
     return (
         _with_periods(documents.with_columns(pl.Series("t", public)))
         .filter(pl.col("t") < len(sessions))

@@ -11,7 +11,7 @@ _MODULES: tuple[str, ...] = (
     "adjustment", "dataset_rows", "point_in_time", "price_panel", "sources", "targets", "trading_calendar", "universe",
 )  # fmt: skip
 """Modules that shape the values of prices and dataset, beside those of `features`."""
-_LIBRARIES: tuple[str, ...] = ("numpy", "numba", "polars", "duckdb", "exchange_calendars")
+_LIBRARIES: tuple[str, ...] = ("numpy", "numba", "polars", "exchange_calendars")
 
 
 @cache

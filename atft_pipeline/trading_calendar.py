@@ -1,4 +1,4 @@
-"""What is true of each market: sessions, close times, days per year, currency floors. One table, two functions.
+"""What is true of each market: sessions, close times, days per year, currency floors. One table, and what follows from it.
 
 The table overrides the calendar library where they differ: the library starts late unless told, omits 2020-10-01 in
 Tokyo (a session of the exchange in which a system failure let nothing trade) and knows none of Tokyo's half days.
@@ -118,29 +118,47 @@ def close_time(market: str, session: dt.date | str | np.datetime64) -> dt.time:
 
 @cache
 def _close_time(market: str, session: dt.date) -> dt.time:
+    closed: dt.datetime = closes(market, np.array([session], "datetime64[D]"))[0].item()
+    return closed.time()
+
+
+def closes(market: str, days: NDArray[np.datetime64]) -> NDArray[np.datetime64]:
+    """The moment at which each of the sessions `[T]` closes, datetime64[us] in the exchange's time zone.
+
+    Raises: InputError where a day is no session of the market.
+    """
     facts = market_facts(market)
-    if session in facts.early_closes:
-        return facts.early_closes[session]
-    year, early = _year(market, session.year)
-    if session not in year:
+    if len(days) == 0:
+        return np.empty(0, "datetime64[us]")
+    first, last = days.min().item(), days.max().item()
+    known = sessions(market, dt.date(first.year, 1, 1), dt.date(last.year, 12, 31))
+    absent = days[~np.isin(days, known)]
+    if len(absent):
         raise InputError(
-            f"trading calendar of {market}: {session} is no session; correct the column Date of prices and index, or"
+            f"trading calendar of {market}: {absent[0]} is no session; correct the column Date of prices and index, or"
             " set dataset.market"
         )
-    if facts.half_days_until is not None and session <= facts.half_days_until and session in (min(year), max(year)):
-        return facts.morning_close
-    if session in early:
-        calendar = _library_calendar(facts.calendar, session.year)
-        return calendar.session_close(session.isoformat()).tz_convert(calendar.tz).time()
-    return max(rule for rule in facts.regular_close if rule[0] <= session)[1]
+    after = np.empty(len(known), "timedelta64[us]")
+    for start, time in facts.regular_close:
+        after[known >= np.datetime64(start)] = _since_midnight(time)
+    calendar = _library_calendar(facts.calendar, last.year)
+    early = calendar.early_closes.to_numpy().astype("datetime64[D]")
+    for day in np.intersect1d(early, known):
+        closed = calendar.session_close(str(day)).tz_convert(calendar.tz).time()
+        after[known == day] = _since_midnight(closed)
+    if facts.half_days_until is not None:
+        years = known.astype("datetime64[Y]")
+        turns = np.flatnonzero(years[1:] != years[:-1])
+        half = np.unique(np.concatenate([[0, len(known) - 1], turns, turns + 1]))
+        half = half[known[half] <= np.datetime64(facts.half_days_until)]
+        after[half] = _since_midnight(facts.morning_close)
+    for session, time in facts.early_closes.items():
+        after[known == np.datetime64(session)] = _since_midnight(time)
+    return days.astype("datetime64[us]") + after[np.searchsorted(known, days)]
 
 
-@cache
-def _year(market: str, year: int) -> tuple[frozenset[dt.date], frozenset[dt.date]]:
-    """All sessions of a year, and those that the library closes early."""
-    days = frozenset(sessions(market, dt.date(year, 1, 1), dt.date(year, 12, 31)).tolist())
-    library = _library_calendar(market_facts(market).calendar, year)
-    return days, days & frozenset(library.early_closes.to_numpy().astype("datetime64[D]").tolist())
+def _since_midnight(time: dt.time) -> np.timedelta64:
+    return np.timedelta64(dt.timedelta(hours=time.hour, minutes=time.minute, seconds=time.second))
 
 
 @cache

@@ -159,6 +159,15 @@ def test_forecast_revision_keeps_the_last_results_and_counts_as_a_revision() -> 
     assert str(record.disclosed["document"][1]) == "2024-09-10"
 
 
+def test_a_revision_document_that_repeats_figures_brings_no_results() -> None:
+    record = known(
+        document("2024-08-09", NetSales="100"),
+        document("2024-09-10", TypeOfDocument="DividendForecastRevision", NetSales="999"),
+    )
+    assert at(record, "NetSales", "2024-09-10") == 100.0
+    assert str(record.disclosed["results"][1]) == "2024-08-09"
+
+
 def test_forecast_of_another_fiscal_year_is_no_revision() -> None:
     record = known(
         document("2025-02-10", TypeOfCurrentPeriod="3Q", ForecastOperatingProfit="50"),

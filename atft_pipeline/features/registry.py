@@ -2,9 +2,9 @@
 
 A row is: name, family, norm, window, columns, formula, expression, lag. It is held to its own expression when this
 module is imported (`validated`). `window_sessions` counts the sessions that the expression looks back over, the current
-one included, before normalisation; `ts` adds 252. An exponential average never
-forgets: its window is five spans, after which the start weighs e^-10 and moves the value by less than
-`WARM_UP_TOLERANCE` of the feature's own standard deviation.
+one included, before normalisation; `ts` adds 252. An exponential average never forgets: its window is five spans,
+after which the start weighs e^-10 and moves the value by less than `WARM_UP_TOLERANCE` of the feature's own standard
+deviation. It steps over nulls, so for it the window counts the sessions in which the stock traded.
 """
 
 from __future__ import annotations
