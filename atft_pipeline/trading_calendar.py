@@ -1,4 +1,4 @@
-"""What is true of each market: sessions, close times, days per year, currency floors. One table, and what follows from it.
+"""What is true of each market (sessions, close times, days per year, currency floors) and what follows from it.
 
 The table overrides the calendar library where they differ: the library starts late unless told, omits 2020-10-01 in
 Tokyo (a session of the exchange in which a system failure let nothing trade) and knows none of Tokyo's half days.
