@@ -205,8 +205,14 @@ class _RawFiles:
             totals.update(record.months)
         return {month: total % 2**64 for month, total in sorted(totals.items())}
 
-    def dates(self) -> Days:
-        return self.source.dates("prices")
+    def dates(self, after: np.datetime64 | None) -> Days:
+        """Days that have rows, of all time or after a session; files without such days are not opened."""
+        start = "" if after is None else str(after + 1)
+        files = tuple(self.source.folder / name for name, record in self.files.items() if record.last >= start)
+        if not files:
+            return np.empty(0, "datetime64[D]")
+        days = replace(self.source, files={**self.source.files, "prices": files}).dates("prices")
+        return days if after is None else days[days > after]
 
     def read(self, first: dt.date, last: dt.date) -> pl.DataFrame:
         """Rows of the days from first to last; the files that cannot have any are not opened."""
@@ -283,11 +289,9 @@ def _passes(
     raw: _RawFiles, others: Mapping[str, pl.DataFrame], config: DatasetConfig, memory: UniverseMemory | None
 ) -> Iterator[PricesResult]:
     """The universe of a span of months after the other, after what `memory` remembers."""
-    days = raw.dates()
-    after = days[0] if memory is None else memory.sessions[-1] + 1
-    days = days[days >= after]
+    days = raw.dates(after=None if memory is None else memory.sessions[-1])
     months = sessions_by_month(days)
-    codes = len(raw.source.codes("prices"))
+    codes = len(raw.source.codes("prices") if memory is None else memory.codes)
     for span in spans(months, min(months, default=""), max(1, CELLS_AT_A_TIME // codes)):
         first, last = days[months[span[0]].start].item(), days[months[span[-1]].stop - 1].item()
         frame = raw.read(first, last)
