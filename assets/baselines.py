@@ -11,6 +11,9 @@ from atft_pipeline.splits import make_split
 from resources.compute import Compute
 from resources.dataset_store import DatasetStore
 
+FIGURES: tuple[str, ...] = ("sharpe_daily", "sharpe_daily_net", "ic_mean", "rank_ic_mean")
+"""Statistics that the log and the metadata show one by one."""
+
 
 class BaselineOverrides(dg.Config):
     overrides: dict[str, Any] = {}  # noqa: RUF012 - Dagster copies it
@@ -55,11 +58,12 @@ def baselines(
                     bootstrap=True,
                     member=member[sessions],
                 )
-    figures = {
-        f"{name}_{key}".replace(", ", "_"): evaluation.value(key)
-        for name, evaluation in evaluations.items()
-        for key in ("sharpe_daily", "sharpe_daily_net", "ic_mean", "rank_ic_mean")
-    }
+    figures: dict[str, float | None] = {}
+    for name, evaluation in evaluations.items():
+        found = {key: evaluation.value(key) for key in FIGURES}
+        shown = (f"{key} {'missing' if value is None else f'{value:.3f}'}" for key, value in found.items())
+        context.log.info(f"{name}: {', '.join(shown)}")
+        figures |= {f"{name}_{key}".replace(", ", "_"): value for key, value in found.items()}
     return dg.MaterializeResult(
         metadata={
             "dataset_fingerprint": manifest["fingerprint"],
