@@ -1,8 +1,8 @@
 """Full build, appended session and revised past of a source in parts: `python bench/update.py SOURCE WORK_DIR`.
 
 Splits the source's prices into a file per year and a last session of its own, builds prices, dataset and graph from all
-but that session, then brings them up to date. Each stage is an `atft` command in a fresh process, start-up and compiled
-code's loading included, and prints one JSON line with what the command says it reused.
+but that session, then brings them up to date. Each stage is an `atft` command in a fresh process and prints one JSON
+line; the first line is what start-up alone takes of each of them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,13 @@ def split(source: Path, folder: Path) -> tuple[Path, Path]:
     return before, newest
 
 
+def start_up() -> dict[str, Any]:
+    """Python, its libraries and the compiled kernels' loading, of a command that builds features."""
+    started = time.perf_counter()
+    subprocess.run([sys.executable, "-c", "import atft_pipeline.price_parts, atft_pipeline.dataset_parts"], check=True)
+    return {"stage": "start-up", "wall_s": round(time.perf_counter() - started, 1)}
+
+
 def shown(line: dict[str, Any]) -> None:
     print(json.dumps(line), flush=True)
 
@@ -56,6 +65,7 @@ def main() -> None:
     shutil.rmtree(folder, ignore_errors=True)
     before, newest = split(options.source, folder)
     dataset, graph = str(folder / "dataset"), str(folder / "graph")
+    shown(start_up())
     shown(measured("features", "features", str(before), dataset))
     shown(measured("graph", "graph", dataset, graph))
     shutil.move(newest, before / "prices" / newest.name)
