@@ -142,15 +142,26 @@ def _dataset_in_parts(source: Any, out: Path, config: Any, update: bool) -> dict
     """The dataset as a folder of months, the prices it is made from beside it as `OUT.prices`."""
     from atft_pipeline.contracts import read_checked
     from atft_pipeline.dataset_parts import update_dataset_parts
-    from atft_pipeline.month_parts import beside
+    from atft_pipeline.month_parts import beside, move_product, remove_product
     from atft_pipeline.price_parts import update_price_parts
 
     others, prices = read_checked(source, but=["prices"]), beside(out, "prices")
-    _, contract = update_price_parts(source, others, prices, config, prices if update else None)
-    contract.require()
-    manifest, contract = update_dataset_parts(prices, others.tables, out, config, out if update else None)
-    contract.require()
-    return manifest
+    # What breaks its contract takes nothing's place: the next --update would continue it.
+    building = out.with_name(f".{out.name}.building-{os.getpid()}")
+    try:
+        made, contract = update_price_parts(
+            source, others, beside(building, "prices"), config, prices if update else None
+        )
+        contract.require()
+        manifest, contract = update_dataset_parts(
+            beside(building, "prices"), others.tables, building, config, out if update else None
+        )
+        contract.require()
+        move_product(beside(building, "prices"), prices)
+        move_product(building, out)
+    finally:
+        remove_product(building)
+    return {**manifest, "changes": {**manifest["changes"], "prices": made["changes"]}}
 
 
 def _graph(options: argparse.Namespace) -> Result:

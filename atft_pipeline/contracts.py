@@ -62,8 +62,12 @@ class ContractReport:
         return self
 
 
-def check_table(name: str, frame: pl.DataFrame, *, min_sessions: int = 1, where: str = "") -> ContractReport:
+def check_table(
+    name: str, frame: pl.DataFrame, *, min_sessions: int = 1, where: str = "", is_whole: bool = True
+) -> ContractReport:
     """The report on raw table `name`; `where` is the file that messages name, `min_sessions` binds prices and index.
+
+    A span of a table, not `is_whole`, is not held to what only the whole can break: in a month there may be no quote.
 
     Raises: InputError for a name that is no raw table; broken contracts are in the report (`require()` raises them).
     """
@@ -73,7 +77,8 @@ def check_table(name: str, frame: pl.DataFrame, *, min_sessions: int = 1, where:
     date = RAW_TABLES[name].date
     failures = _schema_failures(subject, RAW_SCHEMAS[name](), frame)
     if not failures:
-        rules = [_no_rows, _duplicate_keys, _dates_in_order, _prices_present, _several_stocks]
+        rules = [_no_rows, _duplicate_keys, _dates_in_order, _index_positive]
+        rules += [_prices_present, _several_stocks] if is_whole else []
         failures = [text for rule in rules if (text := rule(name, frame))]
         if name in ("prices", "index") and 0 < frame[date].n_unique() < min_sessions:
             failures.append(
@@ -110,11 +115,11 @@ def _schema_failures(subject: str, schema: pa.DataFrameSchema, frame: pl.DataFra
     try:
         schema.validate(frame, lazy=True)
     except pandera.errors.SchemaErrors as errors:
-        return [_sentence(subject, error) for error in errors.schema_errors]
+        return [_sentence(subject, error, frame) for error in errors.schema_errors]
     return []
 
 
-def _sentence(subject: str, error: pandera.errors.SchemaError) -> str:
+def _sentence(subject: str, error: pandera.errors.SchemaError, frame: pl.DataFrame) -> str:
     reason = error.reason_code.name if error.reason_code else ""
     column = getattr(error.schema, "name", None) or error.failure_cases
     if reason == "COLUMN_NOT_IN_DATAFRAME":
@@ -123,7 +128,11 @@ def _sentence(subject: str, error: pandera.errors.SchemaError) -> str:
         return f"{subject}: column {column} holds nulls; fill them or remove those rows"
     if reason == "WRONG_DATATYPE":
         return f"{subject}: column {column} has the wrong type, {error}; convert it"
-    return f"{subject}: column {column} fails {error.check}: {' '.join(str(error).split())[:200]}; correct the values"
+    value = error.failure_cases[column][0]
+    row = frame.filter(pl.col(column) == value).select(name for name in ("Date", "Code") if name in frame.columns)
+    where = ", ".join(f"{key} {text}" for key, text in zip(row.columns, row.row(0), strict=True))
+    rule = getattr(error.check, "error", None) or error.check
+    return f"{subject}: column {column} holds {value} ({where}), expected {rule}; correct the values"
 
 
 def _no_rows(_: str, frame: pl.DataFrame) -> str | None:
@@ -166,6 +175,16 @@ def _dates_in_order(name: str, frame: pl.DataFrame) -> str | None:
     return (
         f"dates out of order in column {date}: {frame[date][row]} follows {frame[date][row - 1]} at row {row};"
         f" sort the table by {date}"
+    )
+
+
+def _index_positive(name: str, frame: pl.DataFrame) -> str | None:
+    wrong = frame.filter(pl.col("Close") <= 0) if name == "index" else frame.clear()
+    if wrong.is_empty():
+        return None
+    return (
+        f"column Close holds {wrong['Close'][0]} on {wrong['Date'][0]} ({wrong.height} such rows); correct it or leave"
+        " it empty"
     )
 
 

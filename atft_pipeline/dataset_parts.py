@@ -132,7 +132,7 @@ def update_dataset_parts(
     before = dict(read_manifest(previous, KIND)) if has_before and previous is not None else None
     earlier = Earlier.of(previous, KIND, config=to_dict(config), code=code_fingerprint())
     inputs = _inputs(made_from, tables)
-    changes = earlier.changes(inputs, MEMORY)
+    changes = earlier.changes(inputs, MEMORY, ["", MEMBERSHIP, STATISTICS])
     memory = _load_memory(earlier.path, changes.kept[-1], made_from) if changes.kept else None
     parts: dict[str, Any] = {month: dict(earlier.parts[month]) for month in changes.kept}
     reports: list[ContractReport] = []

@@ -8,6 +8,7 @@ only when it is whole; its manifest comes last.
 from __future__ import annotations
 
 import shutil
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -17,9 +18,12 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from atft_pipeline.dataset import manifest_path, read_manifest, replacing_product, resolved
+from atft_pipeline.errors import InputError
 from atft_pipeline.files import link, replacing
 
 Days = NDArray[np.datetime64]
@@ -117,8 +121,9 @@ class Earlier:
                 return Earlier(resolved(previous), manifest["parts"], manifest)
         return Earlier(Path(), {}, {})
 
-    def changes(self, inputs: Mapping[str, Mapping[str, Any]], memory: str) -> Changes:
-        """inputs: by name, a digest by month. memory: the folder of what is remembered after a month."""
+    def changes(self, inputs: Mapping[str, Mapping[str, Any]], memory: str, folders: Sequence[str]) -> Changes:
+        """inputs: by name, a digest by month. memory: the folder of what is remembered after a month. folders: those
+        that hold a file of every month; a month that is not whole there has changed, as the input `damaged parts`."""
         first = {}
         known = self.manifest.get("inputs", inputs)
         for name in sorted({*inputs, *known}):
@@ -126,10 +131,24 @@ class Earlier:
             differing = [month for month in {*one, *two} if one.get(month) != two.get(month)]
             if differing:
                 first[name] = min(differing)
+        damaged = [month for month in self.parts if not self._is_whole(month, folders)]
+        if damaged:
+            first["damaged parts"] = min(damaged)
         changed = min(first.values(), default=None)
-        remembered = [file.stem for file in beside(self.path, memory).glob("*.npz")] if self.parts else []
+        memories = beside(self.path, memory).glob("*.npz") if self.parts else []
+        remembered = [file.stem for file in memories if zipfile.is_zipfile(file)]
         newest = max((month for month in remembered if changed is None or month < changed), default="")
         return Changes(first, [month for month in sorted(self.parts) if month <= newest])
+
+    def _is_whole(self, month: str, folders: Sequence[str]) -> bool:
+        """Whether the month's files are there, its own table with as many rows as the manifest says."""
+        if not all(any(beside(self.path, name).glob(f"{month}.*")) for name in folders):
+            return False
+        try:
+            rows: int = pq.read_metadata(part(self.path, month)).num_rows
+        except pa.ArrowInvalid:
+            return False
+        return rows == self.parts[month]["rows"]
 
 
 @dataclass(frozen=True)
@@ -148,6 +167,16 @@ class Changes:
             "months_reused": list(self.kept),
             "months_computed": sorted({*months} - {*self.kept}),
         }
+
+
+def remove_product(path: Path) -> None:
+    """Deletes the product at `path` with all that lies beside it; there may be none."""
+    data = resolved(path)
+    for file in sorted(data.parent.glob(f"{data.name}*")):
+        if file.is_dir():
+            shutil.rmtree(file)
+        else:
+            file.unlink()
 
 
 def move_product(path: Path, to: Path) -> None:
@@ -170,5 +199,8 @@ def save_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
 
 
 def load_arrays(path: Path) -> dict[str, NDArray[Any]]:
-    with np.load(path, allow_pickle=False) as saved:
-        return {name: saved[name] for name in saved.files}
+    try:
+        with np.load(path, allow_pickle=False) as saved:
+            return {name: saved[name] for name in saved.files}
+    except (zipfile.BadZipFile, ValueError, EOFError) as error:
+        raise InputError(f"{path}: damaged ({error}); delete it, and what depends on it is computed again") from error

@@ -70,7 +70,7 @@ def update_price_parts(
     raw = _RawFiles.of(source, earlier)
     until = _end_of(others.tables["index"])
     digests = {"prices": raw.months, "listed": _listed_digests(listed, earlier)}
-    changes = earlier.changes({**digests, "index": until}, MEMORY)
+    changes = earlier.changes({**digests, "index": until}, MEMORY, [""])
     parts: dict[str, Any] = {month: earlier.parts[month] for month in changes.kept}
     memory, quarantine, late = None, [], set[str]()
     if changes.kept:
@@ -265,7 +265,7 @@ def _listed_digests(listed: pl.DataFrame, earlier: Earlier) -> dict[str, int]:
     digests = month_digests(listed, "Date")
     before = earlier.manifest
     if before and _earliest_digest(listed, before["late_codes"]) != before["late_digest"]:
-        digests["0000-00"] = 0
+        digests[min(before["parts"])] = -1
     return digests
 
 
@@ -295,7 +295,7 @@ def _passes(
     for span in spans(months, min(months, default=""), max(1, CELLS_AT_A_TIME // codes)):
         first, last = days[months[span[0]].start].item(), days[months[span[-1]].stop - 1].item()
         frame = raw.read(first, last)
-        check_table("prices", frame, where=str(raw.source.where("prices"))).require()
+        check_table("prices", frame, where=str(raw.source.where("prices")), is_whole=False).require()
         # The exchange's sessions count to the end of a month, and in the last one up to the last day of the data.
         is_last = months[span[-1]].stop == len(days)
         following = (np.datetime64(span[-1]) + 1).astype("datetime64[D]").item()

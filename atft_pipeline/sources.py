@@ -166,7 +166,9 @@ class Source:
             with _opened(table, file, self.folder) as (spec, scan):
                 values = scan.select(pl.col(column).unique()).collect()[column]
             parts.append(_cast(values, table, column, {**spec.columns, **spec.optional}[column], file)[0])
-        return pl.concat(parts).drop_nulls().unique().sort()
+            if parts[-1].null_count():
+                raise InputError(f"{table}: column {column} holds nulls in {file}; fill them or remove those rows")
+        return pl.concat(parts).unique().sort()
 
     def fingerprint(self, table: str) -> str:
         """sha256 over the files of the table in name order: what a data version is made of."""

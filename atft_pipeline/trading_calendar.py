@@ -108,6 +108,21 @@ def known_sessions(market: str, first: dt.date | str | np.datetime64, last: dt.d
     return sessions(market, start, end) if start <= end else np.empty(0, "datetime64[D]")
 
 
+def require_sessions(market: str, days: NDArray[np.datetime64]) -> None:
+    """Raises InputError that names the first of `days` which the calendar's rules know to be closed."""
+    if len(days) == 0:
+        return
+    first, last = days.min(), days.max()
+    known = known_sessions(market, first, last)
+    reached = days[(days >= np.datetime64(_LIBRARY_FIRST)) & (days <= np.datetime64(_LIBRARY_LAST))]
+    absent = reached[~np.isin(reached, known)]
+    if len(absent):
+        raise InputError(
+            f"trading calendar of {market}: {absent[0]} is no session; correct the column Date of prices and index, or"
+            " set dataset.market"
+        )
+
+
 def close_time(market: str, session: dt.date | str | np.datetime64) -> dt.time:
     """Closing time of `session` in the exchange's time zone; what is disclosed before it is known at that close.
 
@@ -132,12 +147,7 @@ def closes(market: str, days: NDArray[np.datetime64]) -> NDArray[np.datetime64]:
         return np.empty(0, "datetime64[us]")
     first, last = days.min().item(), days.max().item()
     known = sessions(market, dt.date(first.year, 1, 1), dt.date(last.year, 12, 31))
-    absent = days[~np.isin(days, known)]
-    if len(absent):
-        raise InputError(
-            f"trading calendar of {market}: {absent[0]} is no session; correct the column Date of prices and index, or"
-            " set dataset.market"
-        )
+    require_sessions(market, days)
     after = np.empty(len(known), "timedelta64[us]")
     for start, time in facts.regular_close:
         after[known >= np.datetime64(start)] = _since_midnight(time)

@@ -253,6 +253,8 @@ def _on_exchange_days(
 
     A session is a day on which anything traded, or one that the exchange's calendar knows, whether or not there are
     rows: in Tokyo on 2020-10-01 nothing traded. Where the calendar's rules do not reach, the days with a trade are.
+
+    Raises: InputError where something traded on a day that the calendar knows to be closed: it is another market's.
     """
     volume = pl.col("Volume")
     priced = pl.any_horizontal(pl.col("Open", "High", "Low", "Close").is_finite().fill_null(value=False))
@@ -260,7 +262,9 @@ def _on_exchange_days(
     days = day_array(by_day["Date"])
     first = before[-1] + 1 if len(before) else days[0]
     known = trading_calendar.known_sessions(market, first, until)
-    sessions = np.union1d(days[by_day["traded"].to_numpy()], known)
+    traded = days[by_day["traded"].to_numpy()]
+    trading_calendar.require_sessions(market, traded)
+    sessions = np.union1d(traded, known)
     place = np.searchsorted(sessions, days)
     is_session = np.isin(days, sessions)
     closed = by_day.filter(~pl.Series(is_session)).with_columns(Code=pl.lit(""), known_from=pl.col("Date"))

@@ -14,6 +14,7 @@ import pytest
 from eventful_market import eventful_tables
 
 from atft_pipeline import dataset_parts, price_parts
+from atft_pipeline.cli import main
 from atft_pipeline.config import DatasetConfig
 from atft_pipeline.contracts import read_checked
 from atft_pipeline.dataset import read_manifest, read_membership, read_table
@@ -265,3 +266,73 @@ def test_statistics_of_parts_are_those_of_the_whole() -> None:
             exact = np.quantile(live, level, method="higher")
             # One bin of the histogram is one part in 128 wide; its middle is at most one in 256 away.
             assert found[name] == pytest.approx(exact, rel=0.012, abs=1e-6)
+
+
+def run_features(source: Path, out: Path, *more: str) -> int:
+    return main(["features", str(source), str(out), "--json", *more])
+
+
+def test_a_refused_build_takes_nothings_place_and_is_refused_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tables = MARKETS["quiet"]()
+    source = written(tables, tmp_path / "source")
+    assert run_features(source, tmp_path / "d") == 0
+    before = read_manifest(tmp_path / "d")
+    row = pl.int_range(pl.len()) == 2_001
+    negative = pl.when(row).then(-3.0).otherwise("TurnoverValue").alias("TurnoverValue")
+    written({**tables, "prices": tables["prices"].with_columns(negative)}, source)
+    for _ in range(2):
+        capsys.readouterr()
+        assert run_features(source, tmp_path / "d", "--update") == 2
+        assert "TurnoverValue holds -3.0 (Date " in capsys.readouterr().err
+    assert read_manifest(tmp_path / "d") == before
+    assert not list(tmp_path.glob(".*")), "something was left behind"
+
+
+def test_month_without_a_quote_is_a_month_like_any(tmp_path: Path) -> None:
+    # In Tokyo the first session of October 2020 was one in which nothing could trade.
+    market = generate_market(stocks=40, sessions=120, seed=3, first_session=dt.date(2020, 4, 6)).tables
+    tables = until({name: market[name] for name in ("prices", "listed", "index")}, dt.date(2020, 9, 30))
+    last = tables["prices"].filter(pl.col("Date") == dt.date(2020, 9, 30))
+    empty = last.with_columns(
+        pl.lit(dt.date(2020, 10, 1)).alias("Date"),
+        pl.lit(0.0).alias("Volume"),
+        *(pl.lit(None, pl.Float64).alias(name) for name in ("Open", "High", "Low", "Close", "TurnoverValue")),
+    )
+    made(written(tables, tmp_path / "source"), tmp_path / "d")
+    source = written({**tables, "prices": pl.concat([tables["prices"], empty])}, tmp_path / "source")
+    made(source, tmp_path / "d", tmp_path / "d")
+    made(source, tmp_path / "full")
+    assert_same(tmp_path / "d", tmp_path / "full")
+    assert read_manifest(tmp_path / "d")["last_date"] == "2020-10-01"
+
+
+def test_rows_without_a_date_are_refused_as_in_one_file(tmp_path: Path) -> None:
+    tables = MARKETS["quiet"]()
+    undated = pl.when(pl.int_range(pl.len()) == 500).then(None).otherwise("Date").alias("Date")
+    source = written({**tables, "prices": tables["prices"].with_columns(undated)}, tmp_path / "source")
+    with pytest.raises(InputError, match="column Date holds nulls"):
+        made(source, tmp_path / "d")
+
+
+@pytest.mark.parametrize("damage", ["gone", "torn", "no statistics", "torn memory"])
+def test_damaged_months_are_computed_again(damage: str, tmp_path: Path) -> None:
+    source = written(MARKETS["quiet"](), tmp_path / "source")
+    made(source, tmp_path / "d")
+    made(source, tmp_path / "full")
+    months = sorted(read_manifest(tmp_path / "d")["parts"])
+    place, month = {
+        "gone": ("d", months[-3]),
+        "torn": ("d.prices", months[-3]),
+        "no statistics": ("d.statistics", months[-3]),
+        "torn memory": ("d.memory", months[-1]),
+    }[damage]
+    file = next((tmp_path / place).glob(f"{month}.*"))
+    if damage.startswith("torn"):
+        file.write_bytes(file.read_bytes()[:50])
+    else:
+        file.unlink()
+    made(source, tmp_path / "d", tmp_path / "d")
+    assert_same(tmp_path / "d", tmp_path / "full")
+    assert month not in reused(tmp_path / place.replace(".memory", "").replace(".statistics", ""))

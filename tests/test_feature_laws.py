@@ -39,6 +39,7 @@ from atft_pipeline import dataset
 from atft_pipeline.config import DatasetConfig
 from atft_pipeline.dataset_rows import build_dataset
 from atft_pipeline.errors import InputError
+from atft_pipeline.features import expressions as ex
 from atft_pipeline.features import registry
 from atft_pipeline.features.panel import build_features, normalised
 from atft_pipeline.features.registry import (
@@ -140,6 +141,8 @@ def changed(name: str, **fields: Any) -> tuple[Feature, ...]:
         ("rsi_14", {"window_sessions": 14}, "rsi_14: window of 14 sessions"),
         ("flow_smart_idx", {"lag_sessions": 0}, "flow_smart_idx: lag of 0 sessions, but investor_flows counts from"),
         ("returns_5d", {"lag_sessions": -1}, "returns_5d: lag of -1 sessions, but prices counts from"),
+        ("returns_5d", {"expression": lambda m: ex.lag(m.ret(5), -1)}, "returns_5d: lag looks 1 sessions ahead"),
+        ("returns_5d", {"expression": lambda m: np.roll(m.ret(5), 3)}, "returns_5d: .*in the words of expressions.py"),
     ],
 )
 def test_registry_row_is_held_to_its_own_expression(name: str, fields: dict[str, Any], message: str) -> None:

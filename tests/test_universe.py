@@ -181,6 +181,10 @@ def test_market_without_codes_of_class_or_sector_keeps_its_stocks() -> None:
     for table in ("prices", "listed"):
         tables[table] = tables[table].with_columns(pl.col("Code").replace(names))
     tables["listed"] = tables["listed"].with_columns(Sector33Code=pl.lit(None, pl.String), MarketCode=pl.lit("Q"))
+    with pytest.raises(InputError, match="calendar of us: 2023-01-16 is no session"):  # it is one in Tokyo
+        build_prices(tables, DatasetConfig(market="us"))
+    open_days = trading_calendar.sessions("us", DAYS[0], DAYS[-1]).tolist()
+    tables["prices"] = tables["prices"].filter(pl.col("Date").is_in(open_days))
     assert set(build_prices(tables, DatasetConfig(market="us")).prices["Code"]) == {"GOOGL", "BRK.B", "F"}
 
 

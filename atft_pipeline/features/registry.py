@@ -356,7 +356,11 @@ def _fault(row: Feature) -> str | None:
             f"lag of {row.lag_sessions} sessions, but {late} counts from the {rule.rule}; set lag_sessions to at least"
             f" {rule.lag_sessions}"
         )
-    undeclared = sorted(row.trace.columns - set(row.reads))
+    try:
+        columns = row.trace.columns
+    except (InputError, TypeError, AttributeError, ValueError, IndexError) as error:
+        return f"{error}; write its expression in the words of expressions.py"
+    undeclared = sorted(columns - set(row.reads))
     if undeclared:
         return f"reads column {undeclared[0]} and does not declare it; add it to what it reads"
     idle = [column for column in row.reads if column not in row.trace.columns]

@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from atft_pipeline.errors import InputError
+
 
 @dataclass(frozen=True)
 class Trace(np.lib.mixins.NDArrayOperatorsMixin):
@@ -83,6 +85,8 @@ def word(
                 with np.errstate(invalid="ignore", divide="ignore"):
                     return compute(*args, **kwargs)
             sessions = reach if isinstance(reach, int) else _reach_of(reach, compute, args)
+            if sessions < 0:
+                raise InputError(f"{compute.__name__} looks {-sessions} sessions ahead; a feature looks back only")
             trace = joined(args).reaching(sessions, remembers=remembers)
             return trace if results == 1 else (trace,) * results
 
