@@ -7,10 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pytest
 from market_factory import raw_tables
 
 from atft_pipeline import config as configuration
+from atft_pipeline import trading_calendar
 from atft_pipeline.config import (
     DatasetConfig,
     EvaluationConfig,
@@ -249,8 +251,11 @@ def test_every_validated_class_has_a_case_that_fires() -> None:
 
 
 def test_every_dataset_field_changes_the_dataset() -> None:
-    # Without statements: their times of day are those of Tokyo's sessions, which another market's calendar refuses.
     tables = {name: raw_tables(stocks=20, sessions=120)[name] for name in ("prices", "listed", "index")}
+    # Days on which both markets trade: either calendar refuses quotes of the other's holidays.
+    days = tables["prices"]["Date"]
+    common = trading_calendar.sessions("us", days.min(), days.max()).tolist()
+    tables["prices"] = tables["prices"].filter(pl.col("Date").is_in(common))
 
     def fingerprint(config: DatasetConfig) -> tuple[Any, ...]:
         result = build_prices(tables, config)
