@@ -128,6 +128,8 @@ def _sentence(subject: str, error: pandera.errors.SchemaError, frame: pl.DataFra
         return f"{subject}: column {column} holds nulls; fill them or remove those rows"
     if reason == "WRONG_DATATYPE":
         return f"{subject}: column {column} has the wrong type, {error}; convert it"
+    if not isinstance(error.failure_cases, pl.DataFrame):  # a column too many or out of place has no value to show
+        return f"{subject}: column {column}: {' '.join(str(error).split())[:200]}; build the table again"
     value = error.failure_cases[column][0]
     row = frame.filter(pl.col(column) == value).select(name for name in ("Date", "Code") if name in frame.columns)
     where = ", ".join(f"{key} {text}" for key, text in zip(row.columns, row.row(0), strict=True))

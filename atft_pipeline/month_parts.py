@@ -131,7 +131,8 @@ class Earlier:
             differing = [month for month in {*one, *two} if one.get(month) != two.get(month)]
             if differing:
                 first[name] = min(differing)
-        damaged = [month for month in self.parts if not self._is_whole(month, folders)]
+        held = [{file.stem for file in beside(self.path, name).glob("*")} for name in folders]
+        damaged = [month for month in self.parts if not (all(month in name for name in held) and self._is_whole(month))]
         if damaged:
             first["damaged parts"] = min(damaged)
         changed = min(first.values(), default=None)
@@ -140,10 +141,8 @@ class Earlier:
         newest = max((month for month in remembered if changed is None or month < changed), default="")
         return Changes(first, [month for month in sorted(self.parts) if month <= newest])
 
-    def _is_whole(self, month: str, folders: Sequence[str]) -> bool:
-        """Whether the month's files are there, its own table with as many rows as the manifest says."""
-        if not all(any(beside(self.path, name).glob(f"{month}.*")) for name in folders):
-            return False
+    def _is_whole(self, month: str) -> bool:
+        """Whether the month's table can be opened and has as many rows as the manifest says."""
         try:
             rows: int = pq.read_metadata(part(self.path, month)).num_rows
         except pa.ArrowInvalid:
@@ -171,8 +170,7 @@ class Changes:
 
 def remove_product(path: Path) -> None:
     """Deletes the product at `path` with all that lies beside it; there may be none."""
-    data = resolved(path)
-    for file in sorted(data.parent.glob(f"{data.name}*")):
+    for file in _files_of(resolved(path)):
         if file.is_dir():
             shutil.rmtree(file)
         else:
@@ -184,12 +182,16 @@ def move_product(path: Path, to: Path) -> None:
     old, new = resolved(path), resolved(to)
     manifest_path(new).unlink(missing_ok=True)
     # The manifest comes last: without it the others are no product.
-    names = sorted((file.name for file in old.parent.glob(f"{old.name}*")), key=lambda name: name.endswith(".json"))
-    for name in names:
-        place = new.with_name(new.name + name.removeprefix(old.name))
+    for file in sorted(_files_of(old), key=lambda file: file.suffix == ".json"):
+        place = new.with_name(new.name + file.name.removeprefix(old.name))
         if place.is_dir():
             shutil.rmtree(place)
-        old.with_name(name).replace(place)
+        file.replace(place)
+
+
+def _files_of(data: Path) -> list[Path]:
+    """The product's own folder or file and all that lies beside it, by exact name: `d2` is no part of `d`."""
+    return [file for file in data.parent.glob("*") if file.name == data.name or file.name.startswith(f"{data.name}.")]
 
 
 def save_arrays(path: Path, arrays: Mapping[str, Any]) -> None:

@@ -141,11 +141,11 @@ def read_frame(path: Path, months: Sequence[str]) -> pl.DataFrame:
     missing = next((file for file in files if not file.is_file()), None)
     if missing is not None:
         raise InputError(f"{path}: part {missing.name} is missing; build the prices again")
-    return pl.concat([pl.read_parquet(file) for file in files])
+    return pl.concat([pl.read_parquet(file, glob=False) for file in files])
 
 
 def read_quarantine(path: Path) -> pl.DataFrame:
-    return pl.read_parquet(beside(path, QUARANTINE))
+    return pl.read_parquet(beside(path, QUARANTINE), glob=False)
 
 
 def frame_digest(frame: pl.DataFrame) -> str:

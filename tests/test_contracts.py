@@ -109,6 +109,8 @@ def test_unknown_table_is_refused(tables: dict[str, pl.DataFrame]) -> None:
         (lambda t: t.with_columns(Close=-pl.col("Close")), "column Close holds -.*expected greater_than"),
         (lambda t: t.reverse(), "repeat or precede"),
         (lambda t: t.drop("is_liquid"), "is_liquid is missing"),
+        (lambda t: t.with_columns(extra=pl.lit(1.0)), "column extra: .*build the table again"),
+        (lambda t: t.select("Code", "Date", pl.exclude("Code", "Date")), "build the table again"),
         (lambda t: t.with_columns(is_traded=~pl.col("is_traded")), "is_traded disagrees"),
         (lambda t: t.with_columns(is_liquid=pl.lit(True), is_investable=pl.lit(False)), "liquid without being"),
     ],

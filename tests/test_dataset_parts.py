@@ -22,6 +22,7 @@ from atft_pipeline.dataset_parts import update_dataset_parts
 from atft_pipeline.dataset_rows import build_dataset
 from atft_pipeline.errors import InputError
 from atft_pipeline.features.statistics import Statistics
+from atft_pipeline.month_parts import move_product, remove_product
 from atft_pipeline.price_parts import read_quarantine, update_price_parts
 from atft_pipeline.sources import RAW_TABLES, open_source
 from atft_pipeline.synthetic import generate_market
@@ -290,6 +291,20 @@ def test_a_refused_build_takes_nothings_place_and_is_refused_again(
     assert not list(tmp_path.glob(".*")), "something was left behind"
 
 
+def test_product_of_any_name_in_a_new_folder_leaves_its_neighbours_alone(tmp_path: Path) -> None:
+    source = written(MARKETS["quiet"](), tmp_path / "source")
+    neighbour, product = tmp_path / "new" / "d[1]2", tmp_path / "new" / "d[1]"
+    assert run_features(source, neighbour) == 0
+    assert run_features(source, product) == 0
+    before = read_table(product)
+    move_product(product, tmp_path / "new" / "moved")
+    assert read_table(tmp_path / "new" / "moved").equals(before)
+    assert not product.exists()
+    remove_product(product)
+    assert read_table(neighbour).equals(before)
+    assert read_quarantine(prices_of(neighbour)).equals(read_quarantine(prices_of(tmp_path / "new" / "moved")))
+
+
 def test_month_without_a_quote_is_a_month_like_any(tmp_path: Path) -> None:
     # In Tokyo the first session of October 2020 was one in which nothing could trade.
     market = generate_market(stocks=40, sessions=120, seed=3, first_session=dt.date(2020, 4, 6)).tables
@@ -316,7 +331,7 @@ def test_rows_without_a_date_are_refused_as_in_one_file(tmp_path: Path) -> None:
         made(source, tmp_path / "d")
 
 
-@pytest.mark.parametrize("damage", ["gone", "torn", "no statistics", "torn memory"])
+@pytest.mark.parametrize("damage", ["gone", "torn", "short", "no statistics", "torn memory"])
 def test_damaged_months_are_computed_again(damage: str, tmp_path: Path) -> None:
     source = written(MARKETS["quiet"](), tmp_path / "source")
     made(source, tmp_path / "d")
@@ -325,12 +340,15 @@ def test_damaged_months_are_computed_again(damage: str, tmp_path: Path) -> None:
     place, month = {
         "gone": ("d", months[-3]),
         "torn": ("d.prices", months[-3]),
+        "short": ("d.prices", months[-3]),
         "no statistics": ("d.statistics", months[-3]),
         "torn memory": ("d.memory", months[-1]),
     }[damage]
     file = next((tmp_path / place).glob(f"{month}.*"))
     if damage.startswith("torn"):
         file.write_bytes(file.read_bytes()[:50])
+    elif damage == "short":
+        pl.read_parquet(file).head(1).write_parquet(file)
     else:
         file.unlink()
     made(source, tmp_path / "d", tmp_path / "d")
