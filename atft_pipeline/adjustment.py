@@ -33,18 +33,20 @@ QUIET_ROWS, QUIET_LEAST = 20, 5
 """Traded rows of that median, and the fewest that make one."""
 RETURN_TOLERANCE = 0.3
 """Log distance from the old level within which a jump has come back."""
+_FACTOR_LIMIT = 1e4
+"""No exchange has seen a split or a consolidation of more than ten thousand to one."""
 SLACK = 1e-9
 """Relative rounding that adjusted sources carry in the last digits of a quote."""
 
 RULES: tuple[str, ...] = (
-    "not_listed", "not_common_stock", "price_not_positive", "negative_volume", "high_below_low",
+    "not_listed", "not_common_stock", "price_not_positive", "negative_volume", "negative_turnover", "high_below_low",
     "price_outside_range", "range_too_wide", "bad_factor", "factor_without_jump", "split_without_factor",
     "level_break", "jump_without_factor", "jump_reverts",
 )  # fmt: skip
 """Rules that this pass decides, by number."""
 (
-    _NOT_LISTED, _NOT_COMMON, _NOT_POSITIVE, _NEGATIVE_VOLUME, _HIGH_BELOW_LOW, _OUTSIDE, _TOO_WIDE, _BAD_FACTOR,
-    _USELESS_FACTOR, _SPLIT, _LEVEL, _JUMP, _REVERTS,
+    _NOT_LISTED, _NOT_COMMON, _NOT_POSITIVE, _NEGATIVE_VOLUME, _NEGATIVE_TURNOVER, _HIGH_BELOW_LOW, _OUTSIDE,
+    _TOO_WIDE, _BAD_FACTOR, _USELESS_FACTOR, _SPLIT, _LEVEL, _JUMP, _REVERTS,
 ) = range(len(RULES))  # fmt: skip
 
 
@@ -64,6 +66,7 @@ class Hit(NamedTuple):
     correction: int = 10
     listing: int = 11
     known_from: int = 12
+    turnover: int = 13
 
 
 HIT = Hit()
@@ -207,12 +210,14 @@ def _finite(x: Any) -> Any:
 
 
 @njit(cache=True, nogil=True)
-def _quote_rule(o: Any, h: Any, lo: Any, c: Any, v: Any, price_floor: Any) -> Any:
+def _quote_rule(o: Any, h: Any, lo: Any, c: Any, v: Any, paid: Any, price_floor: Any) -> Any:
     """The first rule that a traded row's quote breaks, −1 for none."""
     if not (o > 0.0 and h > 0.0 and lo > 0.0 and c > 0.0):
         return _NOT_POSITIVE
-    if v < 0.0:
+    if v < 0.0 or v == np.inf:
         return _NEGATIVE_VOLUME
+    if paid < 0.0 or paid == np.inf:
+        return _NEGATIVE_TURNOVER
     if h < lo * (1.0 - SLACK):
         return _HIGH_BELOW_LOW
     if min(o, c) < lo * (1.0 - SLACK) or max(o, c) > h * (1.0 + SLACK):
@@ -309,25 +314,26 @@ def _pass(
                     hits[count, HIT.listing] = listing[t, n]
                     count += 1
             traded = False
-            o, h, lo, c = np.nan, np.nan, np.nan, np.nan
+            o, h, lo, c, paid = np.nan, np.nan, np.nan, np.nan, np.nan
             if there:
                 o, h, lo, c = _finite(open_[t, n]), _finite(high[t, n]), _finite(low[t, n]), _finite(close[t, n])
-                v, f = volume[t, n], _finite(factor[t, n])
+                v, paid, f = volume[t, n], turnover[t, n], _finite(factor[t, n])
                 traded = v != 0.0 if v == v else (o == o or h == h or lo == lo or c == c)
-                rule = _quote_rule(o, h, lo, c, v, price_floor) if traded else -1
+                rule = _quote_rule(o, h, lo, c, v, paid, price_floor) if traded else -1
                 if rule >= 0:
                     traded = False
                     hits = _noted(hits, count, t, n, rule)
                     hits[count, HIT.open], hits[count, HIT.high], hits[count, HIT.low] = o, h, lo
-                    hits[count, HIT.close], hits[count, HIT.volume] = c, v
+                    hits[count, HIT.close], hits[count, HIT.volume], hits[count, HIT.turnover] = c, v, paid
                     count += 1
-                if f <= 0.0 or (f != f and traded and t >= factors_from):
+                usable = 1.0 / _FACTOR_LIMIT <= f <= _FACTOR_LIMIT
+                if not usable and (f == f or (traded and t >= factors_from)):
                     hits = _noted(hits, count, t, n, _BAD_FACTOR)
                     hits[count, HIT.factor] = f
                     count += 1
-                published[n] *= f if f > 0.0 else 1.0
+                published[n] *= f if usable else 1.0
             if traded:
-                money = turnover[t, n] if turnover[t, n] == turnover[t, n] else c * volume[t, n]
+                money = paid if paid == paid else c * volume[t, n]
                 last = last_close[n]
                 step = published[n] / last_published[n]
                 moved = c / last / step

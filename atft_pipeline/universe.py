@@ -53,11 +53,12 @@ QUARANTINE_RULES: dict[str, QuarantineRule] = {
     "not_listed": QuarantineRule("drop", "the code is in no snapshot of listed, so it cannot be known to be a stock"),
     "not_common_stock": QuarantineRule("drop", "fund, REIT or preferred share by market, sector or share class"),
     "price_not_positive": QuarantineRule("mask", "a traded row with a price that is null, infinite or <= 0"),
-    "negative_volume": QuarantineRule("mask", "volume below 0"),
+    "negative_volume": QuarantineRule("mask", "volume below 0 or infinite"),
+    "negative_turnover": QuarantineRule("mask", "turnover below 0 or infinite"),
     "high_below_low": QuarantineRule("mask", "high below low"),
     "price_outside_range": QuarantineRule("mask", "open or close outside [low, high]"),
     "range_too_wide": QuarantineRule("mask", "high over 4.5 times low: one field is off in scale"),
-    "bad_factor": QuarantineRule("ignore_factor", "AdjustmentFactor null on a traded row, or <= 0: read as 1"),
+    "bad_factor": QuarantineRule("ignore_factor", "factor null on a traded row, or not in 1e-4 to 1e4: read as 1"),
     "factor_without_jump": QuarantineRule("ignore_factor", "a split's factor and a price that did not move: read as 1"),
     "split_without_factor": QuarantineRule(
         "rebase", "open and close jumped by a split's ratio on ordinary turnover: the ratio is used as the factor"
@@ -357,6 +358,7 @@ _DETAILS: dict[str, pl.Expr] = {
     "not_common_stock": _LISTED_AS,
     "price_not_positive": _QUOTED,
     "negative_volume": _QUOTED,
+    "negative_turnover": pl.format("{} turnover {}", _QUOTED, _text("turnover")),
     "high_below_low": _QUOTED,
     "price_outside_range": _QUOTED,
     "range_too_wide": _QUOTED,

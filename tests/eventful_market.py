@@ -214,6 +214,11 @@ def negative_volume(m: Background, n: int, t: int) -> None:
     m.set(n, t, Volume=-100.0)
 
 
+def negative_turnover(m: Background, n: int, t: int) -> None:
+    """No turnover is negative."""
+    m.set(n, t, TurnoverValue=-1.0)
+
+
 def high_below_low(m: Background, n: int, t: int) -> None:
     """The high is at least the low."""
     m.set(n, t, High=m.panel["Low"][t, n] * 0.9)
@@ -502,6 +507,7 @@ def _segments_plan(days: list[dt.date]) -> list[Row]:
         _row(negative_price, 14, 709, "price_not_positive"),
         _row(null_price, 14, 712, "price_not_positive"),
         _row(negative_volume, 15, 706, "negative_volume"),
+        _row(negative_turnover, 16, 715, "negative_turnover"),
         _row(high_below_low, 15, 708, "high_below_low"),
         _row(close_outside_range, 15, 710, "price_outside_range"),
         _row(range_too_wide, 15, 712, "range_too_wide"),

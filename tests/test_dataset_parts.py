@@ -280,13 +280,12 @@ def test_a_refused_build_takes_nothings_place_and_is_refused_again(
     source = written(tables, tmp_path / "source")
     assert run_features(source, tmp_path / "d") == 0
     before = read_manifest(tmp_path / "d")
-    row = pl.int_range(pl.len()) == 2_001
-    negative = pl.when(row).then(-3.0).otherwise("TurnoverValue").alias("TurnoverValue")
-    written({**tables, "prices": tables["prices"].with_columns(negative)}, source)
+    below_the_floor = tables["prices"].with_columns(pl.col("Open", "High", "Low", "Close") * 1e-3)
+    written({**tables, "prices": below_the_floor}, source)
     for _ in range(2):
         capsys.readouterr()
         assert run_features(source, tmp_path / "d", "--update") == 2
-        assert "TurnoverValue holds -3.0 (Date " in capsys.readouterr().err
+        assert "no stock is investable in any session" in capsys.readouterr().err
     assert read_manifest(tmp_path / "d") == before
     assert not list(tmp_path.glob(".*")), "something was left behind"
 

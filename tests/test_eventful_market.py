@@ -81,6 +81,7 @@ PRESENT: dict[str, Present] = {
     "negative_price": lambda v: v.quote("Low") == -1,
     "null_price": lambda v: v.quote("Close") is None and v.quote("Volume") > 0,  # type: ignore[operator]
     "negative_volume": lambda v: v.quote("Volume") < 0,  # type: ignore[operator]
+    "negative_turnover": lambda v: v.quote("TurnoverValue") < 0,  # type: ignore[operator]
     "high_below_low": lambda v: v.quote("High") < v.quote("Low"),  # type: ignore[operator]
     "close_outside_range": lambda v: v.quote("Close") > v.quote("High"),  # type: ignore[operator]
     "range_too_wide": lambda v: v.quote("High") > 9 * v.quote("Low"),  # type: ignore[operator]

@@ -230,6 +230,7 @@ def test_nothing_left_is_refused() -> None:
 FAULTS: dict[str, Tables] = {
     "price_not_positive": edit(quiet_market(), 20, Open=pl.lit(0.0)),
     "negative_volume": edit(quiet_market(), 20, Volume=pl.lit(-100.0)),
+    "negative_turnover": edit(quiet_market(), 20, TurnoverValue=pl.lit(-1.0)),
     "high_below_low": edit(quiet_market(), 20, High=pl.lit(900.0), Low=pl.lit(1100.0)),
     "price_outside_range": edit(quiet_market(), 20, Close=pl.col("High") * 1.02),
     "range_too_wide": edit(quiet_market(), 20, High=pl.lit(9900.0), Close=pl.lit(9900.0)),
@@ -239,6 +240,21 @@ FAULTS: dict[str, Tables] = {
     "level_break": edit(quiet_market(), 20, until=39, **scaled(10.0)),
     "jump_without_factor": edit(quiet_market(), 20, until=39, **scaled(0.5), Volume=pl.col("Volume") * 20),
 }
+
+
+@pytest.mark.parametrize(
+    ("rule", "column", "value"),
+    [
+        ("negative_volume", "Volume", np.inf),
+        ("negative_turnover", "TurnoverValue", np.inf),
+        ("bad_factor", "AdjustmentFactor", 1e-200),
+        ("bad_factor", "AdjustmentFactor", 1e200),
+    ],
+)
+def test_figure_beyond_any_market_is_a_fault_too(rule: str, column: str, value: float) -> None:
+    result = build_prices(edit(quiet_market(), 20, **{column: pl.lit(value)}), CONFIG)
+    assert rules(result) == [(rule, DAYS[20], "30000")]
+    assert check_prices(result.prices).passed
 
 
 @pytest.mark.parametrize("rule", FAULTS)

@@ -13,10 +13,13 @@ Kernels release the GIL, so features are computed side by side in threads, and h
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
+from inspect import signature
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit, vectorize
+from numba import njit
 from numpy.typing import NDArray
 
 from atft_pipeline.features.trace import word
@@ -47,7 +50,6 @@ SESSIONS_IN_WEEK = 5
 
 _TILE = 64
 """Stocks per tile: the longest window, 252 sessions x 64 stocks x 8 bytes, stays in the second-level cache."""
-_UNARY, _BINARY, _TERNARY = "f8(f8)", "f8(f8, f8)", "f8(f8, f8, f8)"
 
 
 def least_of(window: int) -> int:
@@ -58,15 +60,39 @@ def least_of(window: int) -> int:
 # --- value by value ---------------------------------------------------------------------------------------------------
 
 
+def elementwise(scalar: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes a function of numbers one of panels, series and constants, broadcast against each other.
+
+    As numba's `vectorize`, whose cache keeps no wrappers: making those anew costs a twentieth of a second a word at
+    every start. The loop is compiled from text because its cache tells functions apart by file, name and line.
+    """
+    name, operands = scalar.__name__, list(signature(scalar).parameters)
+    values = ", ".join(f"{operand}[i]" for operand in operands)
+    text = f"def {name}_each({', '.join(operands)}, out):\n for i in range(out.size):\n  out[i] = {name}({values})"
+    scope: dict[str, Any] = {name: njit(error_model="numpy")(scalar), "__name__": __name__}
+    exec(compile(text, __file__, "exec"), scope)
+    each: Any = njit(cache=True, nogil=True, error_model="numpy")(scope[f"{name}_each"])
+
+    @wraps(scalar)
+    def apply(*values: Any, out: Panel | None = None) -> Any:
+        shape = np.broadcast_shapes(*map(np.shape, values))
+        panels = (value if np.shape(value) == shape else np.full(shape, value, np.float64) for value in values)
+        result = np.empty(shape) if out is None else out
+        each(*(np.ascontiguousarray(panel, np.float64).reshape(-1) for panel in panels), result.reshape(-1))
+        return result
+
+    return apply
+
+
 @word()
-@vectorize([_BINARY], cache=True)
+@elementwise
 def ratio(numerator: Any, denominator: Any) -> Any:
     """numerator / denominator, null where the denominator is zero."""
     return numerator / denominator if denominator != 0.0 else np.nan
 
 
 @word()
-@vectorize([_BINARY], cache=True)
+@elementwise
 def change(new: Any, old: Any) -> Any:
     """new / old − 1; a difference below `FLAT` is rounding left by a split's factor and reads as 0."""
     relative = new / old - 1.0 if old != 0.0 else np.nan
@@ -74,28 +100,28 @@ def change(new: Any, old: Any) -> Any:
 
 
 @word()
-@vectorize([_BINARY], cache=True)
+@elementwise
 def growth(new: Any, old: Any) -> Any:
     """(new − old) / abs(old): the sign is that of the improvement, also from a loss."""
     return (new - old) / abs(old) if old != 0.0 else np.nan
 
 
 @word()
-@vectorize([_BINARY], cache=True)
+@elementwise
 def exceeds(x: Any, threshold: Any) -> Any:
     """1 where x is above the threshold, 0 elsewhere, null where either is."""
     return np.nan if x != x or threshold != threshold else (1.0 if x > threshold else 0.0)
 
 
 @word()
-@vectorize([_BINARY], cache=True)
+@elementwise
 def reaches(x: Any, threshold: Any) -> Any:
     """1 where x is at the threshold or above it, 0 elsewhere, null where either is."""
     return np.nan if x != x or threshold != threshold else (1.0 if x >= threshold else 0.0)
 
 
 @word()
-@vectorize([_BINARY], cache=True)
+@elementwise
 def above(x: Any, level: Any) -> Any:
     """1 where x is above the level by more than rounding, 0 elsewhere, null where either is."""
     relative = x / level - 1.0 if level != 0.0 else np.nan
@@ -103,35 +129,35 @@ def above(x: Any, level: Any) -> Any:
 
 
 @word()
-@vectorize([_BINARY], cache=True)
+@elementwise
 def same_sign(x: Any, y: Any) -> Any:
     """1 where both are positive, both negative or both 0, else 0, null where either is."""
     return np.nan if x != x or y != y else (1.0 if np.sign(x) == np.sign(y) else 0.0)
 
 
 @word()
-@vectorize([_UNARY], cache=True)
+@elementwise
 def is_known(x: Any) -> Any:
     """1 where there is a value, else 0: a mask is never null."""
     return 1.0 if x == x else 0.0
 
 
 @word()
-@vectorize([_UNARY], cache=True)
+@elementwise
 def positive(x: Any) -> Any:
     """x, null where it is not above 0."""
     return x if x > 0.0 else np.nan
 
 
 @word()
-@vectorize([_BINARY], cache=True)
+@elementwise
 def either(x: Any, otherwise: Any) -> Any:
     """x, the other where x is null."""
     return x if x == x else otherwise
 
 
 @word()
-@vectorize([_BINARY], cache=True)
+@elementwise
 def rise(new: Any, old: Any) -> Any:
     """new − old where it is positive, else 0, null where either is; a rise by rounding is none."""
     step = new - old
@@ -139,7 +165,7 @@ def rise(new: Any, old: Any) -> Any:
 
 
 @word()
-@vectorize([_TERNARY], cache=True)
+@elementwise
 def strength(gain: Any, loss: Any, price: Any) -> Any:
     """100 · gain / (gain + loss), 50 where both together are under `STILL` of the price: it has stood still."""
     total = gain + loss
@@ -147,7 +173,7 @@ def strength(gain: Any, loss: Any, price: Any) -> Any:
 
 
 @word()
-@vectorize([_TERNARY], cache=True)
+@elementwise
 def unit_position(x: Any, low: Any, high: Any) -> Any:
     """(x − low) / (high − low), in the middle, 0.5, where low and high are the same price."""
     width = high - low
@@ -157,7 +183,7 @@ def unit_position(x: Any, low: Any, high: Any) -> Any:
 
 
 @word()
-@vectorize([_TERNARY], cache=True)
+@elementwise
 def band_position(x: Any, middle: Any, std: Any) -> Any:
     """Bollinger's %B: where x lies between middle − 2 std (0) and middle + 2 std (1), 0.5 where the bands touch."""
     low, high = middle - 2.0 * std, middle + 2.0 * std
