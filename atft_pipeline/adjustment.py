@@ -33,8 +33,9 @@ QUIET_ROWS, QUIET_LEAST = 20, 5
 """Traded rows of that median, and the fewest that make one."""
 RETURN_TOLERANCE = 0.3
 """Log distance from the old level within which a jump has come back."""
-_FACTOR_LIMIT = 1e4
-"""No exchange has seen a split or a consolidation of more than ten thousand to one."""
+_FACTOR_LIMIT, _PRODUCT_LIMIT = 1e4, 1e100
+"""No exchange has seen a split or a consolidation of more than ten thousand to one, and no stock has had twenty-five of
+them: a source that states a cumulative factor every day would soon leave the range of numbers."""
 SLACK = 1e-9
 """Relative rounding that adjusted sources carry in the last digits of a quote."""
 
@@ -281,7 +282,7 @@ def _noted(hits: Any, count: Any, t: Any, n: Any, rule: Any) -> Any:
     return hits
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def _pass(
     first_stock: Any, last_stock: Any, present: Any,
     open_: Any, high: Any, low: Any, close: Any, volume: Any, turnover: Any, factor: Any,
@@ -317,7 +318,7 @@ def _pass(
             o, h, lo, c, paid = np.nan, np.nan, np.nan, np.nan, np.nan
             if there:
                 o, h, lo, c = _finite(open_[t, n]), _finite(high[t, n]), _finite(low[t, n]), _finite(close[t, n])
-                v, paid, f = volume[t, n], turnover[t, n], _finite(factor[t, n])
+                v, paid, f = volume[t, n], turnover[t, n], factor[t, n]
                 traded = v != 0.0 if v == v else (o == o or h == h or lo == lo or c == c)
                 rule = _quote_rule(o, h, lo, c, v, paid, price_floor) if traded else -1
                 if rule >= 0:
@@ -326,7 +327,10 @@ def _pass(
                     hits[count, HIT.open], hits[count, HIT.high], hits[count, HIT.low] = o, h, lo
                     hits[count, HIT.close], hits[count, HIT.volume], hits[count, HIT.turnover] = c, v, paid
                     count += 1
-                usable = 1.0 / _FACTOR_LIMIT <= f <= _FACTOR_LIMIT
+                usable = (
+                    1.0 / _FACTOR_LIMIT <= f <= _FACTOR_LIMIT
+                    and 1.0 / _PRODUCT_LIMIT <= published[n] * f <= _PRODUCT_LIMIT
+                )
                 if not usable and (f == f or (traded and t >= factors_from)):
                     hits = _noted(hits, count, t, n, _BAD_FACTOR)
                     hits[count, HIT.factor] = f

@@ -45,19 +45,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _refuse(options.name, "interrupted", 130)
     try:
-        print(json.dumps(content, allow_nan=False) if options.json else _text(content))
-        sys.stdout.flush()
+        print(json.dumps(content, allow_nan=False) if options.json else _text(content), flush=True)
     except BrokenPipeError:
         # The reader of a pipe went away; Python would complain again when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _refuse(options.name, f"its output cannot be written ({error.strerror}); the work itself is done", 2)
     return code
 
 
 def script() -> None:
     """`main` as a process of its own, which ends without taking every object apart: that lasts half a second."""
     code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.flush()
     os._exit(code)
 
 
@@ -68,7 +71,8 @@ def _refuse(name: str, reason: object, code: int) -> int:
 
 
 def _say(sentence: str) -> None:
-    print(sentence, file=sys.stderr, flush=True)
+    if sys.stderr is not None:  # a caller may have closed it
+        print(sentence, file=sys.stderr, flush=True)
 
 
 def _text(content: dict[str, Any], indent: str = "") -> str:
@@ -114,13 +118,18 @@ def _market(options: argparse.Namespace) -> Result:
 
 def _features(options: argparse.Namespace) -> Result:
     from atft_pipeline.dataset import require_replaceable
+    from atft_pipeline.month_parts import beside
     from atft_pipeline.sources import open_source
     from atft_pipeline.trading_calendar import market_facts
 
     config = _configuration(options, sections=("dataset",))[0].dataset
-    require_replaceable(options.out, "ml_dataset")
     market_facts(config.market)  # an unknown market is refused before minutes of reading
     one_file = options.out.suffix == ".parquet"
+    if one_file:
+        require_replaceable(options.out, "ml_dataset", ["membership.parquet"])
+    else:
+        require_replaceable(options.out, "ml_dataset", ["membership", "statistics", "memory"])
+        require_replaceable(beside(options.out, "prices"), "prices", ["memory", "quarantine.parquet"])
     if one_file and options.update:
         raise InputError(f"{options.out}: --update needs a dataset in monthly parts; name a folder, without .parquet")
     try:

@@ -180,8 +180,13 @@ def _dates_in_order(name: str, frame: pl.DataFrame) -> str | None:
     )
 
 
+_LARGEST_INDEX = 1e12
+"""Above any index in any currency; its square is still a number."""
+
+
 def _index_positive(name: str, frame: pl.DataFrame) -> str | None:
-    wrong = frame.filter(pl.col("Close") <= 0) if name == "index" else frame.clear()
+    usable = pl.col("Close").is_between(0, _LARGEST_INDEX, closed="right")
+    wrong = frame.filter(~usable) if name == "index" else frame.clear()
     if wrong.is_empty():
         return None
     return (

@@ -90,13 +90,18 @@ def read_manifest(path: Path, kind: str | None = None) -> Manifest:
     return Manifest(manifest, file, path)
 
 
-def require_replaceable(path: Path, kind: str) -> None:
+def require_replaceable(path: Path, kind: str, sidecars: Sequence[str] = ()) -> None:
     """Refuses an output that would replace something else: a source table, another product, a folder of files.
 
-    Raises: InputError when something lies at `path` and has no manifest of `kind`.
+    sidecars: names of what is written beside it, as `PATH.<name>`.
+
+    Raises: InputError when something lies at `path` and has no manifest of `kind`, or beside it without a product.
     """
     data = resolved(path)
     if not data.exists():
+        taken = next((file for name in sidecars if (file := data.with_name(f"{data.name}.{name}")).exists()), None)
+        if taken is not None:
+            raise InputError(f"{taken}: exists and belongs to no {kind}; choose another name, or remove it first")
         return
     try:
         read_manifest(path, kind)

@@ -46,14 +46,13 @@ from atft_pipeline.features import expressions as ex
 from atft_pipeline.features.panel import OVERLAP_SESSIONS, FeatureMemory, build_features
 from atft_pipeline.features.registry import FEATURE_COUNT, FEATURE_NAMES
 from atft_pipeline.features.statistics import Statistics
+from atft_pipeline.files import load_arrays, save_arrays
 from atft_pipeline.month_parts import (
     Earlier,
     PartsWriter,
     beside,
-    load_arrays,
     month_digests,
     part,
-    save_arrays,
     sessions_by_month,
     spans,
     writing_parts,

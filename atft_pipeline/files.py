@@ -6,10 +6,16 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from atft_pipeline.errors import InputError
 
 
 @contextmanager
@@ -50,3 +56,17 @@ def relink(link: Path, target: Path) -> None:
     """Makes `link` a relative symbolic link to `target`, replacing an earlier link in one step."""
     with replacing(link) as temporary:
         temporary.symlink_to(os.path.relpath(target, link.parent))
+
+
+def save_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
+    """Arrays and texts by name as one file, written without pickling."""
+    named: dict[str, Any] = {name: np.asarray(value) for name, value in arrays.items()}
+    np.savez(path, **named)
+
+
+def load_arrays(path: Path) -> dict[str, NDArray[Any]]:
+    try:
+        with np.load(path, allow_pickle=False) as saved:
+            return {name: saved[name] for name in saved.files}
+    except (zipfile.BadZipFile, ValueError, EOFError) as error:
+        raise InputError(f"{path}: damaged ({error}); delete it, and what depends on it is computed again") from error

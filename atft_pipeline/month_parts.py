@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -23,7 +24,6 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from atft_pipeline.dataset import manifest_path, read_manifest, replacing_product, resolved
-from atft_pipeline.errors import InputError
 from atft_pipeline.files import link, replacing
 
 Days = NDArray[np.datetime64]
@@ -98,7 +98,10 @@ def month_digests(frame: pl.DataFrame, date: str) -> dict[str, int]:
     """By month of the column `date`: a digest of its rows, whatever their order. Digests of disjoint rows add up."""
     if frame.is_empty():
         return {}
-    rows = pl.DataFrame({"month": frame[date].dt.truncate("1mo"), "digest": frame.hash_rows(seed=0)})
+    names = sorted(frame.columns)
+    # A row's hash knows no names: the seed is theirs.
+    hashes = frame.select(names).hash_rows(seed=zlib.crc32("\n".join(names).encode()))
+    rows = pl.DataFrame({"month": frame[date].dt.truncate("1mo"), "digest": hashes})
     sums = rows.group_by("month").agg(pl.col("digest").sum()).sort("month")
     return {month.isoformat()[:7]: digest for month, digest in sums.iter_rows() if month is not None}
 
@@ -131,8 +134,12 @@ class Earlier:
             differing = [month for month in {*one, *two} if one.get(month) != two.get(month)]
             if differing:
                 first[name] = min(differing)
-        held = [{file.stem for file in beside(self.path, name).glob("*")} for name in folders]
-        damaged = [month for month in self.parts if not (all(month in name for name in held) and self._is_whole(month))]
+        files = {name: {file.stem: file for file in beside(self.path, name).glob("*")} for name in folders}
+        damaged = [
+            month
+            for month, record in self.parts.items()
+            if not all(month in files[name] and is_whole(files[name][month], record["rows"]) for name in folders)
+        ]
         if damaged:
             first["damaged parts"] = min(damaged)
         changed = min(first.values(), default=None)
@@ -141,13 +148,18 @@ class Earlier:
         newest = max((month for month in remembered if changed is None or month < changed), default="")
         return Changes(first, [month for month in sorted(self.parts) if month <= newest])
 
-    def _is_whole(self, month: str) -> bool:
-        """Whether the month's table can be opened and has as many rows as the manifest says."""
-        try:
-            rows: int = pq.read_metadata(part(self.path, month)).num_rows
-        except pa.ArrowInvalid:
-            return False
-        return rows == self.parts[month]["rows"]
+
+def is_whole(file: Path, rows: int | None = None) -> bool:
+    """Whether a product's file is there and can be opened; a table must have `rows` rows where they are given."""
+    if not file.is_file():
+        return False
+    if file.suffix != ".parquet":
+        return zipfile.is_zipfile(file)
+    try:
+        found: int = pq.read_metadata(file).num_rows
+    except pa.ArrowInvalid:
+        return False
+    return rows is None or found == rows
 
 
 @dataclass(frozen=True)
@@ -192,17 +204,3 @@ def move_product(path: Path, to: Path) -> None:
 def _files_of(data: Path) -> list[Path]:
     """The product's own folder or file and all that lies beside it, by exact name: `d2` is no part of `d`."""
     return [file for file in data.parent.glob("*") if file.name == data.name or file.name.startswith(f"{data.name}.")]
-
-
-def save_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
-    """Arrays and texts by name as one file, written without pickling."""
-    named: dict[str, Any] = {name: np.asarray(value) for name, value in arrays.items()}
-    np.savez(path, **named)
-
-
-def load_arrays(path: Path) -> dict[str, NDArray[Any]]:
-    try:
-        with np.load(path, allow_pickle=False) as saved:
-            return {name: saved[name] for name in saved.files}
-    except (zipfile.BadZipFile, ValueError, EOFError) as error:
-        raise InputError(f"{path}: damaged ({error}); delete it, and what depends on it is computed again") from error

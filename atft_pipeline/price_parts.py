@@ -30,15 +30,14 @@ from atft_pipeline.contracts import (
 )
 from atft_pipeline.dataset import sha256_of, write_manifest
 from atft_pipeline.errors import InputError
-from atft_pipeline.files import replacing
+from atft_pipeline.files import load_arrays, replacing, save_arrays
 from atft_pipeline.month_parts import (
     Earlier,
     PartsWriter,
     beside,
-    load_arrays,
+    is_whole,
     month_digests,
     part,
-    save_arrays,
     sessions_by_month,
     spans,
     writing_parts,
@@ -65,7 +64,8 @@ def update_price_parts(
 
     Raises: InputError when raw rows break their contract, or fewer than two common stocks trade.
     """
-    earlier = Earlier.of(previous, KIND, config=to_dict(config), code=code_fingerprint())
+    whole = previous is not None and is_whole(beside(previous, QUARANTINE))
+    earlier = Earlier.of(previous if whole else None, KIND, config=to_dict(config), code=code_fingerprint())
     listed = others.tables["listed"]
     raw = _RawFiles.of(source, earlier)
     until = _end_of(others.tables["index"])
@@ -217,6 +217,7 @@ class _RawFiles:
     def read(self, first: dt.date, last: dt.date) -> pl.DataFrame:
         """Rows of the days from first to last; the files that cannot have any are not opened."""
         named = [name for name, record in self.files.items() if record.first <= str(last) and record.last >= str(first)]
+        named = named or [min(self.files)]
         frames = [self._count(name, first, last, known=self.digested) for name in named]
         return pl.concat(in_time(frames, "Date"))
 
@@ -276,9 +277,12 @@ def _earliest_digest(listed: pl.DataFrame, codes: Any) -> int:
 
 
 def _late_codes(result: PricesResult) -> set[str]:
-    """Codes whose rows precede every snapshot of them, or that are in none: a later snapshot changes earlier rows."""
+    """Codes whose rows precede every snapshot of them, or that are in none: a later snapshot changes earlier rows.
+
+    Dropped codes are among them: one may be a fund by the earliest snapshot alone.
+    """
     backfilled = result.panel.is_listed_backfilled.any(axis=0)
-    absent = result.quarantine.filter(pl.col("rule") == "not_listed")["Code"]
+    absent = result.quarantine.filter(pl.col("rule").is_in(["not_listed", "not_common_stock"]))["Code"]
     return {*np.array(result.panel.codes)[backfilled].tolist(), *absent.to_list()}
 
 
@@ -289,13 +293,18 @@ def _passes(
     raw: _RawFiles, others: Mapping[str, pl.DataFrame], config: DatasetConfig, memory: UniverseMemory | None
 ) -> Iterator[PricesResult]:
     """The universe of a span of months after the other, after what `memory` remembers."""
-    days = raw.dates(after=None if memory is None else memory.sessions[-1])
+    after = None if memory is None else memory.sessions[-1]
+    # The index tells of sessions after the last quote.
+    known_to = np.datetime64(str(others["index"]["Date"].max()), "D")
+    days = raw.dates(after)
+    days = np.union1d(days, [known_to]) if after is None or known_to > after else days
     months = sessions_by_month(days)
     codes = len(raw.source.codes("prices") if memory is None else memory.codes)
     for span in spans(months, min(months, default=""), max(1, CELLS_AT_A_TIME // codes)):
         first, last = days[months[span[0]].start].item(), days[months[span[-1]].stop - 1].item()
         frame = raw.read(first, last)
-        check_table("prices", frame, where=str(raw.source.where("prices")), is_whole=False).require()
+        if frame.height or memory is None:
+            check_table("prices", frame, where=str(raw.source.where("prices")), is_whole=False).require()
         # The exchange's sessions count to the end of a month, and in the last one up to the last day of the data.
         is_last = months[span[-1]].stop == len(days)
         following = (np.datetime64(span[-1]) + 1).astype("datetime64[D]").item()
@@ -319,7 +328,8 @@ def _write(writer: PartsWriter, result: PricesResult) -> dict[str, dict[str, Any
                 f"{name}_rows": int(frame[f"is_{name}"].sum()) for name in ("investable", "liquid", "listed_backfilled")
             },
         }
-    save_arrays(part(writer.folders[MEMORY], max(parts), "npz"), _to_arrays(result.memory))
+    if parts:  # else there were rows of closed days alone
+        save_arrays(part(writer.folders[MEMORY], max(parts), "npz"), _to_arrays(result.memory))
     return parts
 
 

@@ -156,7 +156,7 @@ def build_prices(
     codes = sorted({*before.codes, *prices["Code"].unique().to_list()})
     memory = before.of_codes(codes)
     raw, present = _dense(prices, row_session, positions(prices["Code"], codes), (len(sessions), len(codes)))
-    stated = np.flatnonzero((~np.isnan(raw["AdjustmentFactor"])).any(axis=1))
+    stated = np.flatnonzero(np.isfinite(raw["AdjustmentFactor"]).any(axis=1))
     factors_from = 0 if memory.factors_stated else int(stated[0]) if len(stated) else len(sessions)
     listed = _Listed.of(tables["listed"], codes, sessions, config.market)
     passed = pass_through(

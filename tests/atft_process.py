@@ -43,7 +43,7 @@ def atft(*arguments: object, env: Mapping[str, str] | None = None) -> subprocess
         capture_output=True,
         text=True,
         env=environment(env),
-        timeout=180,
+        timeout=600,
         check=False,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -285,6 +286,26 @@ def test_a_reader_that_leaves_early_hears_no_complaint(tmp_path: Path) -> None:
         writer.stdout.close()
         assert writer.stderr.read() == b""
     assert writer.returncode == 0
+
+
+SMALLEST_MARKET = ("market", "m", "--stocks", "4", "--sessions", "2")
+
+
+@pytest.mark.parametrize(("arguments", "code"), [(SMALLEST_MARKET, 0), (("train", "no", "such", "run"), 2)])
+def test_a_closed_stderr_changes_no_exit_code(arguments: tuple[str, ...], code: int, tmp_path: Path) -> None:
+    line = shlex.join([str(ATFT), *arguments]) + " 2>&-"
+    done = subprocess.run(line, shell=True, capture_output=True, env=environment(), cwd=tmp_path, check=False)
+    assert done.returncode == code
+    assert (done.stdout != b"") == (code == 0)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_an_output_that_is_full_is_one_sentence(tmp_path: Path) -> None:
+    line = shlex.join([str(ATFT), *SMALLEST_MARKET]) + " >/dev/full"
+    done = subprocess.run(line, shell=True, capture_output=True, env=environment(), cwd=tmp_path, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith(b"atft market: its output cannot be written")
+    assert done.stderr.count(b"\n") == 1
 
 
 def test_interrupt_is_one_line(

@@ -49,6 +49,7 @@ BREAKS: list[tuple[str, Change, str]] = [
     ("prices", lambda t: t.filter(pl.col("Date") < dt.date(2022, 4, 8)), "4 sessions .* expected at least 20"),
     ("index", lambda t: t.with_columns(Close=pl.lit(None, pl.Float64)), "column Close holds no value"),
     ("index", lambda t: t.with_columns(Close=-pl.col("Close")), "column Close holds -.* such rows"),
+    ("index", lambda t: t.with_columns(Close=pl.lit(float("inf"))), "column Close holds inf .* such rows"),
     ("index", lambda t: t.head(3), "3 sessions .* expected at least 20"),
     ("listed", lambda t: pl.concat([t, t]).sort("Date"), "duplicate keys"),
     ("investor_flows", lambda t: t.reverse(), "dates out of order in column PublishedDate"),

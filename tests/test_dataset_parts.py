@@ -185,6 +185,70 @@ def test_a_revised_past_is_recomputed_from_there_on_and_says_what(
     assert max(changes["months_reused"]) < min(changes["first_changed_month"].values())
 
 
+def with_closed_day(tables: Tables, like: dt.date, day: dt.date) -> Tables:
+    """Rows of a day on which the exchange was closed, as some vendors have them."""
+    prices = tables["prices"]
+    rows = prices.filter(pl.col("Date") == like).with_columns(Date=pl.lit(day), Volume=pl.lit(0.0))
+    return {**tables, "prices": pl.concat([prices, rows]).sort("Date", "Code")}
+
+
+def holiday_opens_a_month(tables: Tables) -> tuple[Tables, Tables]:
+    now = until(tables, dt.date(2023, 9, 29))
+    return now, with_closed_day(now, dt.date(2023, 9, 29), dt.date(2023, 10, 1))
+
+
+def holiday_ends_a_month(tables: Tables) -> tuple[Tables, Tables]:
+    later = with_closed_day(tables, dt.date(2023, 9, 29), dt.date(2023, 9, 30))
+    return until(later, dt.date(2023, 10, 19)), until(later, dt.date(2023, 10, 20))
+
+
+def fund_that_was_a_stock(tables: Tables) -> tuple[Tables, Tables]:
+    code, listed = tables["prices"]["Code"][7], tables["listed"]
+    only = listed.filter((pl.col("Code") != code) | (pl.col("Date") >= dt.date(2023, 10, 1)))
+    wrong = only.with_columns(pl.when(pl.col("Code") == code).then(pl.lit("0109")).otherwise("MarketCode").alias(
+        "MarketCode"))  # fmt: skip
+    return {**tables, "listed": wrong}, {**tables, "listed": only}
+
+
+def flow_columns_mislabelled(tables: Tables) -> tuple[Tables, Tables]:
+    swap = {"TrustBanksBalance": "TrustBanksPurchases", "TrustBanksPurchases": "TrustBanksBalance"}
+    flows = tables["investor_flows"]
+    return tables, {**tables, "investor_flows": flows.rename(swap).select(flows.columns)}
+
+
+def newest_month_of_prices_lost(tables: Tables) -> tuple[Tables, Tables]:
+    return tables, {**tables, "prices": tables["prices"].filter(pl.col("Date") < dt.date(2023, 12, 1))}
+
+
+def index_goes_on_for_weeks(tables: Tables) -> tuple[Tables, Tables]:
+    shorter = {**tables, "prices": tables["prices"].filter(pl.col("Date") < dt.date(2023, 11, 1))}
+    return until(shorter, dt.date(2023, 10, 20)), shorter
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        holiday_opens_a_month,
+        holiday_ends_a_month,
+        fund_that_was_a_stock,
+        flow_columns_mislabelled,
+        newest_month_of_prices_lost,
+        index_goes_on_for_weeks,
+    ],
+)
+def test_an_odd_source_brought_up_to_date_is_the_source_built_anew_in_parts_and_in_one_file(
+    change: Callable[[Tables], tuple[Tables, Tables]], tmp_path: Path
+) -> None:
+    before, after = change(MARKETS["quiet"]())
+    made(written(before, tmp_path / "before"), tmp_path / "old")
+    source = written(after, tmp_path / "source")
+    made(source, tmp_path / "new", tmp_path / "old")
+    made(source, tmp_path / "full")
+    assert_same(tmp_path / "new", tmp_path / "full")
+    assert run_features(source, tmp_path / "one.parquet") == 0
+    assert read_table(tmp_path / "one.parquet").equals(read_table(tmp_path / "full"))
+
+
 def test_nothing_new_computes_nothing(tmp_path: Path) -> None:
     source = written(MARKETS["quiet"](), tmp_path / "source")
     first = made(source, tmp_path / "d")
@@ -353,3 +417,43 @@ def test_damaged_months_are_computed_again(damage: str, tmp_path: Path) -> None:
     made(source, tmp_path / "d", tmp_path / "d")
     assert_same(tmp_path / "d", tmp_path / "full")
     assert month not in reused(tmp_path / place.replace(".memory", "").replace(".statistics", ""))
+
+
+@pytest.mark.parametrize("name", ["prices", "membership", "statistics", "memory", "prices.memory"])
+def test_a_stranger_beside_a_new_product_is_refused_and_stays(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = written(MARKETS["quiet"](), tmp_path / "source")
+    stranger = tmp_path / f"d.{name}"
+    stranger.mkdir()
+    (stranger / "notes.txt").write_text("precious")
+    assert run_features(source, tmp_path / "d") == 2
+    assert str(stranger) in capsys.readouterr().err
+    assert (stranger / "notes.txt").read_text() == "precious"
+
+
+def test_a_source_named_like_the_prices_of_its_product_is_refused_and_stays(tmp_path: Path) -> None:
+    source = written(MARKETS["quiet"](), tmp_path / "d.prices")
+    assert run_features(source, tmp_path / "d") == 2
+    assert len(list(source.glob("*.parquet"))) == 5
+
+
+@pytest.mark.parametrize("damaged", ["d.membership/2022-09.parquet", "d.statistics/2022-09.npz"])
+def test_damage_of_any_table_of_a_month_is_mended(damaged: str, tmp_path: Path) -> None:
+    source = written(MARKETS["quiet"](), tmp_path / "source")
+    assert run_features(source, tmp_path / "d") == 0
+    assert run_features(source, tmp_path / "full") == 0
+    with (tmp_path / damaged).open("r+b") as file:
+        file.truncate(300)
+    assert run_features(source, tmp_path / "d", "--update") == 0
+    assert read_manifest(tmp_path / "d")["changes"]["first_changed_month"] == {"damaged parts": "2022-09"}
+    assert_same(tmp_path / "d", tmp_path / "full")
+
+
+def test_lost_quarantine_is_mended(tmp_path: Path) -> None:
+    source = written(MARKETS["quiet"](), tmp_path / "source")
+    assert run_features(source, tmp_path / "d") == 0
+    before = read_quarantine(tmp_path / "d.prices")
+    (tmp_path / "d.prices.quarantine.parquet").unlink()
+    assert run_features(source, tmp_path / "d", "--update") == 0
+    assert read_quarantine(tmp_path / "d.prices").equals(before)

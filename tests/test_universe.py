@@ -257,6 +257,17 @@ def test_figure_beyond_any_market_is_a_fault_too(rule: str, column: str, value: 
     assert check_prices(result.prices).passed
 
 
+@pytest.mark.parametrize("factor", [1e-4, 1e4])
+def test_a_cumulative_factor_on_every_row_is_never_followed(factor: float) -> None:
+    """It would be a consolidation a day: without a jump of the price it is ignored, and no product overflows."""
+    tables = quiet_market(sessions=len(DAYS))
+    expected = adjusted_close(build_prices(tables, CONFIG))
+    result = build_prices(edit(tables, 0, until=len(DAYS) - 1, AdjustmentFactor=pl.lit(factor)), CONFIG)
+    np.testing.assert_allclose(adjusted_close(result) / adjusted_close(result)[0], expected / expected[0], rtol=1e-9)
+    assert set(result.summary["quarantine"]) == {"factor_without_jump", "bad_factor"}
+    assert check_prices(result.prices).passed
+
+
 @pytest.mark.parametrize("rule", FAULTS)
 def test_fault_is_named_on_its_day(rule: str) -> None:
     result = build_prices(FAULTS[rule], CONFIG)

@@ -78,6 +78,8 @@ def elementwise(scalar: Callable[..., Any]) -> Callable[..., Any]:
         shape = np.broadcast_shapes(*map(np.shape, values))
         panels = (value if np.shape(value) == shape else np.full(shape, value, np.float64) for value in values)
         result = np.empty(shape) if out is None else out
+        if result.shape != shape or not result.flags.c_contiguous:
+            raise ValueError(f"{name}: expected out of shape {shape} in C order, found {result.shape}")
         each(*(np.ascontiguousarray(panel, np.float64).reshape(-1) for panel in panels), result.reshape(-1))
         return result
 

@@ -108,7 +108,7 @@ def build_market(
 
     Raises: InputError when there is no row, no index, or an index table with several codes and none of TOPIX's.
     """
-    if not prices.has_row.any():
+    if before is None and not prices.has_row.any():
         raise InputError("prices: no row is left after quarantine; check the source's prices and listed tables")
     sectors = sorted({*prices.sector.names, *(before.sectors if before else ())} - set(NO_SECTOR))
     sessions = prices.sessions if before is None else np.concatenate([before.sessions, prices.sessions])

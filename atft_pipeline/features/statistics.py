@@ -15,6 +15,8 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from atft_pipeline.files import load_arrays
+
 BINS = 1 << 16
 DRIFT_WARNING = 0.5
 """Shift of a feature's mean or of a tail, in its earlier standard deviations, or log ratio of the two standard
@@ -95,8 +97,8 @@ class Statistics:
 
     @staticmethod
     def load(path: Path) -> Statistics:
-        with np.load(path, allow_pickle=False) as saved:
-            return Statistics(int(saved["rows"]), saved["moments"], saved["bins"], saved["counts"])
+        saved = load_arrays(path)
+        return Statistics(int(saved["rows"]), saved["moments"], saved["bins"], saved["counts"])
 
     def describe(self, number: int) -> dict[str, float | None]:
         """live_share, null_share, mean, std (ddof 0), 1st and 99th percentile of one feature; null without a value."""
