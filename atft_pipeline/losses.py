@@ -161,10 +161,12 @@ class CompositeLoss:
         self._memory: dict[bool, Tensor] = {}
         self._memory_epoch = 0
 
-    def __call__(self, scores: Tensor, target: Tensor, member: Tensor, epoch: int) -> LossTerms:
+    def __call__(
+        self, scores: Tensor, target: Tensor, member: Tensor, epoch: int, *, with_idle: bool = True
+    ) -> LossTerms:
         """Loss of `scores: [N, S, H]` against raw `target: [N, S, H]` over `member: [N, S]` in `epoch`, from 1.
 
-        A term of weight 0 is still computed, without gradient, for the record.
+        A term of weight 0 is computed too, without gradient, for the record; not so where `with_idle` is False.
         """
         weights = self.config.weights_at(epoch)
         batch = standardise(scores, target, member)
@@ -172,6 +174,8 @@ class CompositeLoss:
         raw: dict[str, Tensor] = {}
         weighted: dict[str, Tensor] = {}
         for term in LOSS_TERMS:
+            if weights[term] == 0.0 and term in SESSION_TERMS and not with_idle:
+                continue
             with torch.set_grad_enabled(torch.is_grad_enabled() and weights[term] > 0.0):
                 value = self._sharpe(batch, epoch) if term == "sharpe" else self._averaged(term, batch)
             if weights[term] > 0.0:

@@ -73,13 +73,13 @@ def log_epoch(
     """The epoch's figures: losses are means over sessions, gradients means over steps."""
     sessions = np.array([s.sessions for s in steps], np.float64)
 
-    def mean_loss(values: Sequence[Tensor]) -> float:
-        return float(np.average(_numbers(values), weights=sessions))
-
     for metric, terms in (("loss_raw", [s.raw for s in steps]), ("loss_weighted", [s.weighted for s in steps])):
-        for term in terms[0]:
-            record.log(metric, mean_loss([t[term] for t in terms]), epoch=epoch, component="loss", term=term)
-    loss = mean_loss([s.loss for s in steps])
+        for term in terms[-1]:
+            # A term of weight 0 is measured in the last step alone.
+            having = [i for i, values in enumerate(terms) if term in values]
+            mean = np.average(_numbers([terms[i][term] for i in having]), weights=sessions[having])
+            record.log(metric, float(mean), epoch=epoch, component="loss", term=term)
+    loss = float(np.average(_numbers([s.loss for s in steps]), weights=sessions))
     record.log("loss_weighted", loss, epoch=epoch, component="loss", term="total")
     for term, weight in loss_weights.items():
         record.log("loss_weight", weight, epoch=epoch, component="loss", term=term)

@@ -244,7 +244,7 @@ class Trainer:
     def _step(self, block: Block, epoch: int, *, measure_update: bool) -> StepFigures:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16-mixed"):
             scores = self.model(block)  # [n, S, H]
-        terms = self.loss(scores, block.target, block.member, epoch)
+        terms = self.loss(scores, block.target, block.member, epoch, with_idle=measure_update)
         self._require_finite("loss", terms.total, epoch)
         self.optimizer.zero_grad(set_to_none=True)
         terms.total.backward()
