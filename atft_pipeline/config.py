@@ -124,9 +124,11 @@ class ModelConfig:
     """Sessions of history one score may see, W: the temporal encoder's bands sum to it."""
     encoder_layers: int = 1
     attention_heads: int = 4
-    normalisation: Literal["san", "none"] = "san"
+    normalisation: Literal["san", "fan", "revin", "none"] = "san"
     normalisation_window_sessions: int = 20
-    """Trailing sessions of `san`'s statistics; they lengthen the receptive field."""
+    """Trailing sessions of the normalisation's statistics (not of `none`); they lengthen the receptive field."""
+    fan_frequencies: int = 2
+    """Fourier components that `fan` removes of each feature, the largest ones: K in the paper."""
     skip: bool = True
     """MLP of the session's own features straight into the fusion, beside the temporal path."""
     graph: bool = True
@@ -153,10 +155,15 @@ class ModelConfig:
             "model.encoder_layers: expected at least 1 and fewer than window_sessions",
         )
         _require(
-            self.normalisation in ("san", "none"),
-            f"model.normalisation: expected 'san' or 'none', found {self.normalisation!r}",
+            self.normalisation in ("san", "fan", "revin", "none"),
+            f"model.normalisation: expected san, fan, revin or none, found {self.normalisation!r}",
         )
         _require(self.normalisation_window_sessions >= 2, "model.normalisation_window_sessions: expected at least 2")
+        _require(
+            self.normalisation != "fan" or 1 <= self.fan_frequencies <= self.normalisation_window_sessions // 2,
+            "model.fan_frequencies: expected 1 to half of normalisation_window_sessions"
+            f" ({self.normalisation_window_sessions}), found {self.fan_frequencies}",
+        )
         _require(0.0 <= self.dropout < 1.0, "model.dropout: expected 0 <= value < 1")
 
 

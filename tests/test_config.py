@@ -94,7 +94,14 @@ def test_unknown_preset_names_the_known_ones() -> None:
         ({"train.optimizer.lr": float("inf")}, r"train.optimizer.lr: expected a finite number"),
         ({"train.optimizer.lr": float("nan")}, r"train.optimizer.lr: expected a finite number"),
         ({"split.test_start": 2015}, r"split.test_start: expected str, found 2015"),
-        ({"model.normalisation": "layer"}, r"model.normalisation: expected one of \['san', 'none'\], found 'layer'"),
+        (
+            {"model.normalisation": "layer"},
+            r"model.normalisation: expected one of \['san', 'fan', 'revin', 'none'\], found 'layer'",
+        ),
+        (
+            {"model.normalisation": "fan", "model.fan_frequencies": 11},
+            r"model.fan_frequencies: expected 1 to half of normalisation_window_sessions \(20\), found 11",
+        ),
         ({"train.loss.phases": 5}, r"train.loss.phases: cannot use 5"),
         ({"train.loss.phases": [{"first_epoch": 1}]}, r"train.loss.phases: cannot use .*last_epoch"),
         ({"train.loss.horizon_weights": 1.0}, r"train.loss.horizon_weights: cannot use 1.0"),
@@ -187,6 +194,8 @@ REFUSALS: list[tuple[Callable[[], Any], str]] = [
     (lambda: ModelConfig(encoder_layers=20), "model.encoder_layers"),
     (lambda: ModelConfig(normalisation="layer"), "model.normalisation"),  # type: ignore[arg-type]
     (lambda: ModelConfig(normalisation_window_sessions=1), "model.normalisation_window_sessions"),
+    (lambda: ModelConfig(normalisation="fan", fan_frequencies=0), "model.fan_frequencies"),
+    (lambda: ModelConfig(normalisation="fan", normalisation_window_sessions=3), "model.fan_frequencies"),
     (lambda: ModelConfig(dropout=1.0), "model.dropout"),
     (lambda: OptimizerConfig(lr=-1.0), "train.optimizer.lr"),
     (lambda: OptimizerConfig(weight_decay=-1.0), "train.optimizer.weight_decay"),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import fields, replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,7 +14,14 @@ from atft_pipeline.config import HORIZONS, LossConfig, ModelConfig
 from atft_pipeline.errors import InputError
 from atft_pipeline.losses import CompositeLoss
 from atft_pipeline.model import ATFTGATFAN
-from atft_pipeline.model.adaptive_norm import VARIANCE_FLOOR, TrailingSliceNorm
+from atft_pipeline.model.adaptive_norm import (
+    NORMALISATIONS,
+    TIE_HANDICAP,
+    VARIANCE_FLOOR,
+    TrailingFrequencyNorm,
+    TrailingInstanceNorm,
+    TrailingSliceNorm,
+)
 from atft_pipeline.model.temporal_encoder import BandedAttention, bands
 
 N, F, SESSIONS = 6, 5, 60
@@ -28,11 +37,17 @@ SMALL = ModelConfig(
 CONFIGS = {
     "small": SMALL,
     "no graph": replace(SMALL, graph=False),
+    "frequency normalisation": replace(SMALL, normalisation="fan"),
+    "frequency normalisation, even window": replace(
+        SMALL, normalisation="fan", normalisation_window_sessions=6, fan_frequencies=3
+    ),
+    "instance normalisation": replace(SMALL, normalisation="revin"),
     "no normalisation": replace(SMALL, normalisation="none"),
     "no skip": replace(SMALL, skip=False),
     "one layer": replace(SMALL, encoder_layers=1, window_sessions=20),
     "three layers": replace(SMALL, encoder_layers=3, window_sessions=7),
 }
+NORMALISED = {name: replace(SMALL, normalisation=name) for name in NORMALISATIONS}
 NAMED_COMPONENTS = {
     "variable_selection",
     "adaptive_norm",
@@ -145,14 +160,15 @@ def test_receptive_field_is_exact(config: ModelConfig) -> None:
 
 def test_receptive_field_formula() -> None:
     for config in CONFIGS.values():
-        trailing = config.normalisation_window_sessions - 1 if config.normalisation == "san" else 0
+        trailing = config.normalisation_window_sessions - 1 if config.normalisation != "none" else 0
         layers = bands(config.window_sessions, config.encoder_layers)
         assert 1 + sum(band - 1 for band in layers) == config.window_sessions
         assert model(config).receptive_field == config.window_sessions + trailing
 
 
-def test_permuting_stocks_permutes_scores() -> None:
-    network, market = model(), Market()
+@pytest.mark.parametrize("config", NORMALISED.values(), ids=NORMALISED)
+def test_permuting_stocks_permutes_scores(config: ModelConfig) -> None:
+    network, market = model(config), Market()
     order = [3, 0, 5, 1, 4, 2]
     torch.testing.assert_close(
         scores(network, market, range(40, 50), order),
@@ -162,8 +178,9 @@ def test_permuting_stocks_permutes_scores() -> None:
     )
 
 
-def test_a_stock_changes_only_those_it_has_an_edge_to() -> None:
-    network, market = model(), Market()
+@pytest.mark.parametrize("config", NORMALISED.values(), ids=NORMALISED)
+def test_a_stock_changes_only_those_it_has_an_edge_to(config: ModelConfig) -> None:
+    network, market = model(config), Market()
     before = scores(network, market, range(40, 50))
     for stock, readers in [(3, {3, 1}), (5, {5}), (0, {0, 1})]:
         changed = Market()
@@ -173,14 +190,16 @@ def test_a_stock_changes_only_those_it_has_an_edge_to() -> None:
         assert set(moved.nonzero().flatten().tolist()) == readers
 
 
-def test_a_stock_without_edges_scores_as_if_it_were_alone() -> None:
-    network, market = model(), Market()
+@pytest.mark.parametrize("config", NORMALISED.values(), ids=NORMALISED)
+def test_a_stock_without_edges_scores_as_if_it_were_alone(config: ModelConfig) -> None:
+    network, market = model(config), Market()
     together = scores(network, market, range(40, 50))[4:]
     torch.testing.assert_close(scores(network, market, range(40, 50), [4, 5]), together, atol=TOLERANCE, rtol=0)
 
 
-def test_what_lies_under_a_missing_value_or_in_a_dead_feature_changes_nothing() -> None:
-    network, market = model(), Market()
+@pytest.mark.parametrize("config", NORMALISED.values(), ids=NORMALISED)
+def test_what_lies_under_a_missing_value_or_in_a_dead_feature_changes_nothing(config: ModelConfig) -> None:
+    network, market = model(config), Market()
     block = market.block(range(40, 50), network.receptive_field)
     garbage = torch.where(block.missing, torch.full_like(block.x, 9.0), block.x)
     alive = block.missing.clone()
@@ -194,8 +213,9 @@ def test_what_lies_under_a_missing_value_or_in_a_dead_feature_changes_nothing() 
     torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
 
 
-def test_a_missing_value_is_not_a_zero() -> None:
-    network, market = model(), Market()
+@pytest.mark.parametrize("config", NORMALISED.values(), ids=NORMALISED)
+def test_a_missing_value_is_not_a_zero(config: ModelConfig) -> None:
+    network, market = model(config), Market()
     market.x[0, 45, 0], market.missing[0, 45, 0] = 0.0, False
     before = scores(network, market, range(45, 46))
     market.missing[0, 45, 0] = True
@@ -222,6 +242,164 @@ def test_trailing_norm_matches_its_definition() -> None:
                 )
                 assert mean[i, t - 4, f].item() == pytest.approx(float(expected_mean), abs=1e-5)
                 assert std[i, t - 4, f].item() == pytest.approx(float(expected_std), abs=1e-5)
+
+
+def windows(market: Market, length: int) -> Iterator[tuple[int, int, int, np.ndarray]]:
+    """Stock, session, feature and its last `length` values in float64, NaN where missing; a loop, on purpose."""
+    values = market.x.double().masked_fill(market.missing, torch.nan).numpy()
+    for i in range(N):
+        for t in range(length - 1, SESSIONS):
+            for f in range(F):
+                yield i, t, f, values[i, t - length + 1 : t + 1, f]
+
+
+def observed(market: Market) -> tuple[torch.Tensor, torch.Tensor]:
+    return market.x.masked_fill(market.missing, 0.0), (~market.missing).float()
+
+
+@pytest.mark.parametrize(("length", "frequencies"), [(5, 1), (5, 2), (6, 1), (6, 3), (9, 2), (20, 4)])
+def test_frequency_norm_matches_the_fft_of_every_window(length: int, frequencies: int) -> None:
+    market = Market()
+    inputs, (component, ahead) = TrailingFrequencyNorm(F, 8, length, frequencies)(*observed(market))
+    for i, t, f, window in windows(market, length):
+        kept = ~np.isnan(window)
+        filled = np.where(kept, window, window[kept].mean() if kept.any() else 0.0)
+        spectrum = np.fft.rfft(filled)
+        rank = np.abs(spectrum) ** 2 * (1.0 - TIE_HANDICAP * np.arange(len(spectrum)))
+        spectrum[np.argsort(-rank)[frequencies:]] = 0.0
+        removed = np.fft.irfft(spectrum, n=length)
+        place = (i, t - length + 1)
+        assert component[*place, f].item() == pytest.approx(removed[-1], abs=TOLERANCE)
+        assert ahead[*place, f].item() == pytest.approx(removed[0], abs=TOLERANCE)  # it has period `length`
+        expected = [window[-1], window[-1] - removed[-1], 0.0] if kept[-1] else [0.0, 0.0, 1.0]
+        assert inputs[*place, :, f].tolist() == pytest.approx(expected, abs=TOLERANCE)
+
+
+def test_frequency_norm_takes_a_level_and_a_wave_away_and_continues_them() -> None:
+    t = torch.arange(SESSIONS + 1, dtype=torch.float64)
+    wave = (3.0 + 2.0 * torch.sin(2 * torch.pi * 3 * t / 20 + 0.7)).float().view(1, -1, 1)
+    x = wave[:, :-1]
+    inputs, (component, ahead) = TrailingFrequencyNorm(1, 8, 20, 2)(x, torch.ones_like(x))
+    assert inputs[:, :, 1].abs().max() < TOLERANCE
+    torch.testing.assert_close(component, wave[:, 19:-1], atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(ahead, wave[:, 20:], atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("length", [5, 8, 20])
+def test_equal_amplitudes_go_to_the_lower_frequency(length: int) -> None:
+    """One spike has the same amplitude at every frequency, wherever it stands: its mean is removed, not rounding."""
+    x = torch.zeros(1, 2 * length - 1, 1)
+    x[:, length - 1] = 1.7
+    _, (component, ahead) = TrailingFrequencyNorm(1, 8, length, 1)(x, torch.ones_like(x))
+    torch.testing.assert_close(component, torch.full_like(component, 1.7 / length))
+    torch.testing.assert_close(ahead, component)
+
+
+def random_instance_norm(hidden: int, length: int) -> TrailingInstanceNorm:
+    torch.manual_seed(3)
+    norm = TrailingInstanceNorm(F, hidden, length)
+    torch.nn.init.normal_(norm.log_gamma, std=0.5)
+    torch.nn.init.normal_(norm.beta)
+    return norm
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [5, 6, 20])
+def test_instance_norm_matches_its_definition(length: int) -> None:
+    market, norm = Market(), random_instance_norm(8, length)
+    inputs, (mean, std) = norm(*observed(market))
+    gamma, beta = norm.log_gamma.double().exp().numpy(), norm.beta.double().numpy()
+    for i, t, f, window in windows(market, length):
+        kept = window[~np.isnan(window)]
+        expected_mean, variance = (kept.mean(), kept.var()) if len(kept) else (0.0, 0.0)
+        expected_std = np.sqrt(variance + VARIANCE_FLOOR)
+        place = (i, t - length + 1)
+        assert mean[*place, f].item() == pytest.approx(expected_mean, abs=TOLERANCE)
+        assert std[*place, f].item() == pytest.approx(expected_std, abs=TOLERANCE)
+        normalised = gamma[f] * (window[-1] - expected_mean) / expected_std + beta[f]
+        expected = [0.0, 0.0, 1.0] if np.isnan(window[-1]) else [window[-1], normalised, 0.0]
+        assert inputs[*place, :, f].tolist() == pytest.approx(expected, abs=1e-4)  # the floor magnifies by 30
+
+
+def test_gamma_and_beta_learn_from_the_normalised_values() -> None:
+    """Not only from `restore`: beta moves every present value by one, gamma by the standardised value."""
+    norm = random_instance_norm(8, 5)
+    x, present = observed(Market())
+    normalised = norm(x, present).inputs[:, :, 1]
+    normalised.sum().backward()
+    present = present[:, 4:]
+    assert norm.beta.grad is not None
+    assert norm.log_gamma.grad is not None
+    torch.testing.assert_close(norm.beta.grad, present.sum(dim=(0, 1)))
+    scaled = (normalised.detach() - norm.beta.detach()) * present  # gamma times the standardised value
+    torch.testing.assert_close(norm.log_gamma.grad, scaled.sum(dim=(0, 1)), atol=1e-3, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_restore_gives_back_what_was_removed() -> None:
+    """With as many entries as features and maps that mix none, the state may be the normalised values themselves."""
+    market, identity = Market(), torch.eye(F)
+    x, present = observed(market)
+    instance, frequency = random_instance_norm(F, 5), TrailingFrequencyNorm(F, F, 5, 2)
+    for linear, bias in [(instance.factor, -1.0), (instance.level, 0.0)]:
+        linear.weight.copy_(identity)
+        linear.bias.fill_(bias)
+    frequency.components.weight.copy_(torch.cat((identity, torch.zeros(F, F)), dim=1))
+    frequency.components.bias.zero_()
+    for norm in (instance, frequency):
+        inputs, removed = norm(x, present)
+        restored = norm.restore(inputs[:, -7:, 1], removed) * present[:, -7:]
+        torch.testing.assert_close(restored, x[:, -7:], atol=TOLERANCE, rtol=0)
+
+
+@torch.no_grad()
+def test_restore_continues_the_removed_components() -> None:
+    frequency = TrailingFrequencyNorm(F, F, 5, 2)
+    frequency.components.weight.copy_(torch.cat((torch.zeros(F, F), torch.eye(F)), dim=1))
+    frequency.components.bias.zero_()
+    _, (component, ahead) = frequency(*observed(Market()))
+    torch.testing.assert_close(frequency.restore(torch.ones(N, 7, F), (component, ahead)), 1.0 + ahead[:, -7:])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", NORMALISATIONS)
+def test_normalised_inputs_are_the_same_in_every_block_bit_for_bit(name: str) -> None:
+    """Not only to 1e-5: a frequency chosen by rounding would be another one in another block."""
+    norm = NORMALISATIONS[name](NORMALISED[name], F)
+    x, present = observed(Market())
+    inputs, removed = norm(x, present)
+    skipped = norm.window_sessions - 1
+    for begin, stocks in [(7, [0, 1, 2, 3, 4, 5]), (30, [5, 2, 0]), (41, [4])]:
+        part, of_part = norm(x[stocks, begin:50], present[stocks, begin:50])
+        assert torch.equal(part, inputs[stocks, begin : 50 - skipped])
+        for one, other in zip(of_part, removed, strict=True):
+            assert torch.equal(one, other[stocks, begin : 50 - skipped])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", NORMALISATIONS)
+def test_normalisation_keeps_full_precision_under_autocast(name: str) -> None:
+    norm = NORMALISATIONS[name](NORMALISED[name], F)
+    full = norm(*observed(Market())).inputs
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(norm(*observed(Market())).inputs, full)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", NORMALISATIONS)
+@pytest.mark.parametrize("value", [0.0, 5.0, -1e4])
+def test_a_constant_feature_carries_no_signal(name: str, value: float) -> None:
+    """Nor does one that is missing throughout; what rounding leaves is far below the values."""
+    norm = NORMALISATIONS[name](NORMALISED[name], F)
+    x, present = torch.full((2, 30, F), value), torch.ones(2, 30, F)
+    x[1], present[1] = 0.0, 0.0
+    inputs, removed = norm(x, present)
+    assert torch.isfinite(inputs).all()
+    assert all(torch.isfinite(statistic).all() for statistic in removed)
+    assert (inputs[0, :, 0] == value).all()
+    assert (inputs[:, :, 1:-1].abs() <= 1e-6 * abs(value)).all()
+    assert inputs[1, :, -1].all()
+    assert not inputs[1, :, :-1].any()
 
 
 @pytest.mark.parametrize(("band", "length"), [(2, 3), (5, 40), (20, 35), (20, 100), (7, 7)])
@@ -267,6 +445,7 @@ def test_every_component_gets_a_gradient_and_moves(config: ModelConfig) -> None:
             assert not torch.equal(parameter, before[name]), name
 
 
+BASES = {"fan_frequencies": NORMALISED["fan"]}
 CHANGED = {
     "hidden_size": 16,
     "window_sessions": 9,
@@ -274,6 +453,7 @@ CHANGED = {
     "attention_heads": 4,
     "normalisation": "none",
     "normalisation_window_sessions": 6,
+    "fan_frequencies": 1,
     "skip": False,
     "graph": False,
     "gat_heads": 4,
@@ -283,8 +463,8 @@ CHANGED = {
 
 @pytest.mark.parametrize("field", [f.name for f in fields(ModelConfig)])
 def test_every_configuration_field_has_an_effect(field: str) -> None:
-    market, results = Market(), []
-    for config in (SMALL, replace(SMALL, **{field: CHANGED[field]})):
+    market, results, base = Market(), [], BASES.get(field, SMALL)
+    for config in (base, replace(base, **{field: CHANGED[field]})):
         torch.manual_seed(0)
         network = ATFTGATFAN(config, F, LIVE).train(field == "dropout")
         torch.manual_seed(0)
@@ -292,8 +472,9 @@ def test_every_configuration_field_has_an_effect(field: str) -> None:
     assert (results[0] - results[1]).abs().max() > 1e-6
 
 
-def test_scores_are_float32_under_autocast() -> None:
-    network, market = model(), Market()
+@pytest.mark.parametrize("config", NORMALISED.values(), ids=NORMALISED)
+def test_scores_are_float32_under_autocast(config: ModelConfig) -> None:
+    network, market = model(config), Market()
     full = scores(network, market, range(40, 50))
     with torch.autocast("cpu", torch.bfloat16):
         mixed = scores(network, market, range(40, 50))
@@ -301,9 +482,10 @@ def test_scores_are_float32_under_autocast() -> None:
     assert 0 < (mixed - full).abs().max() < 0.3  # bf16 keeps 8 bits
 
 
-def test_training_under_autocast_reaches_every_parameter() -> None:
+@pytest.mark.parametrize("config", NORMALISED.values(), ids=NORMALISED)
+def test_training_under_autocast_reaches_every_parameter(config: ModelConfig) -> None:
     torch.manual_seed(0)
-    network, market = ATFTGATFAN(SMALL, F, LIVE), Market()
+    network, market = ATFTGATFAN(config, F, LIVE), Market()
     with torch.autocast("cpu", torch.bfloat16):
         result = network(market.block(range(36, 52), network.receptive_field))
     result.square().mean().backward()

@@ -39,9 +39,7 @@ class ATFTGATFAN(nn.Module):
         if not live.any():
             raise InputError(f"ml_dataset: no live feature among {num_features}; give a longer price history")
         self.register_buffer("live", live, persistent=False)
-        self.adaptive_norm = NORMALISATIONS[config.normalisation](
-            num_features, width, config.normalisation_window_sessions
-        )
+        self.adaptive_norm = NORMALISATIONS[config.normalisation](config, num_features)
         channels = self.adaptive_norm.channels
         self.variable_selection = VariableSelection(channels, num_features, width, dropout, live)
         self.temporal_encoder = TemporalEncoder(
