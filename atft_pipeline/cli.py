@@ -227,6 +227,7 @@ def _evaluate(options: argparse.Namespace) -> Result:
         split=options.split,
         universe=options.slice,
         days_per_year=options.days_per_year,
+        trials=options.trials,
     )
     if not result["valid"]:
         _say(f"atft evaluate: {options.predictions}: {result['reason']}")
@@ -331,6 +332,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--cost-bps", type=float, default=10.0)
     evaluate.add_argument("--quantile", type=float, default=0.2)
     evaluate.add_argument("--days-per-year", type=int, default=245, help="245 for Tokyo, 252 for New York")
+    evaluate.add_argument("--trials", type=int, default=1, help="models tried, this one included: deflates the Sharpe")
 
     diagnose = command("diagnose", _diagnose, "Explain a run from its record and write its report.")
     diagnose.add_argument("run_dir", type=Path, metavar="RUN_DIR")
