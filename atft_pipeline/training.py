@@ -57,6 +57,9 @@ from atft_pipeline.step_figures import (
 from atft_pipeline.verdict import Battery, read_verdict, write_verdict
 from atft_pipeline.weight_average import WeightAverage
 
+SCORING_BATCH_RATIO = 4
+"""Samples per block when scoring, over those when training: no gradients to hold, and warm-up sessions weigh less."""
+
 T = TypeVar("T")
 B = TypeVar("B")
 
@@ -178,6 +181,8 @@ class Trainer:
         epoch_s = time.perf_counter() - started
 
         scores = self._score_splits(epoch)
+        scoring_s = time.perf_counter() - started - epoch_s
+        scored = sum(int(self.panel.member[s.sessions].sum()) for s in scores.values())
         validation = scores["validation"]
         headline = self._evaluate(epoch, scores)
         if epoch in (self.config.evaluation.criterion_epoch, self.config.train.epochs):
@@ -188,6 +193,7 @@ class Trainer:
 
         self.record.log("epoch_s", epoch_s, epoch=epoch)
         self.record.log("samples_per_s", trained.samples / epoch_s, epoch=epoch)
+        self.record.log("scored_per_s", scored / scoring_s, epoch=epoch)
         self.record.log("validation_s", time.perf_counter() - started - epoch_s, epoch=epoch, split="validation")
         log_machine(self.record, epoch, self.device)
         self.record.close_epoch(epoch)
@@ -291,7 +297,7 @@ class Trainer:
             model,
             self.data,
             sessions,
-            batch_size=batch_size or self.config.train.batch_size,
+            batch_size=batch_size or SCORING_BATCH_RATIO * self.config.train.batch_size,
             device=self.device,
             loss=self.config.train.loss,
             epoch=epoch,
@@ -341,7 +347,7 @@ class Trainer:
             epoch,
             trained=trained,
             # In other blocks: a score that depended on its batch would show here.
-            again=self._score(model, sessions, epoch, batch_size=4 * self.config.train.batch_size),
+            again=self._score(model, sessions, epoch, batch_size=self.config.train.batch_size),
             reinitialised=self._score(fresh, sessions, epoch),
             hashes=self._hashes(model, trained),
             previous_hashes=self._hashes_before(epoch),
