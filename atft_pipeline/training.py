@@ -101,6 +101,7 @@ def train(
     run_dir = claim_directory(run_dir, plan.key, force=force)
     with exclusive(run_dir):
         claim_directory(run_dir, plan.key, force=False)  # another process may have made it its own before the lock
+        _remove_remnants(run_dir)
         earlier = read_run(run_dir) if (run_dir / "run.json").exists() else {}
         if earlier.get("status") == "finished" and (run_dir / "verdict.json").exists():
             log(f"run {run_dir.name}: finished before with the same configuration, code and data; reused")
@@ -108,7 +109,6 @@ def train(
         progress = {name: earlier[name] for name in ("started", "epochs_done") if name in earlier}
         record = RunRecord(run_dir, earlier | run_header(plan, run_dir, chosen, overrides or {}) | progress)
         with early_end_recorded(record):
-            _remove_remnants(run_dir)
             record.update()
             try:
                 trainer = Trainer(plan, record, chosen, log)

@@ -20,7 +20,7 @@ from training_runs import Data, header, record
 from atft_pipeline.lineage import TABLES, read_table
 
 SEED = 20240105
-KILLS = 50
+KILLS, IN_EACH_PHASE = 50, 8
 EPOCHS = 4
 LONGEST_DELAY_S = {"starting": 0.3, "training": 0.02, "evaluating": 0.03, "writing": 0.001}
 """About how long one entry of each phase lasts: a delay up to it meets any moment of the phase."""
@@ -93,18 +93,19 @@ def remnants(run_dir: Path) -> list[Path]:
 def test_killed_at_any_moment_a_run_ends_as_if_it_never_was(
     killer: subprocess.Popen[str], tmp_path: Path, record_property: pytest.RecordProperty
 ) -> None:
-    """Runs one after the other, each killed until it ends, until there were enough kills; at least 5 in each phase."""
+    """Runs one after the other, each killed until it ends; until every phase was met, and a file half written."""
     undisturbed = tmp_path / "undisturbed"
     assert trained_until_killed(killer, undisturbed, "training", 60_000, 0.0) == "ended"
     expected, final = record(undisturbed), state(undisturbed)
     chance = random.Random(SEED)
     met: Counter[str] = Counter()
     runs = torn = 0
-    while met.total() < KILLS:
+    while met.total() < KILLS or min(met[phase] for phase in PHASES) < IN_EACH_PHASE or not torn:
         runs += 1
+        assert runs <= 30, f"{dict(met)}, {torn} half-written files: the kills do not spread"
         run_dir = tmp_path / f"run{runs}"
         for attempt in range(1, 60):
-            phase = PHASES[(met.total() + runs) % len(PHASES)]
+            phase = min(PHASES, key=lambda phase: met[phase])
             entry, delay_s = chance.randint(1, ENTRIES[phase]), chance.uniform(0, LONGEST_DELAY_S[phase])
             where = f"seed {SEED}, run {runs}, attempt {attempt}: {phase} entry {entry} + {delay_s:.4f} s"
             found = trained_until_killed(killer, run_dir, phase, entry, delay_s)
@@ -121,7 +122,5 @@ def test_killed_at_any_moment_a_run_ends_as_if_it_never_was(
         assert all(torch.equal(resumed[name], final[name]) for name in final), where
         assert not remnants(run_dir), "what a killed writer left is removed"
     record_property("kills", dict(met))
-    print(f"seed {SEED}: {met.total()} kills of {runs} runs, {torn} left half-written files: {dict(met)}")
     assert met.total() >= KILLS
-    assert min(met[phase] for phase in PHASES) >= 5, met
-    assert torn, "no kill met a writer with its file open"
+    print(f"seed {SEED}: {met.total()} kills of {runs} runs, {torn} left half-written files: {dict(met)}")
