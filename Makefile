@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help run test ui lint constraints
+.PHONY: help run test ui lint bench-quality constraints
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -26,6 +26,9 @@ lint: $(STAMP)  ## ruff and mypy
 
 ui: $(STAMP)  ## the Dagster UI on http://localhost:3000
 	DAGSTER_HOME=$(CURDIR) $(BIN)/dagster dev -w workspace.yaml
+
+bench-quality: $(STAMP)  ## what the network learns of a market whose answer is known: the table in README.md
+	$(BIN)/python bench/quality.py output/quality --readme README.md
 
 constraints: $(STAMP)  ## write what is installed back to constraints.txt
 	{ head -1 constraints.txt; $(BIN)/pip freeze --exclude-editable | sed 's/+cpu//'; } > .constraints.new

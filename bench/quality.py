@@ -1,0 +1,168 @@
+"""What the network learns of a market whose answer is known: `python bench/quality.py WORK_DIR [--readme README.md]`.
+
+The market: `atft market --hard`, 1,000 stocks x 1,250 sessions, every stock that is investable. The figure: correlation
+across stocks of the score with the true expected return of `target_1d`, mean over the test sessions. Every model has
+one configuration, the same for all its seeds, whose last epoch counts; nothing is chosen by the test sessions. LightGBM
+and ridge are the pipeline's own baselines; `with neighbours` adds to each feature its mean over the session's graph.
+
+Prints one JSON line per model, failures included, and with `--readme` puts the table between the markers
+`<!-- quality -->` of that file. Finished runs in WORK_DIR are read again, not trained again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from atft_pipeline.baselines import fit_baselines
+from atft_pipeline.blocks import Panel, load_panel
+from atft_pipeline.config import with_overrides
+from atft_pipeline.graph import StockGraph, load_graph
+from atft_pipeline.lineage import read_run
+from atft_pipeline.presets import preset
+from atft_pipeline.splits import make_split
+
+STOCKS, SESSIONS, MARKET_SEED = 1000, 1250, 0
+SEEDS = (1, 2, 3)
+COMMON: dict[str, object] = {
+    "split.scheme": "fraction",
+    "train.universe": "all",
+    "train.batch_size": 15_000,
+    "train.epochs": 8,
+    "train.loss.horizon_weights": [1.0, 0.001, 0.001, 0.001],
+}
+"""The generator's signals live for one session: longer horizons add noise alone."""
+MODELS: dict[str, dict[str, object]] = {
+    "network": {},
+    "network without graph": {"model.graph": False},
+}
+MARKER = "<!-- quality -->"
+
+
+def command(*arguments: object) -> None:
+    """One `atft` command; what it prints goes nowhere, a failure ends the bench with its sentence."""
+    line = [sys.executable, "-m", "atft_pipeline.cli", *map(str, arguments), "--json"]
+    done = subprocess.run(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
+    if done.returncode not in (0, 1):
+        sys.exit(done.stderr.strip().splitlines()[-1])
+
+
+def prepared(folder: Path) -> tuple[Path, Path, Path]:
+    """Source, dataset and graph of the hard market, made where they are missing."""
+    source, dataset, graph = folder / "hard", folder / "hard_dataset", folder / "hard_graph"
+    if not source.exists():
+        command("market", source, "--stocks", STOCKS, "--sessions", SESSIONS, "--seed", MARKET_SEED, "--hard")
+    command("features", source, dataset, "--update")
+    if not graph.exists():
+        command("graph", dataset, graph, "--set", "graph.universe=all")
+    return source, dataset, graph
+
+
+def truth(source: Path, panel: Panel) -> NDArray[np.float64]:
+    """[T, N] expected `target_1d`, NaN where the generator gives none."""
+    table = pl.read_parquet(source / "truth.parquet").filter(
+        pl.col("Code").is_in(panel.codes.tolist()),
+        pl.col("Date").is_in(panel.sessions.astype("datetime64[D]").tolist()),
+    )
+    expected = np.full(panel.member.shape, np.nan)
+    t = np.searchsorted(panel.sessions, table["Date"].to_numpy().astype("datetime64[D]"))
+    n = np.searchsorted(panel.codes, table["Code"].to_numpy().astype(str))
+    expected[t, n] = table["expected_target_1d"].to_numpy()
+    return expected
+
+
+def correlation(scores: NDArray[np.floating], expected: NDArray[np.float64], member: NDArray[np.bool_]) -> float:
+    """Pearson correlation across the members of each session, mean over sessions."""
+    found = []
+    for score, true, here in zip(scores, expected, member & np.isfinite(scores) & np.isfinite(expected), strict=True):
+        found.append(np.corrcoef(score[here], true[here])[0, 1])
+    return float(np.mean(found))
+
+
+def network(folder: Path, dataset: Path, graph: Path, name: str, seed: int, panel: Panel) -> NDArray[Any]:
+    """Scores [T, N] of the last epoch on the test sessions, NaN elsewhere."""
+    run = folder / f"{name.replace(' ', '_')}_{seed}"
+    settings = COMMON | MODELS[name] | {"train.seed": seed}
+    assignments = [part for field, value in settings.items() for part in ("--set", f"{field}={json.dumps(value)}")]
+    command("train", dataset, graph, run, "--preset", "cpu", *assignments)
+    epochs = read_run(run)["epochs_done"]
+    table = pl.read_parquet(run / "predictions" / f"epoch_{epochs:03d}.parquet").filter(pl.col("split") == "test")
+    scores = np.full(panel.member.shape, np.nan)
+    t = np.searchsorted(panel.sessions, table["Date"].to_numpy().astype("datetime64[D]"))
+    scores[t, np.searchsorted(panel.codes, table["Code"].to_numpy().astype(str))] = table["score_1d"].to_numpy()
+    return scores
+
+
+def with_neighbours(panel: Panel, graph: StockGraph) -> Panel:
+    """The panel with the mean of each feature over a stock's neighbours as further features."""
+    T, N, F = panel.features.shape
+    place = np.searchsorted(panel.codes, graph.codes)
+    own = np.nan_to_num(panel.features)
+    joined = np.zeros((T, N, 2 * F), np.float32)
+    joined[:, :, :F] = own
+    refresh = np.searchsorted(graph.refreshes, panel.sessions, side="right") - 1
+    for t in np.flatnonzero(refresh >= 0):
+        rows = slice(graph.offsets[refresh[t]], graph.offsets[refresh[t] + 1])
+        source, target = place[graph.source[rows]], place[graph.target[rows]]
+        members = panel.member[t, source] & panel.member[t, target]
+        source, target = source[members], target[members]
+        order = np.argsort(target, kind="stable")
+        targets, starts = np.unique(target[order], return_index=True)
+        sums = np.add.reduceat(own[t, source[order]], starts, axis=0)
+        counts = np.diff([*starts, len(order)])
+        joined[t, targets, F:] = sums / counts[:, None]
+    names = [*panel.manifest["features"]]
+    manifest = {**panel.manifest, "features": [*names, *(f"neighbours_{name}" for name in names)]}
+    return Panel(**{**vars(panel), "features": joined, "manifest": manifest})
+
+
+def table_of(lines: list[dict[str, Any]]) -> str:
+    rows = ["| model | correlation with the true expected return, test | seeds |", "| --- | --- | --- |"]
+    for line in lines:
+        each = ", ".join(f"{value:.3f}" for value in line["by_seed"])
+        rows.append(f"| {line['model']} | {line['mean']:.3f} | {each} |")
+    return "\n".join(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("work_dir", type=Path)
+    parser.add_argument("--readme", type=Path)
+    options = parser.parse_args()
+    folder = options.work_dir
+    source, dataset, graph = prepared(folder)
+    config = with_overrides(preset("cpu"), COMMON)
+    panel = load_panel(dataset, config.train.universe)
+    split, expected = make_split(panel.sessions, config.split), truth(source, panel)
+    lines: list[dict[str, Any]] = []
+
+    def report(model: str, scores: list[NDArray[Any]]) -> None:
+        test = split.test
+        by_seed = [correlation(values[test], expected[test], panel.member[test]) for values in scores]
+        lines.append({"model": model, "mean": float(np.mean(by_seed)), "by_seed": by_seed})
+        print(json.dumps(lines[-1]), flush=True)
+
+    for name in MODELS:
+        report(name, [network(folder, dataset, graph, name, seed, panel) for seed in SEEDS])
+    own = fit_baselines(panel, split, config.train.seed)
+    wide = fit_baselines(with_neighbours(panel, load_graph(graph)), split, config.train.seed)
+    report("LightGBM", [own["lightgbm"]])
+    report("LightGBM with neighbours", [wide["lightgbm"]])
+    report("ridge", [own["ridge"]])
+    report("ridge with neighbours", [wide["ridge"]])
+    if options.readme is not None:
+        text = options.readme.read_text(encoding="utf-8")
+        before, _, after = text.split(MARKER)
+        options.readme.write_text(f"{before}{MARKER}\n{table_of(lines)}\n{MARKER}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
