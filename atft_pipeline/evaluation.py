@@ -270,11 +270,10 @@ def _statistics(
         "sessions_without_portfolio": (float((member.any(axis=1) & ~held).sum()), math.nan),
         "dropped_targets": (float(dropped), math.nan),
     }
-    return {name: Statistic(_plain(v), STATISTICS[name], _plain(se)) for name, (v, se) in values.items()}
-
-
-def _plain(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
+    return {
+        name: Statistic(metrics.finite_or_none(v), STATISTICS[name], metrics.finite_or_none(se))
+        for name, (v, se) in values.items()
+    }
 
 
 def _no_sharpe(config: EvaluationConfig, portfolio: DailyPortfolio) -> str:

@@ -27,6 +27,11 @@ def _finite(values: Series) -> NDArray[np.float64]:
     return wide[np.isfinite(wide)]
 
 
+def finite_or_none(value: float) -> float | None:
+    """`value` as JSON can hold it."""
+    return float(value) if math.isfinite(value) else None
+
+
 def information_coefficient(scores: Series, targets: Series) -> NDArray[np.float64]:
     """Pearson correlation of score and target across stocks, per session: [T, N], [T, N] -> [T].
 
