@@ -34,7 +34,7 @@ LAYERS: tuple[str, ...] = (
     "losses", "schedule",
     "portfolio", "metrics", "evaluation", "validity", "criterion",
     "lineage", "scoring", "degeneracy", "weight_average", "step_figures", "run_plan", "verdict", "status", "training",
-    "baselines", "score_panels",
+    "baselines", "score_panels", "delivery",
     "diagnostics.record", "diagnostics.signals", "diagnostics.rules", "diagnostics.experiments", "diagnostics.plots",
     "diagnostics.report", "diagnostics",
     "synthetic",
