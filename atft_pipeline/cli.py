@@ -1,7 +1,7 @@
 """`atft`: the library calls that the assets make, for machines without Dagster and for scripts.
 
-Exit codes: 0 done, 1 the run or its criterion failed, 2 bad usage or input (one line on stderr says which). `--json`
-prints one JSON object on stdout; everything else a command says goes to stderr.
+Exit codes: 0 done, 1 the run or its criterion failed, 2 bad usage or input, 130 interrupted by Ctrl-C or SIGTERM (one
+line on stderr says which). `--json` prints one JSON object on stdout; everything else a command says goes to stderr.
 """
 
 from __future__ import annotations
@@ -10,8 +10,11 @@ import argparse
 import gc
 import json
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Imports leave some hundred thousand objects that stay: looking through them for garbage is a tenth of a start.
     gc.set_threshold(_OBJECTS_BEFORE_COLLECTION)
     try:
-        content, code = options.command(options)
+        with _terminated_as_interrupted():
+            content, code = options.command(options)
     except InputError as error:
         return _refuse(options.name, error, 2)
     except RunFailure as error:
@@ -42,8 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         # A training machine has only what training needs.
         return _refuse(options.name, f"needs the package {error.name}, which is not installed here; install it", 2)
-    except KeyboardInterrupt:
-        return _refuse(options.name, "interrupted", 130)
+    except MemoryError as error:
+        return _refuse(options.name, f"not enough memory on this machine ({error or 'no size given'})", 1)
+    except KeyboardInterrupt as error:
+        return _refuse(options.name, str(error) or "interrupted", 130)
     try:
         print(json.dumps(content, allow_nan=False) if options.json else _text(content), flush=True)
     except BrokenPipeError:
@@ -62,6 +68,19 @@ def script() -> None:
         if stream is not None:
             stream.flush()
     os._exit(code)
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM, by which schedulers and containers ask to end, as Ctrl-C: else it ends the process without a record."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _refuse(name: str, reason: object, code: int) -> int:
@@ -227,6 +246,7 @@ def _evaluate(options: argparse.Namespace) -> Result:
         split=options.split,
         universe=options.slice,
         days_per_year=options.days_per_year,
+        trials=options.trials,
     )
     if not result["valid"]:
         _say(f"atft evaluate: {options.predictions}: {result['reason']}")
@@ -352,6 +372,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--cost-bps", type=float, default=10.0)
     evaluate.add_argument("--quantile", type=float, default=0.2)
     evaluate.add_argument("--days-per-year", type=int, default=245, help="245 for Tokyo, 252 for New York")
+    evaluate.add_argument("--trials", type=int, default=1, help="models tried, this one included: deflates the Sharpe")
 
     deliver = command("deliver", _deliver, "Score of finished runs: seeds averaged, blended, smoothed, all evaluated.")
     deliver.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN_DIR", help="runs that differ in seed alone")

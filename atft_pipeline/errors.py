@@ -1,4 +1,4 @@
-"""The two ways a command may end badly, kept apart because their exit codes differ."""
+"""The ways a command may end badly, kept apart because their exit codes differ."""
 
 
 class InputError(ValueError):
@@ -7,3 +7,7 @@ class InputError(ValueError):
 
 class RunFailure(RuntimeError):
     """A run that started and could not finish with a result, e.g. a loss that is not finite. `atft` exits 1."""
+
+
+class RunInterrupted(KeyboardInterrupt):
+    """A run stopped by whoever runs it: one sentence saying what is kept. `atft` exits 130."""

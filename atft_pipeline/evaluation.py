@@ -117,10 +117,13 @@ def evaluate(
     `trials` is the number of models tried, for the deflated Sharpe.
 
     Raises InputError: shapes that differ, codes out of order, infinite targets, no target at all, fewer than two
-    sessions in which at least two stocks have a target, a horizon above 1 without `returns_1d`, a year without days.
+    sessions in which at least two stocks have a target, a horizon above 1 without `returns_1d`, a year without days,
+    no trial.
     """
     if days_per_year < 1:
         raise InputError(f"evaluation: days_per_year must be at least 1, found {days_per_year}; Tokyo has 245")
+    if trials < 1:
+        raise InputError(f"evaluation: trials must be at least 1, found {trials}; the model evaluated is one of them")
     score: NDArray[np.float64] = np.asarray(scores, np.float64)
     target: NDArray[np.float64] = np.asarray(targets, np.float64)
     sessions, codes = np.asarray(sessions, "datetime64[D]"), np.asarray(codes)

@@ -38,6 +38,16 @@ def replacing(path: Path) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+def remove_remnants(folder: Path, names: str = "*") -> None:
+    """Removes what killed writers of files in `folder` whose names match `names` left under their temporary names.
+
+    Only for who knows that nobody writes there now.
+    """
+    for scratch in folder.glob(f".{names}.*"):
+        if scratch.is_dir():
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
 def link(file: Path, to: Path) -> None:
     """Gives `file` a second name, without a copy where the file system can."""
     try:

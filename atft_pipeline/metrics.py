@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 _NORMAL = NormalDist()
-_EULER_MASCHERONI = 0.5772156649015329
 _NO_DISPERSION = 1e-12  # relative to the largest value: a constant series has a rounding std, not 0
 _MIN_BOOTSTRAP_SESSIONS = 20
 
@@ -153,40 +152,33 @@ def lo_annualised_sharpe(returns: Series, days_per_year: int, lags: int | None =
     return ratio * days_per_year / math.sqrt(variance) if variance > 0.0 else math.nan
 
 
-def probabilistic_sharpe(returns: Series, benchmark: float = 0.0) -> float:
-    """Probability that the true per-session Sharpe exceeds `benchmark`, PSR.
+def probabilistic_sharpe(returns: Series) -> float:
+    """Probability that the true per-session Sharpe is above 0, PSR(0): the normal law at `sharpe` / its error.
 
+    skfolio has it too, to the last digits; it is taken from the error here because every epoch of a run records both
+    and a GPU machine has no skfolio.
     Source: Bailey and Lopez de Prado (2012), eq. 8.
     """
     error = sharpe_standard_error(returns)
-    if not error > 0.0:
-        return math.nan
-    return _NORMAL.cdf((sharpe(returns) - benchmark) / error)
-
-
-def expected_maximum_sharpe(trials: int, sharpe_std: float) -> float:
-    """Expected largest Sharpe among independent `trials` of no skill whose Sharpes have std `sharpe_std`; 0 for one.
-
-    Source: Bailey and Lopez de Prado (2014), eq. 5 (False Strategy theorem).
-    """
-    if trials <= 1:
-        return 0.0
-    first = _NORMAL.inv_cdf(1.0 - 1.0 / trials)
-    second = _NORMAL.inv_cdf(1.0 - 1.0 / (trials * math.e))
-    return sharpe_std * ((1.0 - _EULER_MASCHERONI) * first + _EULER_MASCHERONI * second)
+    return _NORMAL.cdf(sharpe(returns) / error) if error > 0.0 else math.nan
 
 
 def deflated_sharpe(returns: Series, trials: int, sharpe_std: float | None = None) -> float:
     """PSR against the Sharpe that the best of `trials` worthless attempts would show; PSR(0) for one trial.
 
-    `sharpe_std` is the std of the Sharpes of the trials, by default what chance alone gives, 1 / sqrt(n - 1).
-    Source: Bailey and Lopez de Prado (2014).
+    `sharpe_std` is the std of the Sharpes of the trials, by default what chance alone gives, 1 / sqrt(n - 1). NaN below
+    3 sessions. Imports skfolio only for more than one trial: the training path, which counts one, lives without it.
+    Source: Bailey and Lopez de Prado (2014), eq. 5 for the benchmark.
     """
-    count = len(_finite(returns))
-    if count < 2:
+    if trials == 1:
+        return probabilistic_sharpe(returns)
+    returns = _finite(returns)
+    if not math.isfinite(sharpe(returns)):
         return math.nan
-    spread = 1.0 / math.sqrt(count - 1) if sharpe_std is None else sharpe_std
-    return probabilistic_sharpe(returns, expected_maximum_sharpe(trials, spread))
+    from skfolio.measures import expected_max_sharpe_ratio, probabilistic_sharpe_ratio
+
+    spread = 1.0 / math.sqrt(len(returns) - 1) if sharpe_std is None else sharpe_std
+    return float(probabilistic_sharpe_ratio(returns, expected_max_sharpe_ratio(trials, spread)))
 
 
 def minimum_track_record(returns: Series, benchmark: float = 0.0, confidence: float = 0.95) -> float:
@@ -219,8 +211,8 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """Percentile interval of `statistic` under the stationary bootstrap with the data-driven mean block length.
 
-    NaN below 20 sessions and for a constant series. Imports `arch` only when called: the training path lives without
-    it.
+    NaN below 20 sessions, for a constant series and where a resample has no value. Imports `arch` only when called:
+    the training path lives without it.
     Source: Politis and Romano (1994); block length: Politis and White (2004), Patton et al. (2009).
     """
     returns = _finite(returns)
@@ -231,7 +223,7 @@ def bootstrap_interval(
     block = float(optimal_block_length(returns)["stationary"].iloc[0])
     sessions = max(round(block), 1) if math.isfinite(block) else 1
     bootstrap = StationaryBootstrap(sessions, returns, seed=seed)
-    draws = _finite(bootstrap.apply(statistic, samples)[:, 0])
-    tail = (1.0 - confidence) / 2.0
-    low, high = np.quantile(draws, [tail, 1.0 - tail])
+    low, high = bootstrap.conf_int(
+        lambda draw: np.array([statistic(draw)]), samples, method="percentile", size=confidence
+    )[:, 0]
     return float(low), float(high)

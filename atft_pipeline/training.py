@@ -22,14 +22,22 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from atft_pipeline.blocks import Block, BlockDataset, Panel, load_panel
+from atft_pipeline.checkpoints import read_checkpoint, write_checkpoint
 from atft_pipeline.config import PipelineConfig
 from atft_pipeline.degeneracy import DegeneracyGuard, dispersions
 from atft_pipeline.errors import InputError, RunFailure
 from atft_pipeline.evaluation import Evaluation
-from atft_pipeline.files import replacing
+from atft_pipeline.failures import (
+    Culprit,
+    early_end_recorded,
+    non_finite_gradient,
+    non_finite_loss,
+    shortage_of_memory_explained,
+)
+from atft_pipeline.files import remove_remnants
 from atft_pipeline.graph import load_graph
-from atft_pipeline.lineage import RunRecord, exclusive, now, read_run, read_table
-from atft_pipeline.losses import CompositeLoss
+from atft_pipeline.lineage import TABLES, RunRecord, exclusive, now, read_run, read_table
+from atft_pipeline.losses import CompositeLoss, LossTerms
 from atft_pipeline.model.atft_gat_fan import ATFTGATFAN
 from atft_pipeline.run_plan import Plan, claim_directory, plan_run, resolve_device, run_header
 from atft_pipeline.schedule import LearningRateSchedule
@@ -56,6 +64,9 @@ from atft_pipeline.step_figures import (
 )
 from atft_pipeline.verdict import Battery, read_verdict, write_verdict
 from atft_pipeline.weight_average import WeightAverage
+
+SCORING_BATCH_RATIO = 4
+"""Samples per block when scoring, over those when training: no gradients to hold, and warm-up sessions weigh less."""
 
 T = TypeVar("T")
 B = TypeVar("B")
@@ -87,37 +98,44 @@ def train(
     on after its last complete epoch. `overrides` are recorded as given, for the reader.
 
     Raises: InputError when inputs or `run_dir` cannot be used; RunFailure when loss or gradient stop being finite (the
-    record says so, and no update is made with them).
+    record says so, and no update is made with them) and when memory or disk do not suffice; RunInterrupted for Ctrl-C.
     """
     plan, chosen = plan_run(config, dataset, graph), resolve_device(device)
     run_dir = claim_directory(run_dir, plan.key, force=force)
     with exclusive(run_dir):
+        claim_directory(run_dir, plan.key, force=False)  # another process may have made it its own before the lock
+        _remove_remnants(run_dir)
         earlier = read_run(run_dir) if (run_dir / "run.json").exists() else {}
         if earlier.get("status") == "finished" and (run_dir / "verdict.json").exists():
             log(f"run {run_dir.name}: finished before with the same configuration, code and data; reused")
             return Outcome(run_dir, read_verdict(run_dir), reused=True)
         progress = {name: earlier[name] for name in ("started", "epochs_done") if name in earlier}
         record = RunRecord(run_dir, earlier | run_header(plan, run_dir, chosen, overrides or {}) | progress)
-        record.update()
-        try:
-            trainer = Trainer(plan, record, chosen, log)
-        except InputError:
-            if not earlier:  # nothing was trained, so the directory stays free for corrected settings
-                (run_dir / "run.json").unlink()
-            raise
-        try:
-            trainer.run()
+        with early_end_recorded(record):
+            record.update()
+            try:
+                trainer = Trainer(plan, record, chosen, log)
+            except InputError:
+                if not earlier:  # nothing was trained, so the directory stays free for corrected settings
+                    (run_dir / "run.json").unlink()
+                raise
+            memory_explained = shortage_of_memory_explained(
+                trainer.data, trainer.split.train, plan.config.train.batch_size, trainer.try_block
+            )
+            with memory_explained:
+                trainer.run()
             verdict = write_verdict(run_dir)
-        except BaseException as error:
-            record.update(status="failed", reason=_reason(error), ended=now())
-            raise
-        record.update(status="finished", ended=now())
+            record.update(status="finished", ended=now())
         log(f"run {run_dir.name}: {verdict['summary']}")
         return Outcome(run_dir, verdict, reused=False)
 
 
-def _reason(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+def _remove_remnants(run_dir: Path) -> None:
+    """Half-written files of an attempt that was killed; the lock says that it writes no more."""
+    for name in (*TABLES, "predictions", "checkpoints", "validity"):
+        remove_remnants(run_dir / name)
+    for name in ("run.json", "verdict.json"):
+        remove_remnants(run_dir, name)
 
 
 class Trainer:
@@ -178,6 +196,8 @@ class Trainer:
         epoch_s = time.perf_counter() - started
 
         scores = self._score_splits(epoch)
+        scoring_s = time.perf_counter() - started - epoch_s
+        scored = sum(int(self.panel.member[s.sessions].sum()) for s in scores.values())
         validation = scores["validation"]
         headline = self._evaluate(epoch, scores)
         if epoch in (self.config.evaluation.criterion_epoch, self.config.train.epochs):
@@ -188,6 +208,7 @@ class Trainer:
 
         self.record.log("epoch_s", epoch_s, epoch=epoch)
         self.record.log("samples_per_s", trained.samples / epoch_s, epoch=epoch)
+        self.record.log("scored_per_s", scored / scoring_s, epoch=epoch)
         self.record.log("validation_s", time.perf_counter() - started - epoch_s, epoch=epoch, split="validation")
         log_machine(self.record, epoch, self.device)
         self.record.close_epoch(epoch)
@@ -242,17 +263,19 @@ class Trainer:
         return [blocks[i] for i in rng.permutation(len(blocks))]
 
     def _step(self, block: Block, epoch: int, *, measure_update: bool) -> StepFigures:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16-mixed"):
+        with self._autocast():
             scores = self.model(block)  # [n, S, H]
         terms = self.loss(scores, block.target, block.member, epoch, with_idle=measure_update)
-        self._require_finite("loss", terms.total, epoch)
+        self._require_finite("loss", terms.total, epoch, lambda: self._why_loss(terms, block, epoch))
         self.optimizer.zero_grad(set_to_none=True)
         terms.total.backward()
         component_l2 = torch.stack(
             [l2_norm([p.grad for p in ps if p.grad is not None]) for ps in self.components.values()]
         )
-        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.train.optimizer.clip_norm)
-        self._require_finite("gradient", grad_norm, epoch)
+        # Clipping by a norm that is NaN would make every gradient NaN, and hide where it began.
+        grad_norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        self._require_finite("gradient", grad_norm, epoch, lambda: non_finite_gradient(self.model))
+        nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.train.optimizer.clip_norm, grad_norm)
         before = {name: [p.detach().clone() for p in ps] for name, ps in self.components.items() if measure_update}
         lr = self.schedule.lr
         self.optimizer.step()
@@ -272,15 +295,35 @@ class Trainer:
             len(block.session_index),
         )
 
-    def _require_finite(self, what: str, value: Tensor, epoch: int) -> None:
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16-mixed")
+
+    def _require_finite(self, what: str, value: Tensor, epoch: int, explain: Callable[[], Culprit]) -> None:
         if bool(torch.isfinite(value)):
             return
-        found = float(value.detach())
-        self.record.log("non_finite", found, epoch=epoch, step=self.step, component=what)
+        found, culprit = float(value.detach()), explain()
+        self.record.log("non_finite", found, epoch=epoch, step=self.step, component=what, term=culprit.tensor)
         raise RunFailure(
-            f"epoch {epoch}, step {self.step}: the {what} is {found}; stopped before the update. Look at"
-            f" `atft diagnose {self.record.run_dir}`; a lower train.optimizer.lr is the usual remedy"
+            f"epoch {epoch}, step {self.step}: the {what} is {found}; stopped before the update: {culprit.sentence}."
+            f" Look at `atft diagnose {self.record.run_dir}`; a lower train.optimizer.lr is the usual remedy"
         )
+
+    def _why_loss(self, terms: LossTerms, block: Block, epoch: int) -> Culprit:
+        used = [name for name, weight in self.config.train.loss.weights_at(epoch).items() if weight > 0]
+        with self._autocast():
+            return non_finite_loss({name: terms.raw[name] for name in used}, self.model, block)
+
+    def try_block(self, sessions: NDArray[np.int64]) -> None:
+        """Forward and backward over a block: whether the memory suffices. No weight changes, no gradient is kept."""
+        self.optimizer.zero_grad(set_to_none=True)
+        block = to_device(self.data.block(sessions), self.device)
+        self.model.train()
+        try:
+            with self._autocast():
+                scores = self.model(block)
+            CompositeLoss(self.config.train.loss)(scores, block.target, block.member, 1).total.backward()
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)
 
     # Validation ------------------------------------------------------------------------------------------------
 
@@ -291,7 +334,7 @@ class Trainer:
             model,
             self.data,
             sessions,
-            batch_size=batch_size or self.config.train.batch_size,
+            batch_size=batch_size or SCORING_BATCH_RATIO * self.config.train.batch_size,
             device=self.device,
             loss=self.config.train.loss,
             epoch=epoch,
@@ -341,7 +384,7 @@ class Trainer:
             epoch,
             trained=trained,
             # In other blocks: a score that depended on its batch would show here.
-            again=self._score(model, sessions, epoch, batch_size=4 * self.config.train.batch_size),
+            again=self._score(model, sessions, epoch, batch_size=self.config.train.batch_size),
             reinitialised=self._score(fresh, sessions, epoch),
             hashes=self._hashes(model, trained),
             previous_hashes=self._hashes_before(epoch),
@@ -396,8 +439,8 @@ class Trainer:
 
     def _save_evaluated(self, epoch: int) -> None:
         """The weights that the epoch's evaluation is of: taken before the guard may re-draw their head."""
-        content = self._identity(epoch) | {"weights": self.average.model.state_dict()}
-        self._write_checkpoint(f"epoch_{epoch:03d}.pt", content)
+        content = self._identity() | {"epoch": epoch, "weights": self.average.model.state_dict()}
+        write_checkpoint(self._checkpoint(f"epoch_{epoch:03d}.pt"), content)
 
     def _save(self, epoch: int) -> None:
         """What the next epoch starts from. Written last: a kill before repeats the epoch, over its own parts."""
@@ -409,31 +452,25 @@ class Trainer:
             "schedule": self.schedule.state_dict(),
             "guard_low_checks": self.guard.low_checks,
         }
-        self._write_checkpoint("resume.pt", self._identity(epoch) | state)
+        write_checkpoint(self._checkpoint("resume.pt"), self._identity() | {"epoch": epoch} | state)
 
-    def _identity(self, epoch: int) -> dict[str, Any]:
+    def _identity(self) -> dict[str, Any]:
         return {
-            "epoch": epoch,
-            "run_key": self.plan.key,
-            "features": self.panel.manifest["features"],
             "registry_fingerprint": self.panel.manifest["registry_fingerprint"],
+            "features": self.panel.manifest["features"],
             "model_config": asdict(self.config.model),
+            "run_key": self.plan.key,
         }
 
-    def _write_checkpoint(self, name: str, content: dict[str, Any]) -> None:
-        with replacing(self.record.run_dir / "checkpoints" / name) as temporary:
-            torch.save(content, temporary)
+    def _checkpoint(self, name: str) -> Path:
+        return self.record.run_dir / "checkpoints" / name
 
     def _resume(self) -> int:
         """Loads the last complete epoch, if any; returns its number, 0 for a fresh start."""
-        path = self.record.run_dir / "checkpoints" / "resume.pt"
+        path = self._checkpoint("resume.pt")
         if not path.exists():
             return 0
-        state = torch.load(path, map_location=self.device, weights_only=True)
-        if state["run_key"] != self.plan.key:
-            raise InputError(
-                f"{path}: checkpoint of run {state['run_key']}, expected {self.plan.key}; remove the directory"
-            )
+        state = read_checkpoint(path, self._identity(), self.device)
         self.model.load_state_dict(state["model"])
         self.average.model.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])

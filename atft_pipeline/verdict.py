@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from atft_pipeline.blocks import Panel
+from atft_pipeline.checkpoints import read_checkpoint
 from atft_pipeline.config import PipelineConfig, from_dict
 from atft_pipeline.criterion import (
     CriterionEvidence,
@@ -265,9 +265,8 @@ def _movement(run_dir: Path, components: list[str]) -> dict[str, float]:
     checkpoints = sorted((run_dir / "checkpoints").glob("epoch_*.pt"))
     if len(checkpoints) < 2:
         return {}
-    first, last = (
-        torch.load(path, map_location="cpu", weights_only=True)["weights"] for path in (checkpoints[0], checkpoints[-1])
-    )
+    this_run = {"run_key": read_run(run_dir)["key"]}
+    first, last = (read_checkpoint(path, this_run)["weights"] for path in (checkpoints[0], checkpoints[-1]))
     return {
         name: float(sum(((last[k] - first[k]).double() ** 2).sum() for k in first if k.startswith(f"{name}."))) ** 0.5
         for name in components

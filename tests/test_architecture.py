@@ -33,7 +33,8 @@ LAYERS: tuple[str, ...] = (
     "model.fusion", "model.prediction_head", "model.gat", "model.atft_gat_fan", "model",
     "losses", "schedule",
     "portfolio", "metrics", "evaluation", "validity", "criterion",
-    "lineage", "scoring", "degeneracy", "weight_average", "step_figures", "run_plan", "verdict", "status", "training",
+    "lineage", "checkpoints", "scoring", "degeneracy", "weight_average", "step_figures", "run_plan", "verdict",
+    "status", "failures", "training",
     "baselines", "score_panels", "delivery",
     "diagnostics.record", "diagnostics.signals", "diagnostics.rules", "diagnostics.experiments", "diagnostics.plots",
     "diagnostics.report", "diagnostics",
@@ -50,7 +51,7 @@ THIRD_PARTY_OF_TRAINING = {"numpy", "pyarrow", "torch", "torch_geometric", "tqdm
 
 BLOCKED = (
     "polars", "duckdb", "pandera", "dagster", "sklearn", "lightgbm", "arch", "matplotlib", "exchange_calendars",
-    "threadpoolctl",
+    "skfolio", "threadpoolctl",
 )  # fmt: skip
 
 
@@ -143,8 +144,9 @@ def test_the_training_path_imports_only_what_a_gpu_machine_has() -> None:
         found |= {name.split(".")[0] for name in imported(tree)}
         path += [name for name in own(imported(tree)) if name]
     third_party = found - set(sys.stdlib_module_names) - {"atft_pipeline", "__future__"}
-    # Bootstrap intervals, sorted folds, building a graph: training does without each where it is absent.
-    lazily_used = {"arch", "numba", "threadpoolctl"}
+    # Bootstrap intervals, the deflated Sharpe of several trials, sorted folds, building a graph: training does without
+    # each where it is absent.
+    lazily_used = {"arch", "numba", "skfolio", "threadpoolctl"}
     assert third_party - lazily_used <= THIRD_PARTY_OF_TRAINING
 
 

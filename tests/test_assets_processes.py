@@ -11,6 +11,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -98,22 +99,59 @@ def test_dg_launch_works_on_the_same_history_and_a_later_call_explains_that_very
     assert newest(folder, "diagnostics_20ep")["run_dir"] == run_dir
 
 
+@contextmanager
+def training_started(folder: Path, ops: dict[str, Any], log: str) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
+    """A model_50ep that has finished three epochs, in a process group of its own, and what its console shows."""
+    output = folder / log
+    with output.open("w") as console:
+        process = subprocess.Popen(
+            [str(BIN / "dagster"), "asset", "materialize", "--select", "model_50ep", "--config-json",
+             json.dumps({"ops": ops})],
+            cwd=folder, env=environment(None), stdout=console, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+        try:
+            deadline = time.monotonic() + 120
+            while "epoch 3/50" not in output.read_text() and time.monotonic() < deadline:
+                assert process.poll() is None, output.read_text()
+                time.sleep(0.05)
+            yield process, output
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+@pytest.mark.parametrize("sent_to", ["process", "group"])
+def test_an_interrupted_training_is_kept_up_to_its_last_epoch_and_not_tried_again(folder: Path, sent_to: str) -> None:
+    """The UI signals the run's process, Ctrl-C in a terminal the whole group."""
+    seed = {"process": 2, "group": 3}[sent_to]
+    ops = training(50, EVER, {"train.seed": seed})
+    with training_started(folder, ops, f"interrupted-{sent_to}.log") as (process, output):
+        (os.kill if sent_to == "process" else os.killpg)(process.pid, signal.SIGINT)
+        assert process.wait(timeout=60) != 0
+    text = output.read_text()
+    runs = [json.loads(path.read_text()) for path in folder.glob("output/runs/model_50ep-*/run.json")]
+    (run,) = [run for run in runs if run["seed"] == seed]
+    done = run["epochs_done"]
+    assert 3 <= done < 50
+    assert (run["status"], run["epochs_planned"]) == ("interrupted", 50)
+    assert run["reason"] == f"interrupted; epoch {done} of 50 is kept, start it again to go on"
+    assert text.count("epoch 1/50") == 1, "tried again"
+    assert "retry" not in text.lower()
+    with history(folder) as instance:
+        (newest_run,) = instance.get_run_records(limit=1)
+        assert newest_run.dagster_run.status in (dg.DagsterRunStatus.CANCELED, dg.DagsterRunStatus.FAILURE)
+
+    again = materialize(folder, "model_50ep", ops)
+    assert again.returncode == 0, again.stdout
+    assert f"goes on after epoch {done}" in again.stdout
+    assert newest(folder, "model_50ep")["run_key"] == run["key"]
+
+
 def test_a_killed_training_gives_its_slot_back_and_goes_on_where_it_stopped(folder: Path) -> None:
     """The whole process group of a model_50ep is killed, as a machine that runs out of memory would."""
-    arguments = ["dagster", "asset", "materialize", "--select", "model_50ep"]
-    config = ["--config-json", json.dumps({"ops": training(50, EVER)})]
-    output = folder / "killed.log"
-    with output.open("w") as log:
-        process = subprocess.Popen(
-            [str(BIN / arguments[0]), *arguments[1:], *config],
-            cwd=folder, env=environment(None), stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
-        deadline = time.monotonic() + 120
-        while "epoch 3/50" not in output.read_text() and time.monotonic() < deadline:
-            assert process.poll() is None, output.read_text()
-            time.sleep(0.05)
+    with training_started(folder, training(50, EVER), "killed.log") as (process, _):
         os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
 
     done = materialize(folder, "model_50ep", training(50, EVER))
     assert done.returncode == 0, done.stdout

@@ -258,6 +258,16 @@ def test_columns_are_named_by_options(tmp_path: Path, capsys: pytest.CaptureFixt
     assert the_object(capsys.readouterr().out)["rank_ic_mean"] == pytest.approx(1.0)
 
 
+def test_models_tried_deflate_the_sharpe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, said = table(tmp_path / "p.parquet"), {}
+    for trials in (1, 20):
+        assert atft_here("evaluate", path, "--trials", trials, "--json") == 0
+        said[trials] = the_object(capsys.readouterr().out)
+    assert said[1]["deflated_sharpe"] == said[1]["psr_0"]
+    assert said[20]["deflated_sharpe"] < said[20]["psr_0"] == said[1]["psr_0"]
+    assert atft_here("evaluate", path, "--trials", 0, "--json") == 2
+
+
 # --- the process itself -------------------------------------------------------------------------------------
 
 

@@ -52,6 +52,15 @@ def test_sections_follow_the_validation_report(failed: Diagnosis) -> None:
     assert re.findall(r"^## (.+)$", failed.to_markdown(), re.MULTILINE) == SECTIONS
 
 
+def test_an_interrupted_run_says_so_first_and_is_no_crash(tmp_path: Path) -> None:
+    tables = healthy()
+    tables.run.update(status="interrupted", reason="interrupted; epoch 3 of 20 is kept, start it again to go on")
+    diagnosis = diagnose(tables.write(tmp_path / "run"))
+    said = re.search(r"Interrupted \(\d+ of \d+ epochs\), start it again to go on\.", diagnosis.to_markdown())
+    assert said
+    assert {f.rule for f in diagnosis.findings if f.status == "fired"}.isdisjoint({"run_failed", "run_killed"})
+
+
 def test_every_line_of_the_validation_report_is_answered(failed: Diagnosis) -> None:
     answers = dict(failed.sections())["Decision points answered"]
     for rule in RULES:

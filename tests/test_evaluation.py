@@ -101,6 +101,11 @@ def test_more_trials_deflate():
     assert run(scores, targets, trials=50).value("deflated_sharpe") < run(scores, targets).value("deflated_sharpe")
 
 
+def test_a_model_that_nobody_tried_is_refused():
+    with pytest.raises(InputError, match="trials must be at least 1, found 0"):
+        run(*panel(), trials=0)
+
+
 def test_a_wide_market_has_a_jpx_spread():
     scores, targets = panel(T=3, N=400)
     assert run(scores, targets).value("jpx_spread_sharpe") > 0
@@ -408,7 +413,7 @@ def test_the_reversal_needs_one_of_its_features():
 def test_the_training_path_imports_nothing_heavy():
     code = (
         "import sys, atft_pipeline.criterion, atft_pipeline.evaluation;"
-        "print({'pandas', 'scipy', 'sklearn', 'polars', 'arch', 'lightgbm', 'numba'} & set(sys.modules))"
+        "print({'pandas', 'scipy', 'sklearn', 'polars', 'arch', 'skfolio', 'lightgbm', 'numba'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

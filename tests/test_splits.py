@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from skfolio.model_selection import CombinatorialPurgedCV, WalkForward
 
 from atft_pipeline.config import SplitConfig
 from atft_pipeline.errors import InputError
@@ -42,6 +43,31 @@ def test_indices_of_two_parts_differ_by_more_than_purge_and_embargo(config: Spli
         assert (np.diff(one) == 1).all()
         for other in parts(split)[i + 1 :]:
             assert np.abs(one[:, None] - other[None, :]).min() > gap
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_gap_before_validation_and_before_test_is_the_one_skfolio_purges(config: SplitConfig) -> None:
+    """One walk-forward fold per boundary. Embargo is part of the gap: nothing here trains on what follows a test."""
+    split = make_split(SESSIONS, config)
+    for earlier, later in [(split.train, split.validation), (split.validation, split.test)]:
+        rows = np.arange(earlier[0], later[-1] + 1)
+        purged = WalkForward(
+            train_size=len(earlier), test_size=len(later), purged_size=PURGE_SESSIONS + config.embargo_sessions
+        )
+        [(train, test)] = purged.split(rows[:, None])
+        np.testing.assert_array_equal(rows[train], earlier)
+        np.testing.assert_array_equal(rows[test], later)
+
+
+def test_training_sessions_are_those_that_combinatorial_purging_leaves_before_the_held_out_folds() -> None:
+    # 60/20/20 as five folds of which the last two are held out. skfolio has no fold between the two, so the gap that we
+    # also take from the end of validation has no counterpart there.
+    sessions = SESSIONS[:400]
+    split = make_split(sessions, SplitConfig(scheme="fraction"))
+    folds = CombinatorialPurgedCV(n_folds=5, n_test_folds=2, purged_size=PURGE_SESSIONS)
+    train, held_out = list(folds.split(np.zeros((len(sessions), 1))))[-1]
+    np.testing.assert_array_equal(train, split.train)
+    assert [fold[0] for fold in held_out] == [split.validation[0], split.test[0]]
 
 
 def test_fraction_by_hand() -> None:

@@ -258,6 +258,10 @@ class Stop(Exception):
     """Stands for whatever ends a process."""
 
 
+class Cancelled(BaseException):
+    """Stands for the interrupt that Dagster raises, which is not Python's own."""
+
+
 def stop_in_training_step(monkeypatch, error):
     """In the fourth step of epoch 2."""
     calls = itertools.count()
@@ -304,14 +308,18 @@ def train_until(stop, error: BaseException, config, data: Data, run_dir: Path, *
         (stop_in_training_step, Stop("power"), 1),
         (stop_before_checkpoint, Stop("power"), 1),
         (stop_before_verdict, KeyboardInterrupt(), 3),
+        (stop_in_training_step, Cancelled(), 1),
     ],
-    ids=["interrupt in a step", "error in a step", "before a checkpoint", "before the verdict"],
+    ids=["interrupt in a step", "error in a step", "before a checkpoint", "before the verdict", "cancelled in a step"],
 )
 def test_a_stopped_run_goes_on_to_the_same_end(stop, error, done, data, trained, tmp_path):
     train_until(stop, error, settings(), data, tmp_path / "run")
     stopped = header(tmp_path / "run")
-    assert (stopped["status"], stopped["epochs_done"]) == ("failed", done)
-    assert stopped["reason"].startswith(type(error).__name__)
+    interrupted = not isinstance(error, Exception)
+    assert (stopped["status"], stopped["epochs_done"]) == ("interrupted" if interrupted else "failed", done)
+    assert stopped["reason"] == (
+        f"interrupted; epoch {done} of 3 is kept, start it again to go on" if interrupted else "Stop: power"
+    )
     assert stopped["ended"] is not None
 
     outcome = train_quietly(settings(), data, tmp_path / "run")
@@ -333,13 +341,14 @@ import torch
 torch.set_num_threads(1)
 sys.path.insert(0, {tests!r})
 from training_runs import Data, settings, train_quietly
-save = torch.save
-def torn(content, path):
-    save(content, path)
-    if path.name == "resume.pt" and content["epoch"] == 2:
-        os.truncate(path, path.stat().st_size // 2)
+saved = []
+def torn(path, content):
+    saved.append(path.name)
+    if saved.count("resume.pt") == 2:
+        path.open("wb", buffering=0).write(content[:len(content) // 2])
         os.kill(os.getpid(), signal.SIGKILL)
-torch.save = torn
+    path.open("wb").write(content)
+Path.write_bytes = torn
 train_quietly(settings(), Data(Path({dataset!r}), Path({graph!r})), Path({run!r}))
 """
 
@@ -364,8 +373,10 @@ def test_a_restart_refuses_the_checkpoint_of_another_run(data, trained, tmp_path
     train_until(stop_in_training_step, Stop(), settings(), data, tmp_path / "run")
     foreign = trained({"train.seed": 2}) / "checkpoints" / "resume.pt"
     (tmp_path / "run" / "checkpoints" / "resume.pt").write_bytes(foreign.read_bytes())
-    with pytest.raises(InputError, match="checkpoint of run"):
+    ours, theirs = header(tmp_path / "run")["key"], header(trained({"train.seed": 2}))["key"]
+    with pytest.raises(InputError, match=f"run_key is '{theirs}', expected '{ours}'"):
         train_quietly(settings(), data, tmp_path / "run")
+    assert header(tmp_path / "run")["status"] == "failed", "not a run that says it is running"
 
 
 def test_duckdb_reads_every_complete_epoch_while_the_run_goes_on(data, tmp_path):
@@ -426,8 +437,8 @@ def poisoned(monkeypatch, poison) -> dict[str, str]:
         init(self, *arguments)
         weights["trainer"] = self
 
-    def poisoning(self, scores, target, member, epoch):
-        terms = loss(self, scores, target, member, epoch)
+    def poisoning(self, scores, target, member, epoch, **options):
+        terms = loss(self, scores, target, member, epoch, **options)
         if epoch == 2 and scores.requires_grad and next(calls) == 2:
             weights["before"] = weights_hash(weights["trainer"].model)
             return terms._replace(total=poison(terms.total, scores))

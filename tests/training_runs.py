@@ -26,7 +26,7 @@ TINY: dict[str, Any] = {
     "evaluation.criterion_epoch": 2,
 }
 
-MEASURED_ON_THE_CLOCK = {"epoch_s", "validation_s", "loader_wait_s", "samples_per_s", "peak_rss_bytes"}
+MEASURED_ON_THE_CLOCK = {"epoch_s", "validation_s", "loader_wait_s", "samples_per_s", "scored_per_s", "peak_rss_bytes"}
 
 
 def settings(overrides: dict[str, Any] | None = None) -> PipelineConfig:

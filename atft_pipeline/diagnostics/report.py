@@ -143,6 +143,8 @@ def headline(record: Record, signals: Signals, findings: Sequence[Finding]) -> s
 def _state(record: Record) -> str:
     if record.run.get("status") == "running" and record.is_locked:
         return f"Still training ({record.epochs_done} of {record.epochs_planned} epochs). "
+    if record.run.get("status") == "interrupted":
+        return f"Interrupted ({record.epochs_done} of {record.epochs_planned} epochs), start it again to go on. "
     return ""
 
 

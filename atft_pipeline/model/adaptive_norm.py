@@ -61,7 +61,7 @@ def window_sum(values: Tensor, window_sessions: int) -> Tensor:
 def trailing_moments(x: Tensor, present: Tensor, window_sessions: int) -> tuple[Tensor, Tensor]:
     """Mean and floored std of the present values of each window, `[N, T - W + 1, F]`; of none: 0 and the floor's."""
     # In place throughout: at this size fresh memory costs more than arithmetic (a third of the step's time).
-    count = window_sum(present, window_sessions).clamp_(min=1.0)
+    count = window_sum(present.to(torch.int16), window_sessions).clamp_(min=1).to(x.dtype)
     mean = window_sum(x, window_sessions).div_(count)
     variance = window_sum(x * x, window_sessions).div_(count).addcmul_(mean, mean, value=-1.0).clamp_(min=0.0)
     return mean, variance.add_(VARIANCE_FLOOR).sqrt_()

@@ -1,14 +1,13 @@
 """Causal encoder with a bounded receptive field: one pass encodes every session once, for every score that sees it.
 
-Shapes: N stocks, T sessions, D width, A attention heads, B band (sessions one layer sees), M chunks of queries, Q
-queries in a chunk, K = Q + B - 1 keys they can see.
+Shapes: N stocks, T sessions, D width, A attention heads, B band (sessions one layer sees), Q queries in a chunk, K = Q
++ B - 1 keys they can see.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from atft_pipeline.model.variable_selection import GatedResidualNetwork
 
@@ -46,28 +45,25 @@ class BandedAttention(nn.Module):
         """
         N, T, D = h.shape
         queries = T - self.band + 1
-        chunks = -(-queries // max(SMALLEST_CHUNK, self.band))
-        chunk = -(-queries // chunks)
-        padding = chunks * chunk - queries
-        span = chunk + self.band - 1
+        chunk = -(-queries // -(-queries // max(SMALLEST_CHUNK, self.band)))
+        q = self.query(h[:, self.band - 1 :]) * (D // self.heads) ** -0.5
+        q = q.view(N, queries, self.heads, -1).transpose(1, 2)  # [N, A, T - B + 1, D/A]
+        k, v = self.key_value(h).view(N, T, 2, self.heads, -1).permute(2, 0, 3, 1, 4)  # [N, A, T, D/A]
+        mixed = []
+        for first in range(0, queries, chunk):
+            keys = slice(first, min(first + chunk, queries) + self.band - 1)
+            bias, mask = self._band(keys.stop - first - self.band + 1, observed[:, keys])
+            scores = torch.matmul(q[:, :, first : first + chunk], k[:, :, keys].transpose(-1, -2)) + bias
+            weights = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1)  # [N, A, Q, K]
+            mixed.append(torch.matmul(weights.to(v.dtype), v[:, :, keys]))  # [N, A, Q, D/A]
+        return self.output(torch.cat(mixed, dim=2).transpose(1, 2).reshape(N, queries, D))
 
-        q = functional.pad(self.query(h[:, self.band - 1 :]), (0, 0, 0, padding))
-        q = q.view(N, chunks, chunk, self.heads, -1).transpose(2, 3)  # [N, M, A, Q, D/A]
-        kv = functional.pad(self.key_value(h), (0, 0, 0, padding)).unfold(1, span, chunk)  # [N, M, 2D, K]
-        k, v = kv.reshape(N, chunks, 2, self.heads, D // self.heads, span).unbind(dim=2)  # [N, M, A, D/A, K]
-
-        bias, mask = self._band(chunk, span, functional.pad(observed, (0, padding)).unfold(1, span, chunk))
-        scores = torch.matmul(q * (D // self.heads) ** -0.5, k) + bias  # [N, M, A, Q, K]
-        weights = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1)
-        mixed = torch.matmul(weights.to(v.dtype), v.transpose(-1, -2))  # [N, M, A, Q, D/A]
-        return self.output(mixed.transpose(2, 3).reshape(N, chunks * chunk, D)[:, :queries])
-
-    def _band(self, chunk: int, span: int, observed: Tensor) -> tuple[Tensor, Tensor]:
-        """Bias `[A, Q, K]` by lag, and mask `[N, M, 1, Q, K]` from `observed: [N, M, K]`."""
-        query = torch.arange(chunk, device=observed.device)[:, None] + self.band - 1
-        lag = query - torch.arange(span, device=observed.device)  # [Q, K]
+    def _band(self, queries: int, observed: Tensor) -> tuple[Tensor, Tensor]:
+        """Bias `[A, Q, K]` by lag, and mask `[N, 1, Q, K]` from `observed: [N, K]`."""
+        query = torch.arange(queries, device=observed.device)[:, None] + self.band - 1
+        lag = query - torch.arange(observed.shape[1], device=observed.device)  # [Q, K]
         bias = self.lag_bias[:, lag.clamp(0, self.band - 1)]
-        mask = (lag == 0) | ((lag > 0) & (lag < self.band) & observed[:, :, None, None, :])
+        mask = (lag == 0) | ((lag > 0) & (lag < self.band) & observed[:, None, None, :])
         return bias, mask
 
 

@@ -40,7 +40,7 @@ class VariableSelection(nn.Module):
     Features without a live value (`live: [F]` False) are left out of the softmax and get weight 0.
     """
 
-    live: Tensor
+    dead_logits: Tensor
     live_count: Tensor
 
     def __init__(self, channels: int, num_features: int, hidden: int, dropout: float, live: Tensor) -> None:
@@ -48,13 +48,13 @@ class VariableSelection(nn.Module):
         self.weights_network = GatedResidualNetwork(channels * num_features, hidden, dropout)
         self.logits = nn.Linear(hidden, num_features)
         self.embedding = nn.Linear((channels - 1) * num_features, hidden)
-        self.register_buffer("live", live, persistent=False)
+        self.register_buffer("dead_logits", torch.zeros(num_features).masked_fill(~live, -torch.inf), persistent=False)
         self.register_buffer("live_count", live.sum(), persistent=False)
 
     def weights(self, inputs: Tensor) -> Tensor:
         """Importance of each feature, summing to 1: `[N, T, C, F] -> [N, T, F]`."""
         logits = self.logits(self.weights_network(inputs.flatten(2)))  # [N, T, F]
-        return logits.masked_fill(~self.live, -torch.inf).softmax(dim=-1)
+        return (logits + self.dead_logits).softmax(dim=-1)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """`inputs: [N, T, C, F]`, values 0 where missing, the last channel the missing indicator -> `[N, T, D]`.
