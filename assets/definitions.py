@@ -4,6 +4,7 @@ import dagster as dg
 
 from assets.baselines import baselines
 from assets.checks import run_checks
+from assets.delivery import delivery_asset
 from assets.diagnostics import diagnostics_asset
 from assets.evaluation import evaluation_asset
 from assets.features import ml_dataset, prices
@@ -24,6 +25,7 @@ defs = dg.Definitions(
         *training_definitions,
         *(evaluation_asset(epochs) for epochs in RUN_LENGTHS),
         *(diagnostics_asset(epochs) for epochs in RUN_LENGTHS),
+        *(delivery_asset(epochs) for epochs in RUN_LENGTHS),
         baselines,
     ],
     asset_checks=[run_checks(epochs) for epochs in RUN_LENGTHS],

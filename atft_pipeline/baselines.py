@@ -1,8 +1,9 @@
 """Scores of models that a network has to beat, fitted on the same training sessions and judged by the same evaluation.
 
 T sessions, N stocks, F features. Inputs are the panel's normalised features; a missing one is 0, which is the mean of
-its session, and nothing else is added. Targets are horizon-1 forward returns as the network sees them: z-scores of each
-session over its universe (ddof 1), clipped to ±5. Validation and test are scored and never looked at.
+its session, and nothing else is added. Targets are forward returns as the network sees them: z-scores of each session
+over its universe (ddof 1), clipped to ±5; of horizon 1 unless another is asked for. Validation and test are scored and
+never looked at.
 """
 
 from __future__ import annotations
@@ -83,7 +84,34 @@ def fit_baselines(panel: Panel, split: Split, seed: int) -> dict[str, NDArray[np
     `reversal` is the better of the 1- and 5-session reversal, sign included, decided on the training sessions.
     Raises InputError where no training row has a target.
     """
-    targets = panel.targets[:, :, HORIZONS.index(1)]
+    X, y, X_new, asked = _rows(panel, split, horizon_sessions=1)
+    scores = {
+        "lightgbm": _placed(lightgbm(X, y, X_new, seed=seed), asked),
+        "ridge": _placed(ridge(X, y, X_new), asked),
+    }
+    names, targets = panel.manifest["features"], panel.targets[:, :, HORIZONS.index(1)]
+    factor = one_factor_reversal(panel.features, names, targets, panel.member, split.train).scores
+    scores["reversal"] = np.where(asked, factor, np.nan)
+    return scores
+
+
+def fit_lightgbm(panel: Panel, split: Split, seed: int, *, horizon_sessions: int) -> NDArray[np.float64]:
+    """Scores [T, N] of `lightgbm` fitted to the targets of one horizon, NaN but for members in validation and test.
+
+    For horizon 1 it is the one of `fit_baselines`. Raises InputError where no training row has a target.
+    """
+    X, y, X_new, asked = _rows(panel, split, horizon_sessions)
+    return _placed(lightgbm(X, y, X_new, seed=seed), asked)
+
+
+def _rows(
+    panel: Panel, split: Split, horizon_sessions: int
+) -> tuple[Features, NDArray[np.float64], Features, NDArray[np.bool_]]:
+    """X [n, F] and y [n] of the training rows with a target, X_new [M, F] of the rows to score, and their cells [T, N].
+
+    Every horizon is fitted on the same sessions: the purge is that of the longest.
+    """
+    targets = panel.targets[:, :, HORIZONS.index(horizon_sessions)]
     train = np.zeros(len(panel.sessions), bool)
     train[split.train] = True
     scored = np.zeros(len(panel.sessions), bool)
@@ -94,14 +122,12 @@ def fit_baselines(panel: Panel, split: Split, seed: int) -> dict[str, NDArray[np
     fitted, asked = np.isfinite(y), panel.member & scored[:, None]
     if not fitted.any():
         raise InputError("baselines: no training row has a target; check the universe and the training sessions")
-    X, X_new = _filled(panel.features[fitted]), _filled(panel.features[asked])
-    predictions = {"lightgbm": lightgbm(X, y[fitted], X_new, seed=seed), "ridge": ridge(X, y[fitted], X_new)}
-    scores = {name: np.full(targets.shape, np.nan) for name in predictions}
-    for name, values in predictions.items():
-        scores[name][asked] = values
-    names = panel.manifest["features"]
-    factor = one_factor_reversal(panel.features, names, targets, panel.member, split.train).scores
-    scores["reversal"] = np.where(asked, factor, np.nan)
+    return _filled(panel.features[fitted]), y[fitted], _filled(panel.features[asked]), asked
+
+
+def _placed(values: NDArray[np.float64], asked: NDArray[np.bool_]) -> NDArray[np.float64]:
+    scores = np.full(asked.shape, np.nan)
+    scores[asked] = values
     return scores
 
 

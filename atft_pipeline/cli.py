@@ -254,6 +254,27 @@ def _evaluate(options: argparse.Namespace) -> Result:
     return result, 0
 
 
+def _deliver(options: argparse.Namespace) -> Result:
+    from atft_pipeline.dataset import require_replaceable
+    from atft_pipeline.delivery import deliver, write_delivery
+
+    require_replaceable(options.out, "delivery")
+    delivery = deliver(
+        options.run_dirs,
+        horizon_sessions=options.horizon,
+        blend=options.blend,
+        smoothing_sessions=options.smooth,
+    )
+    write_delivery(delivery, options.out)
+    for problem in delivery.problems:
+        _say(f"atft deliver: {options.out}: {problem}")
+    content = {"path": str(options.out), **delivery.as_dict()}
+    if not options.json:  # a row of the main figures for each part; the rest is in the JSON
+        content = {name: content[name] for name in ("path", "definition", "weight", "differences")}
+        content |= {"against_better_part": delivery.against_better_part(), "figures": delivery.figures()}
+    return content, 1 if delivery.problems else 0
+
+
 def _diagnose(options: argparse.Namespace) -> Result:
     from atft_pipeline.diagnostics import diagnose, write_report
 
@@ -352,6 +373,13 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--quantile", type=float, default=0.2)
     evaluate.add_argument("--days-per-year", type=int, default=245, help="245 for Tokyo, 252 for New York")
     evaluate.add_argument("--trials", type=int, default=1, help="models tried, this one included: deflates the Sharpe")
+
+    deliver = command("deliver", _deliver, "Score of finished runs: seeds averaged, blended, smoothed, all evaluated.")
+    deliver.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN_DIR", help="runs that differ in seed alone")
+    deliver.add_argument("out", type=Path, metavar="OUT.parquet")
+    deliver.add_argument("--blend", choices=("none", "lightgbm"), default="none", help="what to blend the runs with")
+    deliver.add_argument("--smooth", type=int, default=1, metavar="SPAN", help="sessions of the trailing average")
+    deliver.add_argument("--horizon", type=int, default=1, help="1, 5, 10 or 20 sessions (default: %(default)s)")
 
     diagnose = command("diagnose", _diagnose, "Explain a run from its record and write its report.")
     diagnose.add_argument("run_dir", type=Path, metavar="RUN_DIR")

@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from atft_pipeline import metrics
-from atft_pipeline.config import EvaluationConfig, Slice
+from atft_pipeline.config import HORIZONS, EvaluationConfig, Slice
 from atft_pipeline.dataset import read_table
 from atft_pipeline.errors import InputError
 from atft_pipeline.portfolio import DailyPortfolio, jpx_spread_returns, long_short, long_short_tranches
@@ -273,11 +273,10 @@ def _statistics(
         "sessions_without_portfolio": (float((member.any(axis=1) & ~held).sum()), math.nan),
         "dropped_targets": (float(dropped), math.nan),
     }
-    return {name: Statistic(_plain(v), STATISTICS[name], _plain(se)) for name, (v, se) in values.items()}
-
-
-def _plain(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
+    return {
+        name: Statistic(metrics.finite_or_none(v), STATISTICS[name], metrics.finite_or_none(se))
+        for name, (v, se) in values.items()
+    }
 
 
 def _no_sharpe(config: EvaluationConfig, portfolio: DailyPortfolio) -> str:
@@ -388,15 +387,18 @@ def evaluate_file(
 ) -> dict[str, Any]:
     """`evaluate_table` of a parquet file as plain JSON, with the columns used and, where `arch` is, the bootstrap.
 
-    Without `score` the column is `score`, else `score_1d`; without `target` it is `target`, else the one of the
-    score's horizon (`score_5d`, `target_5d`). Raises InputError, naming the file, as `evaluate_table` does.
+    Without `score` the column is `score`, else that of the shortest horizon (`score_1d`); without `target` it is
+    `target`, else the one of the score's horizon (`score_5d`, `target_5d`). Raises InputError, naming the file, as
+    `evaluate_table` does.
     """
     table = read_table(path)
     columns = set(table.column_names)
-    score = score or ("score_1d" if "score" not in columns and "score_1d" in columns else "score")
+    score = score or next((name for name in ("score", *(f"score_{h}d" for h in HORIZONS)) if name in columns), "score")
     if target is None:
         of_horizon = score.replace("score", "target", 1)
-        target = of_horizon if "target" not in columns and of_horizon in columns else "target"
+        # A score under another name would else be held against itself.
+        known = "target" not in columns and of_horizon in columns and of_horizon != score
+        target = of_horizon if known else "target"
     try:
         result = evaluate_table(
             table,

@@ -8,6 +8,7 @@ says annualised. T sessions, N stocks.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from statistics import NormalDist
 
 import numpy as np
@@ -23,6 +24,11 @@ Series = NDArray[np.floating]
 def _finite(values: Series) -> NDArray[np.float64]:
     wide: NDArray[np.float64] = np.asarray(values, np.float64)
     return wide[np.isfinite(wide)]
+
+
+def finite_or_none(value: float) -> float | None:
+    """`value` as JSON can hold it."""
+    return float(value) if math.isfinite(value) else None
 
 
 def information_coefficient(scores: Series, targets: Series) -> NDArray[np.float64]:
@@ -74,12 +80,24 @@ def _standardised(values: Series, usable: NDArray[np.bool_]) -> NDArray[np.float
     return np.where(length > _NO_DISPERSION, centred / np.where(length > 0.0, length, 1.0), 0.0)
 
 
-def mean_and_error(values: Series) -> tuple[float, float]:
-    """Mean over sessions and its standard error, std (ddof 1) / sqrt(n), which takes sessions as independent."""
+def mean_and_error(values: Series, horizon_sessions: int = 1) -> tuple[float, float]:
+    """Mean over sessions and its standard error: std (ddof 1) / sqrt(n), which takes sessions as independent.
+
+    Values of a longer horizon h share h - 1 sessions of returns with the next: theirs is the long-run variance, with
+    Bartlett weights over 2(h - 1) lags, which miss a sixth of it (over h - 1 lags a third).
+    Source: Newey and West (1987), eq. 5.
+    """
     values = _finite(values)
-    if len(values) == 0:
+    count = len(values)
+    if count == 0:
         return math.nan, math.nan
-    return float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
+    if count == 1:
+        return float(values[0]), math.nan
+    variance, centred = float(values.var(ddof=1)), values - values.mean()
+    lags = min(2 * (horizon_sessions - 1), count - 1)
+    for k in range(1, lags + 1):
+        variance += 2.0 * (1.0 - k / (lags + 1)) * float(centred[k:] @ centred[:-k]) / (count - 1)
+    return float(values.mean()), math.sqrt(max(variance, 0.0) / count)
 
 
 def sharpe(returns: Series) -> float:
@@ -183,11 +201,18 @@ def max_drawdown(returns: Series) -> float:
     return float((wealth / np.maximum.accumulate(wealth) - 1.0).min())
 
 
-def bootstrap_interval(returns: Series, *, samples: int, seed: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Percentile interval of `sharpe` under the stationary bootstrap with the data-driven mean block length.
+def bootstrap_interval(
+    returns: Series,
+    *,
+    samples: int,
+    seed: int,
+    confidence: float = 0.95,
+    statistic: Callable[[Series], float] = sharpe,
+) -> tuple[float, float]:
+    """Percentile interval of `statistic` under the stationary bootstrap with the data-driven mean block length.
 
-    NaN below 20 sessions and where a resample has no Sharpe. Imports `arch` only when called: the training path lives
-    without it.
+    NaN below 20 sessions, for a constant series and where a resample has no value. Imports `arch` only when called:
+    the training path lives without it.
     Source: Politis and Romano (1994); block length: Politis and White (2004), Patton et al. (2009).
     """
     returns = _finite(returns)
@@ -199,6 +224,6 @@ def bootstrap_interval(returns: Series, *, samples: int, seed: int, confidence: 
     sessions = max(round(block), 1) if math.isfinite(block) else 1
     bootstrap = StationaryBootstrap(sessions, returns, seed=seed)
     low, high = bootstrap.conf_int(
-        lambda draw: np.array([sharpe(draw)]), samples, method="percentile", size=confidence
+        lambda draw: np.array([statistic(draw)]), samples, method="percentile", size=confidence
     )[:, 0]
     return float(low), float(high)

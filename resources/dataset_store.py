@@ -46,6 +46,10 @@ class DatasetStore(dg.ConfigurableResource):
     def runs(self) -> Path:
         return Path(self.output) / "runs"
 
+    @property
+    def deliveries(self) -> Path:
+        return Path(self.output) / "deliveries"
+
     # Sources ---------------------------------------------------------------------------------------------------
 
     def named_source(self) -> Path | None:

@@ -35,7 +35,7 @@ LAYERS: tuple[str, ...] = (
     "portfolio", "metrics", "evaluation", "validity", "criterion",
     "lineage", "checkpoints", "scoring", "degeneracy", "weight_average", "step_figures", "run_plan", "verdict",
     "status", "failures", "training",
-    "baselines",
+    "baselines", "score_panels", "delivery",
     "diagnostics.record", "diagnostics.signals", "diagnostics.rules", "diagnostics.experiments", "diagnostics.plots",
     "diagnostics.report", "diagnostics",
     "synthetic",

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from atft_pipeline.baselines import fit_baselines, ridge, standardised_targets
+from atft_pipeline.baselines import fit_baselines, fit_lightgbm, ridge, standardised_targets
 from atft_pipeline.config import HORIZONS
 from atft_pipeline.errors import InputError
 from atft_pipeline.metrics import information_coefficient
@@ -113,3 +113,22 @@ def test_training_without_targets_is_refused():
     empty.targets[:70] = NAN
     with pytest.raises(InputError, match="no training row has a target"):
         fit_baselines(empty, SPLIT, seed=1)
+
+
+# One horizon ---------------------------------------------------------------------------------------------------
+
+
+def test_lightgbm_of_horizon_1_is_the_baseline(scores):
+    np.testing.assert_array_equal(fit_lightgbm(panel(), SPLIT, 1, horizon_sessions=1), scores["lightgbm"])
+
+
+def test_lightgbm_is_fitted_to_the_targets_of_its_horizon_and_to_no_other():
+    given = panel()
+    five = HORIZONS.index(5)
+    given.targets[:, :, five] = -given.targets[:, :, 0]
+    values = fit_lightgbm(given, SPLIT, 1, horizon_sessions=5)
+    assert np.nanmean(information_coefficient(values, given.targets[:, :, five])) > 0.3
+    given.targets[:, :, 0] = NAN
+    np.testing.assert_array_equal(fit_lightgbm(given, SPLIT, 1, horizon_sessions=5), values)
+    with pytest.raises(InputError, match="no training row has a target"):
+        fit_lightgbm(given, SPLIT, 1, horizon_sessions=10)

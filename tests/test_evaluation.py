@@ -231,6 +231,22 @@ def test_a_file_that_cannot_be_used_is_named(tmp_path):
         evaluate_file(tmp_path / "good.parquet", CONFIG, score="alpha")
 
 
+def test_the_score_of_a_file_is_that_of_its_shortest_horizon(tmp_path):
+    scores, targets = panel()
+    t = table(scores, targets).rename_columns(["Date", "Code", "score_5d", "target_5d"])
+    pq.write_table(t.append_column("score_20d", t["target_5d"]), tmp_path / "p.parquet")
+    found = evaluate_file(tmp_path / "p.parquet", CONFIG)
+    assert (found["score"], found["target"]) == ("score_5d", "target_5d")
+
+
+def test_a_score_of_another_name_is_not_held_against_itself(tmp_path):
+    scores, targets = panel()
+    t = table(scores, targets).rename_columns(["Date", "Code", "alpha", "target_1d"])
+    pq.write_table(t, tmp_path / "p.parquet")
+    with pytest.raises(InputError, match="column target is missing"):
+        evaluate_file(tmp_path / "p.parquet", CONFIG, score="alpha")
+
+
 # Never ranked ---------------------------------------------------------------------------------------------------
 
 

@@ -186,6 +186,32 @@ def test_bootstrap_interval_holds_the_sharpe_and_repeats():
     assert (low, high) == bootstrap_interval(x, samples=200, seed=1)
 
 
+def test_the_error_of_an_overlapping_horizon_is_that_of_its_long_run_variance():
+    x = np.convolve(returns(n=400), np.ones(5), mode="valid")
+    n, lags = len(x), 8
+    total = sum((a - x.mean()) ** 2 for a in x)
+    for k in range(1, lags + 1):
+        total += 2 * (1 - k / (lags + 1)) * sum((x[t] - x.mean()) * (x[t - k] - x.mean()) for t in range(k, n))
+    assert mean_and_error(x, 5) == pytest.approx((x.mean(), math.sqrt(total / (n - 1) / n)))
+    assert mean_and_error(x, 1) == mean_and_error(x)
+
+
+def test_the_error_of_an_overlapping_horizon_is_close_to_what_means_scatter_by():
+    """A sum of h sessions: the independent error is sqrt(h) too small, this one by a tenth or so (its missing lags)."""
+    draws = [np.convolve(returns(seed, n=500), np.ones(5), mode="valid") for seed in range(300)]
+    scatter = np.std([x.mean() for x in draws])
+    assert 0.8 < np.mean([mean_and_error(x, 5)[1] for x in draws]) / scatter < 1.0
+    assert np.mean([mean_and_error(x)[1] for x in draws]) / scatter < 0.55
+
+
+def test_bootstrap_interval_of_a_mean_is_about_its_normal_one():
+    x = returns()
+    low, high = bootstrap_interval(x, samples=2000, seed=1, statistic=lambda values: float(np.mean(values)))
+    mean, error = mean_and_error(x)
+    assert (low + high) / 2 == pytest.approx(mean, abs=0.2 * error)
+    assert (high - low) / (2 * 1.96 * error) == pytest.approx(1.0, abs=0.3)
+
+
 def test_interval_is_not_known_where_a_resample_has_no_sharpe():
     x = np.zeros(25)
     x[3] = 0.01  # a resample misses the only return that is not 0 with probability (24/25)^25
