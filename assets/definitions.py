@@ -4,6 +4,7 @@ import dagster as dg
 
 from assets.baselines import baselines
 from assets.checks import run_checks
+from assets.comparison import comparison
 from assets.diagnostics import diagnostics_asset
 from assets.evaluation import evaluation_asset
 from assets.features import ml_dataset, prices
@@ -25,6 +26,7 @@ defs = dg.Definitions(
         *(evaluation_asset(epochs) for epochs in RUN_LENGTHS),
         *(diagnostics_asset(epochs) for epochs in RUN_LENGTHS),
         baselines,
+        comparison,
     ],
     asset_checks=[run_checks(epochs) for epochs in RUN_LENGTHS],
     jobs=[nightly_retrain],

@@ -37,6 +37,7 @@ LAYERS: tuple[str, ...] = (
     "baselines",
     "diagnostics.record", "diagnostics.signals", "diagnostics.rules", "diagnostics.experiments", "diagnostics.plots",
     "diagnostics.report", "diagnostics",
+    "comparison",
     "synthetic",
     "cli",
 )  # fmt: skip
