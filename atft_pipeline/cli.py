@@ -242,7 +242,7 @@ def _diagnose(options: argparse.Namespace) -> Result:
     content = diagnosis.to_dict() | {"report_html": str(paths.html), "report_markdown": str(paths.markdown)}
     if not options.json:  # what did not fire, and the numbers behind it, are in the report
         content["findings"] = [finding for finding in content["findings"] if finding["status"] == "fired"]
-        del content["signals"]
+        del content["signals"], content["attribution"]
     return content, 0
 
 
@@ -259,7 +259,7 @@ def _compare(options: argparse.Namespace) -> Result:
     content = comparison.as_dict()
     if not options.json:
         content |= {
-            "runs": comparison.table(),
+            "runs": comparison.lines(),
             "missed expectations": comparison.missed(),
             "alarms": [alarm.sentence for alarm in comparison.alarms],
         }
