@@ -108,7 +108,7 @@ class Comparison:
     rows: tuple[Row, ...]
     alarms: tuple[Identity, ...]
     notes: tuple[Identity, ...]
-    """Identities that the run's own daily record explains: the weights moved too little to change a holding."""
+    """Identities that the daily records explain: weights too close to each other to change a holding."""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON."""
@@ -123,6 +123,16 @@ class Comparison:
     def table(self) -> list[dict[str, str]]:
         """A row per run and baseline in words and rounded figures; no cell is empty."""
         return [_cells(row) for row in self.rows]
+
+    def lines(self) -> list[str]:
+        """The same for a terminal: a column per run, a line per figure, then why a column has none."""
+        columns = [list(row) for row in (self.table()[0], *(row.values() for row in self.table()))]
+        for column, row in zip(columns[1:], self.rows, strict=True):
+            column[1] = row.state
+        widths = [max(map(len, column)) for column in columns]
+        shown = zip(*([cell.ljust(width) for cell in c] for c, width in zip(columns, widths, strict=True)), strict=True)
+        reasons = [f"{row.name}: {row.reason}" for row in self.rows if row.reason]
+        return [*("  ".join(cells).rstrip() for cells in shown), *reasons]
 
     def missed(self) -> list[dict[str, str]]:
         """What the validation report expected and a run did not show, or did not measure."""
@@ -427,33 +437,33 @@ def _identities(figures: Iterable[_Figure], records: Mapping[str, Record]) -> tu
 def _holdings_unchanged(
     metric: str, split: str, part: str, found: Sequence[Occurrence], records: Mapping[str, Record]
 ) -> bool:
-    """Whether one run's daily record shows that the scores changed and the ranking, or the holdings, did not.
+    """Whether the daily records show that the scores differed and the ranking, or the holdings, did not.
 
-    At the end of a cosine schedule an epoch moves the weights by millionths: scores and IC change, and on a small
-    market not one stock changes its place. A copied figure has no such record behind it.
+    An epoch of a small learning rate moves the weights by millionths, and two runs of one seed begin almost alike:
+    scores and IC differ, and on a small market not one stock changes its place. A copied figure has no such record
+    behind it.
     """
-    names = {where.run for where in found}
-    if metric == "predictions_hash" or metric in SCORE_METRICS or len(names) > 1:
+    if metric == "predictions_hash" or metric in SCORE_METRICS:
         return False
-    record, column = records.get(found[0].run), "rank_ic" if metric in RANK_METRICS else "gross"
-    if record is None:
-        return False
-    epochs = [int(where.epoch) for where in found if where.epoch is not None]
-    for earlier, later in pairwise(epochs):
-        counts = record.rows(
-            f"""SELECT count(*), count(*) FILTER (WHERE a.{column} IS NOT DISTINCT FROM b.{column}),
-                       count(*) FILTER (WHERE a.ic IS DISTINCT FROM b.ic)
-                FROM daily a JOIN daily b USING (split, slice, date)
-                WHERE a.epoch = ? AND b.epoch = ? AND split = ? AND slice = ?""",
-            earlier,
-            later,
-            split,
-            part,
-        )
-        sessions, same, moved = counts[0]
-        if not sessions or same < sessions or 2 * moved <= sessions:
-            return False
-    return True
+    by_weights = {where.weights_hash: where for where in found}.values()
+    column = "rank_ic" if metric in RANK_METRICS else "gross"
+    daily = [_daily(records.get(where.run), where.epoch, split, part, column) for where in by_weights]
+    return all(
+        one.keys() == other.keys()
+        and all(one[day][0] == other[day][0] for day in one)
+        and 2 * sum(one[day][1] != other[day][1] for day in one) > len(one)
+        for one, other in pairwise(daily)
+    )
+
+
+def _daily(record: Record | None, epoch: int | None, split: str, part: str, column: str) -> dict[Any, tuple[Any, Any]]:
+    """Session -> (`column`, IC) as recorded; empty where there is no daily record, as for a baseline."""
+    if record is None or epoch is None:
+        return {}
+    rows = record.rows(
+        f"SELECT date, {column}, ic FROM daily WHERE epoch = ? AND split = ? AND slice = ?", epoch, split, part
+    )
+    return {day: (value, ic) for day, value, ic in rows}
 
 
 def _sentence(metric: str, split: str, part: str, value: float | str, found: Sequence[Occurrence], held: bool) -> str:
@@ -462,7 +472,7 @@ def _sentence(metric: str, split: str, part: str, value: float | str, found: Seq
     weights = len({where.weights_hash for where in found})
     said = f"{what} ({place}) is bit-identical under {weights} different weights: {_places(found)}"
     if held:
-        return f"{said}; its daily record explains it: every score moved, no holding did"
+        return f"{said}; the daily records explain it: the scores differ, the holdings do not"
     if metric == "predictions_hash":
         return f"{said}; the predictions do not depend on the weights, or were copied"
     return f"{said}; one of them was not measured on its own weights"

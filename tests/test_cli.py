@@ -273,7 +273,9 @@ def test_the_module_is_the_command() -> None:
 def test_help_names_every_command() -> None:
     done = atft("--help")
     assert done.returncode == 0
-    assert {"market", "features", "graph", "train", "evaluate", "diagnose", "status"} <= set(done.stdout.split())
+    assert {"market", "features", "graph", "train", "evaluate", "diagnose", "compare", "status"} <= set(
+        done.stdout.split()
+    )
 
 
 def test_a_reader_that_leaves_early_hears_no_complaint(tmp_path: Path) -> None:

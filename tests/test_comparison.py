@@ -368,7 +368,25 @@ def test_scores_that_moved_no_holding_are_a_note(tmp_path: Path) -> None:
     comparison = compare({"run": unchanged_holdings().write(tmp_path / "run")})
     assert comparison.alarms == ()
     (note,) = comparison.notes
-    assert note.sentence.endswith("its daily record explains it: every score moved, no holding did")
+    assert note.sentence.endswith("the daily records explain it: the scores differ, the holdings do not")
+
+
+def test_two_runs_that_held_the_same_stocks_on_other_scores_are_a_note(tmp_path: Path) -> None:
+    first, second = healthy(), another()
+    of_first = {row["date"]: row["gross"] for row in first.daily if row["epoch"] == 20}
+    for row in second.daily:
+        if row["epoch"] == 20:
+            row["gross"] = of_first[row["date"]]
+    repeated = value(first, "sharpe_daily", 20)
+    second.set_evals("sharpe_daily", lambda epoch: repeated if epoch == 20 else 0.001 * epoch)
+    runs: dict[str, Path | str] = {"a": first.write(tmp_path / "a"), "b": second.write(tmp_path / "b")}
+    comparison = compare(runs)
+    assert comparison.alarms == ()
+    assert [note.metric for note in comparison.notes] == ["sharpe_daily"]
+    for row in second.daily:
+        row["ic"] = next(r["ic"] for r in first.daily if (r["epoch"], r["date"]) == (row["epoch"], row["date"]))
+    runs["b"] = second.write(tmp_path / "copied")
+    assert [alarm.metric for alarm in compare(runs).alarms] == ["sharpe_daily"], "the same scores are no excuse"
 
 
 @pytest.mark.parametrize(("gross", "ic"), [(False, False), (True, True), (False, True)])
@@ -411,7 +429,8 @@ def test_compare_exits_by_the_alarm(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "sharpe_daily 0.0818 (validation, liquid) is bit-identical" in err
     assert atft_here("compare", sound, tmp_path / "gone") == 0
     text = capsys.readouterr().out
-    assert "run gone  state missing: " in text
+    assert "gone: " + str(tmp_path / "gone") + ": no such run directory" in text
+    assert [line.split()[0] for line in text.splitlines()[2:6]] == ["runs:", "run", "state", "epochs"]
     assert "alarms: none" in text
 
 
