@@ -453,6 +453,8 @@ def test_two_runs_of_one_name_stay_apart_and_one_run_given_twice_is_one(
     assert atft_here("compare", first, second, first, "--json") == 0
     names = [row["name"] for row in json.loads(capsys.readouterr().out)["runs"]]
     assert names == [str(first), str(second), "baselines"]
+    assert atft_here("compare", first, first.parent / "." / ".." / "x" / "run", "--json") == 0
+    assert [row["name"] for row in json.loads(capsys.readouterr().out)["runs"]] == ["run", "baselines"]
 
 
 def test_comparing_writes_nothing_into_a_run(tmp_path: Path) -> None:
