@@ -468,3 +468,28 @@ def test_a_run_without_predictions_is_not_assessable(run: Path, tmp_path: Path) 
     shutil.copytree(run / "run", tmp_path / "bare", ignore=shutil.ignore_patterns("predictions"))
     text = diagnose(tmp_path / "bare").to_markdown()
     assert "- validation, test: the run has no readable predictions" in text
+
+
+def test_the_window_reaches_back_before_the_scored_sessions(run: Path) -> None:
+    context = _Context(run / "data", read_manifest(run / "data")["fingerprint"])
+    sessions = np.unique(context.membership["Date"].to_numpy().astype("datetime64[D]"))
+    codes = np.unique(np.array(context.membership["Code"].to_pylist()))
+    whole, late = (context.around(days, codes).median_turnover for days in (sessions, sessions[100:]))
+    assert not isinstance(whole, Missing)
+    assert not isinstance(late, Missing)
+    assert np.isfinite(late[0]).any()
+    np.testing.assert_array_equal(late, whole[100:])
+
+
+def test_stocks_that_are_not_investable_are_not_the_market(run: Path) -> None:
+    context = _Context(run / "data", read_manifest(run / "data")["fingerprint"])
+    target = np.array([math.nan if v is None else v for v in context.target.to_pylist()])
+    chosen = np.arange(len(target)) % 3 == 0
+    place = context.membership.column_names.index("is_investable")
+    context.membership = context.membership.set_column(place, "is_investable", [chosen])
+    day = context.membership["Date"].to_numpy().astype("datetime64[D]")
+    sessions = np.unique(day)[150:160]
+    expected = [target[(day == one) & chosen & np.isfinite(target)].mean() for one in sessions]
+    market = context.around(sessions, np.array(["1000"])).market
+    assert not isinstance(market, Missing)
+    np.testing.assert_allclose(market, expected, rtol=1e-6)  # float32 targets
