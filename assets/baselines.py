@@ -1,11 +1,13 @@
 """What simpler models earn on the same dataset, split and evaluation."""
 
+import time
 from typing import Any
 
 import dagster as dg
 
 from assets.evaluation import statistics_table
 from assets.outcomes import failing_with_one_sentence, markdown_table, numbers
+from atft_pipeline.config import to_dict
 from atft_pipeline.evaluation import Evaluation, evaluate
 from atft_pipeline.splits import make_split
 from resources.compute import Compute
@@ -32,6 +34,7 @@ def baselines(
 ) -> dg.MaterializeResult:
     from atft_pipeline.baselines import fit_baselines
     from atft_pipeline.blocks import load_panel
+    from atft_pipeline.comparison import setting
     from atft_pipeline.scoring import slice_mask
 
     with failing_with_one_sentence(context):
@@ -46,7 +49,10 @@ def baselines(
         split = make_split(panel.sessions, settings.split)
         member = slice_mask(panel, settings.evaluation.universe)
         evaluations: dict[str, Evaluation] = {}
-        for name, scores in fit_baselines(panel, split, settings.train.seed).items():
+        started = time.perf_counter()
+        fitted = fit_baselines(panel, split, settings.train.seed)
+        runtime_s = time.perf_counter() - started
+        for name, scores in fitted.items():
             for part, sessions in (("validation", split.validation), ("test", split.test)):
                 evaluations[f"{name}, {part}"] = evaluate(
                     scores[sessions],
@@ -58,6 +64,18 @@ def baselines(
                     bootstrap=True,
                     member=member[sessions],
                 )
+        stored = store.keep_baselines(
+            {
+                "dataset_fingerprint": manifest["fingerprint"],
+                **setting(to_dict(settings.split), to_dict(settings.evaluation)),
+                "seed": settings.train.seed,
+                "runtime_s": runtime_s,
+                "models": {
+                    name: {part: stored_evaluation(evaluations[f"{name}, {part}"]) for part in ("validation", "test")}
+                    for name in fitted
+                },
+            }
+        )
     figures: dict[str, float | None] = {}
     for name, evaluation in evaluations.items():
         found = {key: evaluation.value(key) for key in FIGURES}
@@ -67,8 +85,15 @@ def baselines(
     return dg.MaterializeResult(
         metadata={
             "dataset_fingerprint": manifest["fingerprint"],
+            "stored": dg.MetadataValue.path(str(stored)),
             **numbers(figures),
             "statistics": markdown_table(statistics_table(evaluations)),
         },
         data_version=dg.DataVersion(manifest["fingerprint"]),
     )
+
+
+def stored_evaluation(evaluation: Evaluation) -> dict[str, Any]:
+    """Statistics with their standard errors as plain JSON, and why they are missing where they are."""
+    statistics = {name: {"value": s.value, "se": s.se} for name, s in evaluation.statistics.items()}
+    return {"reason": evaluation.reason, "statistics": statistics}

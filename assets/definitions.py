@@ -4,6 +4,7 @@ import dagster as dg
 
 from assets.baselines import baselines
 from assets.checks import run_checks
+from assets.comparison import comparison
 from assets.delivery import delivery_asset
 from assets.diagnostics import diagnostics_asset
 from assets.evaluation import evaluation_asset
@@ -27,6 +28,7 @@ defs = dg.Definitions(
         *(diagnostics_asset(epochs) for epochs in RUN_LENGTHS),
         *(delivery_asset(epochs) for epochs in RUN_LENGTHS),
         baselines,
+        comparison,
     ],
     asset_checks=[run_checks(epochs) for epochs in RUN_LENGTHS],
     jobs=[nightly_retrain],

@@ -39,6 +39,9 @@ def evaluation_asset(epochs: int) -> dg.AssetsDefinition:
     )
     def evaluation(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
         from assets.pictures import cumulative_return, embedded
+        from atft_pipeline.diagnostics import attributions
+        from atft_pipeline.diagnostics.attribution_plots import draw_attributions
+        from atft_pipeline.diagnostics.attribution_tables import attribution_tables, not_assessable
         from atft_pipeline.diagnostics.plots import draw
         from atft_pipeline.diagnostics.record import open_record
 
@@ -47,19 +50,28 @@ def evaluation_asset(epochs: int) -> dg.AssetsDefinition:
             evaluations = evaluate_run(run_dir)
             problems = differences_from_record(run_dir, evaluations)
             daily = {split: recorded_rows(run_dir, "daily", split) for split in evaluations}
-            pictures = draw(open_record(run_dir))
+            record = open_record(run_dir)
+            attributed = attributions(record)
+            pictures = draw(record) | draw_attributions(attributed)
+            record.connection.close()
         return dg.MaterializeResult(
             metadata={
                 "run_dir": dg.MetadataValue.path(str(run_dir)),
                 **numbers({f"{split}_{k}": v for split, e in evaluations.items() for k, v in e.values().items()}),
                 "statistics": markdown_table(statistics_table(evaluations)),
+                **{metadata_key(title): markdown_table(rows) for title, rows in attribution_tables(attributed).items()},
+                "not_assessable": markdown_table([{"missing": reason} for reason in not_assessable(attributed)]),
                 "cumulative_return": embedded("Cumulative long-short return", cumulative_return(daily)),
-                **{title.lower().replace(" ", "_"): embedded(title, png) for title, png in pictures.items()},
+                **{f"{metadata_key(title)}_plot": embedded(title, png) for title, png in pictures.items()},
             },
             check_results=[held(context, "reproduces_record", problems, "all figures agree")],
         )
 
     return evaluation
+
+
+def metadata_key(title: str) -> str:
+    return title.lower().replace(",", "").replace(" ", "_")
 
 
 def evaluate_run(run_dir: Path) -> dict[str, Evaluation]:

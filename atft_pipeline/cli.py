@@ -283,8 +283,35 @@ def _diagnose(options: argparse.Namespace) -> Result:
     content = diagnosis.to_dict() | {"report_html": str(paths.html), "report_markdown": str(paths.markdown)}
     if not options.json:  # what did not fire, and the numbers behind it, are in the report
         content["findings"] = [finding for finding in content["findings"] if finding["status"] == "fired"]
-        del content["signals"]
+        del content["signals"], content["attribution"]
     return content, 0
+
+
+def _compare(options: argparse.Namespace) -> Result:
+    from atft_pipeline.comparison import compare, read_baselines
+
+    baselines = "none given; name what the asset `baselines` stored with --baselines"
+    stored = read_baselines(options.baselines) if options.baselines else baselines
+    comparison = compare(_by_name(options.run_dirs), baselines=stored)
+    if all(row.state in ("missing", "unreadable") for row in comparison.rows if row.kind == "run"):
+        raise InputError("; ".join(f"{row.name}: {row.reason}" for row in comparison.rows if row.kind == "run"))
+    for alarm in comparison.alarms:
+        _say(f"atft compare: {alarm.sentence}")
+    content = comparison.as_dict()
+    if not options.json:
+        content |= {
+            "runs": comparison.lines(),
+            "missed expectations": comparison.missed(),
+            "alarms": [alarm.sentence for alarm in comparison.alarms],
+        }
+    return content, 1 if comparison.alarms else 0
+
+
+def _by_name(run_dirs: Sequence[Path]) -> dict[str, Path | str]:
+    """Each directory once, under its own name, or under its path where two share the name."""
+    distinct = {path.resolve(): path for path in run_dirs}.values()
+    names = [path.name for path in distinct]
+    return {path.name if path.name and names.count(path.name) == 1 else str(path): path for path in distinct}
 
 
 def _status(options: argparse.Namespace) -> Result:
@@ -383,6 +410,10 @@ def _parser() -> argparse.ArgumentParser:
 
     diagnose = command("diagnose", _diagnose, "Explain a run from its record and write its report.")
     diagnose.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+
+    compare = command("compare", _compare, "Finished runs side by side; exits 1 when figures are suspiciously equal.")
+    compare.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN_DIR")
+    compare.add_argument("--baselines", type=Path, metavar="FILE", help="JSON file that the asset `baselines` stored")
 
     status = command("status", _status, "One snapshot of the runs: state, epoch, ETA, losses, gradients, GPU.")
     status.add_argument("--runs", type=Path, default=Path("output/runs"), help="folder of runs (default: %(default)s)")

@@ -330,14 +330,7 @@ def evaluate_table(
     """
     horizon, one_session = _horizon(target, table.column_names)
     frame = _Frame.of(table, (score, target, *([one_session] if one_session else [])))
-    chosen = np.ones(table.num_rows, bool)
-    if split is not None:
-        chosen &= frame.labels("split") == split
-        if not chosen.any():
-            names = ", ".join(sorted(set(frame.labels("split"))))
-            raise InputError(f"predictions: no row of split {split!r} in column split; found {names}")
-    if universe is not None:
-        chosen &= frame.flags(SLICES[universe])
+    chosen = frame.chosen(split, universe)
 
     def evaluated(rows: NDArray[np.bool_]) -> Evaluation:
         sessions, codes, cells, member = frame.panel(rows)
@@ -372,6 +365,26 @@ def evaluate_table(
         if universe is None and column in table.column_names
     }
     return TableEvaluation(overall, by_split, by_slice)
+
+
+@dataclass(frozen=True)
+class ScorePanel:
+    """Scores and targets of a predictions table, dense: T sessions and N codes, both ascending."""
+
+    sessions: NDArray[np.datetime64]
+    codes: NDArray[Any]
+    scores: NDArray[np.float64]
+    """[T, N], NaN where the table has none."""
+    targets: NDArray[np.float64]
+
+
+def score_panel(
+    table: pa.Table, *, score: str, target: str, split: str | None = None, universe: Slice | None = None
+) -> ScorePanel:
+    """The rows that `evaluate_table` evaluates for the same arguments. Raises InputError as it does."""
+    frame = _Frame.of(table, (score, target))
+    sessions, codes, cells, _ = frame.panel(frame.chosen(split, universe))
+    return ScorePanel(sessions, codes, cells[score], cells[target])
 
 
 def evaluate_file(
@@ -456,6 +469,18 @@ class _Frame:
         days, codes = _days(table), _codes(table)
         _require_unique(days, codes)
         return cls(table, days, codes, values)
+
+    def chosen(self, split: str | None, universe: Slice | None) -> NDArray[np.bool_]:
+        """Rows of the split and slice, all where neither is named. Raises InputError for a split without rows."""
+        rows = np.ones(len(self._days), bool)
+        if split is not None:
+            rows &= self.labels("split") == split
+            if not rows.any():
+                names = ", ".join(sorted(set(self.labels("split"))))
+                raise InputError(f"predictions: no row of split {split!r} in column split; found {names}")
+        if universe is not None:
+            rows &= self.flags(SLICES[universe])
+        return rows
 
     def labels(self, name: str) -> NDArray[Any]:
         column = self._column(name)

@@ -76,18 +76,40 @@ def long_short(
     held = weights.any(axis=1)
     gross = np.where(held, (weights * returns).sum(axis=1), np.nan)
     turnover = np.full(len(gross), np.nan)
-    turnover[held] = _turnover(weights[held], returns[held], gross[held])
+    turnover[held] = np.abs(_changes(weights[held], returns[held], gross[held])).sum(axis=1)
     return DailyPortfolio(gross, gross - cost_bps * _BPS * turnover, turnover, usable.sum(axis=1))
 
 
-def _turnover(
+@dataclass(frozen=True)
+class Book:
+    """What `long_short` holds and trades, stock by stock; rows [T, N] of a session without a portfolio are zero."""
+
+    weights: NDArray[np.float64]
+    trades: NDArray[np.float64]
+    """Signed change to the drifted weights of the session before; |trades| of a session sum to its turnover."""
+    ranked: NDArray[np.bool_]
+
+
+def long_short_book(scores: NDArray[np.floating], targets: NDArray[np.floating], *, quantile: float) -> Book:
+    """Weights and trades behind the figures of `long_short` for the same arguments."""
+    usable = rankable(scores, targets)
+    weights = long_short_weights(scores, usable, quantile)
+    returns = np.where(usable, targets, 0.0).astype(np.float64)
+    held = weights.any(axis=1)
+    trades = np.zeros_like(weights)
+    trades[held] = _changes(weights[held], returns[held], (weights[held] * returns[held]).sum(axis=1))
+    return Book(weights, trades, usable)
+
+
+def _changes(
     weights: NDArray[np.float64], returns: NDArray[np.float64], gross: NDArray[np.float64]
 ) -> NDArray[np.float64]:
+    """Differences [T, N] to the weights of the session before, drifted with their returns; the first is the entry."""
     capital = 1.0 + gross[:, None]
     solvent = capital > 0.0
     drifted = np.where(solvent, weights * (1.0 + returns) / np.where(solvent, capital, 1.0), 0.0)
     before = np.vstack([np.zeros((1, weights.shape[1])), drifted[:-1]])
-    return np.abs(weights - before).sum(axis=1)
+    return weights - before
 
 
 def long_short_tranches(

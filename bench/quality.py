@@ -44,7 +44,7 @@ MODELS: dict[str, dict[str, object]] = {
     "network": {},
     "network without graph": {"model.graph": False},
 }
-MARKER = "<!-- quality -->"
+MARKERS = ("<!-- quality -->", "<!-- /quality -->")
 
 
 def command(*arguments: object) -> None:
@@ -160,8 +160,9 @@ def main() -> None:
     report("ridge with neighbours", [wide["ridge"]])
     if options.readme is not None:
         text = options.readme.read_text(encoding="utf-8")
-        before, _, after = text.split(MARKER)
-        options.readme.write_text(f"{before}{MARKER}\n{table_of(lines)}\n{MARKER}{after}", encoding="utf-8")
+        (before, rest), (first, last) = text.split(MARKERS[0]), MARKERS
+        after = rest.split(last)[1]
+        options.readme.write_text(f"{before}{first}\n{table_of(lines)}\n{last}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ were; a link per product points at the newest complete one. Nothing of a run is 
 """
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from atft_pipeline import synthetic
 from atft_pipeline.config import DatasetConfig
 from atft_pipeline.dataset import read_manifest, sha256_of
 from atft_pipeline.errors import InputError
-from atft_pipeline.files import relink, replacing
+from atft_pipeline.files import relink, replacing, write_json
 from atft_pipeline.month_parts import move_product
 from atft_pipeline.sources import Source, open_source
 
@@ -125,6 +126,28 @@ class DatasetStore(dg.ConfigurableResource):
         path = self.product(kind, fingerprint)
         move_product(self.building(kind), path)
         return path
+
+    # Baselines -------------------------------------------------------------------------------------------------
+
+    @property
+    def _baselines_link(self) -> Path:
+        return self.datasets / "baselines_latest.json"
+
+    def keep_baselines(self, content: Mapping[str, Any]) -> Path:
+        """Stores the figures of the baselines under the hash of what decides them and links to them as the newest."""
+        from atft_pipeline.comparison import BASELINES_KIND
+
+        decided_by = {name: content[name] for name in ("dataset_fingerprint", "split", "evaluation", "seed")}
+        path = self.datasets / f"baselines_{sha256_of(decided_by)[:16]}.json"
+        write_json(path, {"kind": BASELINES_KIND, **content})
+        relink(self._baselines_link, path)
+        return path
+
+    def baselines(self) -> dict[str, Any] | None:
+        """The newest stored figures, of whatever dataset and split; None before there are any."""
+        from atft_pipeline.comparison import read_baselines
+
+        return read_baselines(self._baselines_link) if self._baselines_link.exists() else None
 
     @staticmethod
     def dataset_config(manifest: dict[str, Any]) -> DatasetConfig:

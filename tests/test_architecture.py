@@ -35,9 +35,10 @@ LAYERS: tuple[str, ...] = (
     "portfolio", "metrics", "evaluation", "validity", "criterion",
     "lineage", "checkpoints", "scoring", "degeneracy", "weight_average", "step_figures", "run_plan", "verdict",
     "status", "failures", "training",
-    "baselines", "score_panels", "delivery",
+    "baselines", "score_panels", "delivery", "attribution",
     "diagnostics.record", "diagnostics.signals", "diagnostics.rules", "diagnostics.experiments", "diagnostics.plots",
-    "diagnostics.report", "diagnostics",
+    "diagnostics.attribution_tables", "diagnostics.attribution_plots", "diagnostics.report", "diagnostics",
+    "comparison",
     "synthetic",
     "cli",
 )  # fmt: skip

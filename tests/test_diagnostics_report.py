@@ -22,6 +22,7 @@ from atft_pipeline.presets import preset, quick
 SECTIONS = [
     "Key finding",
     "Final results",
+    "Costs, capacity and exposures",
     "Stability",
     "Gradient flow",
     "Plateau analysis",
@@ -179,6 +180,7 @@ def test_report_files_are_complete_and_self_contained(tmp_path: Path) -> None:
     assert page.open == []
     assert set(page.images) == {
         "Losses", "Sharpe by epoch", "IC and RankIC", "Learning rate", "Gradient l2 by component",
+        "Sharpe after costs", "Sharpe by month and year",
     }  # fmt: skip
     assert all(png.startswith(b"\x89PNG") for png in page.images.values())
     assert all(link.startswith("data:") for link in page.links)

@@ -1,16 +1,24 @@
-"""Why a run got the Sharpe it got: findings with evidence and next steps, from that run's own directory alone."""
+"""Why a run got the Sharpe it got: findings with evidence and next steps, from that run's own directory alone.
+
+Only what the portfolio is held against (market, sectors, turnover values) comes from the dataset that the run names,
+and only while that is the one it was made on.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
+from atft_pipeline.attribution import SPLITS, Attribution, Missing, attribute_predictions
+from atft_pipeline.config import from_dict
 from atft_pipeline.diagnostics.experiments import ExperimentAdvice, advise, commands
-from atft_pipeline.diagnostics.record import open_record
+from atft_pipeline.diagnostics.record import Record, open_record
 from atft_pipeline.diagnostics.report import Diagnosis, ReportPaths, headline, write_report
 from atft_pipeline.diagnostics.rules import Finding, assess
 from atft_pipeline.diagnostics.signals import measure
+from atft_pipeline.errors import InputError
 
-__all__ = ["Diagnosis", "ExperimentAdvice", "Finding", "ReportPaths", "diagnose", "write_report"]
+__all__ = ["Diagnosis", "ExperimentAdvice", "Finding", "ReportPaths", "attributions", "diagnose", "write_report"]
 
 
 def diagnose(run_dir: Path) -> Diagnosis:
@@ -34,8 +42,23 @@ def diagnose(run_dir: Path) -> Diagnosis:
             signals=signals,
             findings=findings,
             experiments=advise(record, findings),
+            attributions=attributions(record),
             missing=list(record.missing),
             headline=headline(record, signals, findings),
         )
     finally:
         record.connection.close()
+
+
+def attributions(record: Record) -> Mapping[str, Attribution | Missing]:
+    """Split -> costs, periods, capacity and exposures of the last predictions that the run kept."""
+    if not record.predictions:
+        return dict.fromkeys(SPLITS, Missing("the run has no readable predictions"))
+    try:
+        config = from_dict(record.run["config"]).evaluation
+        dataset = Path(record.run["dataset_path"])
+    except (InputError, KeyError, TypeError) as error:
+        return dict.fromkeys(SPLITS, Missing(f"run.json does not say how the run is evaluated, or on what ({error})"))
+    fingerprint = record.run.get("dataset_fingerprint")
+    last = record.predictions[max(record.predictions)]
+    return attribute_predictions(last, config, dataset=dataset, dataset_fingerprint=fingerprint)

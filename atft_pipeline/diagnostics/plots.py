@@ -32,10 +32,14 @@ def draw(record: Record) -> dict[str, bytes]:
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
-        buffer = io.BytesIO()
-        FigureCanvasAgg(figure).print_png(buffer)
-        drawn[title] = buffer.getvalue()
+        drawn[title] = png(figure)
     return drawn
+
+
+def png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)
+    return buffer.getvalue()
 
 
 def _losses(record: Record, axes: Axes) -> bool:

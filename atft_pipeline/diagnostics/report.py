@@ -16,6 +16,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from atft_pipeline.attribution import Attribution, Missing
+from atft_pipeline.diagnostics.attribution_plots import ATTRIBUTION_PLOTS, draw_attributions
+from atft_pipeline.diagnostics.attribution_tables import attribution_tables, not_assessable
 from atft_pipeline.diagnostics.experiments import ExperimentAdvice
 from atft_pipeline.diagnostics.plots import draw
 from atft_pipeline.diagnostics.record import Record, open_record
@@ -55,6 +58,8 @@ class Diagnosis:
     signals: Signals
     findings: list[Finding]
     experiments: list[ExperimentAdvice]
+    attributions: Mapping[str, Attribution | Missing]
+    """Split -> what its return is made of and would cost."""
     missing: list[str]
     headline: str
 
@@ -91,6 +96,10 @@ class Diagnosis:
                 name: None if isinstance(value, float) and not math.isfinite(value) else value
                 for name, value in self.signals.items()
             },
+            "attribution": {
+                split: {"not_assessable": of.reason} if isinstance(of, Missing) else of.as_dict()
+                for split, of in self.attributions.items()
+            },
             "missing": self.missing,
         }
 
@@ -102,6 +111,7 @@ class Diagnosis:
         return [
             ("Key finding", f"**{self.headline}**"),
             ("Final results", _final_results(self)),
+            ("Costs, capacity and exposures", _attributions(self.attributions)),
             ("Stability", _stability(self.signals)),
             (
                 "Gradient flow",
@@ -184,6 +194,17 @@ def _final_results(diagnosis: Diagnosis) -> str:
         f"{verdict}\n\n{_table(['figure', *splits], rows)}\n\n"
         f"Validation Sharpe ({diagnosis.slice}) by epoch: {_shown(diagnosis, 'sharpe_by_epoch')}."
     )
+
+
+def _attributions(attributions: Mapping[str, Attribution | Missing]) -> str:
+    blocks = [
+        f"### {title}\n\n{_table(list(rows[0]), [list(row.values()) for row in rows])}"
+        for title, rows in attribution_tables(attributions).items()
+        if rows
+    ]
+    if reasons := not_assessable(attributions):
+        blocks.append("Not assessable:\n\n" + "\n".join(f"- {reason}" for reason in reasons))
+    return "\n\n".join(blocks)
 
 
 def _stability(signals: Signals) -> str:
@@ -312,7 +333,7 @@ def write_report(run_dir: Path, diagnosis: Diagnosis) -> ReportPaths:
     paths = ReportPaths(run_dir / "findings.parquet", run_dir / "report.md", run_dir / "report.html")
     record = open_record(run_dir)
     try:
-        plots = draw(record)
+        plots = draw(record) | draw_attributions(diagnosis.attributions)
     finally:
         record.connection.close()
     with replacing(paths.findings) as temporary:
@@ -334,6 +355,7 @@ h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; border-bottom: 1px solid #d0d0
 
 PLOTS_OF_SECTION: dict[str, tuple[str, ...]] = {
     "Final results": ("Sharpe by epoch", "IC and RankIC"),
+    "Costs, capacity and exposures": tuple(ATTRIBUTION_PLOTS),
     "Gradient flow": ("Gradient l2 by component",),
     "Plateau analysis": ("Losses", "Learning rate"),
 }
