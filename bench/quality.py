@@ -37,9 +37,9 @@ COMMON: dict[str, object] = {
     "train.universe": "all",
     "train.batch_size": 15_000,
     "train.epochs": 8,
-    "train.loss.horizon_weights": [1.0, 0.001, 0.001, 0.001],
+    "model.normalisation": "none",
 }
-"""The generator's signals live for one session: longer horizons add noise alone."""
+"""What differs from the preset `cpu`: this market's signals are levels, and its trailing-normalised copies noise."""
 MODELS: dict[str, dict[str, object]] = {
     "network": {},
     "network without graph": {"model.graph": False},
