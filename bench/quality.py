@@ -37,9 +37,11 @@ COMMON: dict[str, object] = {
     "train.universe": "all",
     "train.batch_size": 15_000,
     "train.epochs": 8,
+    "train.optimizer.lr": 4e-3,
+    "train.optimizer.weight_decay": 3.0,
     "model.normalisation": "none",
 }
-"""What differs from the preset `cpu`: this market's signals are levels, and its trailing-normalised copies noise."""
+"""What differs from the preset `cpu`: this market's signals are levels, their trailing-normalised copies noise."""
 MODELS: dict[str, dict[str, object]] = {
     "network": {},
     "network without graph": {"model.graph": False},
