@@ -65,8 +65,8 @@ from atft_pipeline.step_figures import (
 from atft_pipeline.verdict import Battery, read_verdict, write_verdict
 from atft_pipeline.weight_average import WeightAverage
 
-SCORING_BATCH_RATIO = 4
-"""Samples per block when scoring, over those when training: no gradients to hold, and warm-up sessions weigh less."""
+SCORING_BATCH_RATIO = 2
+"""Samples per block when scoring, over those when training: warm-up sessions weigh less; four leaves the cache."""
 
 T = TypeVar("T")
 B = TypeVar("B")
@@ -328,7 +328,13 @@ class Trainer:
     # Validation ------------------------------------------------------------------------------------------------
 
     def _score(
-        self, model: nn.Module, sessions: NDArray[np.int64], epoch: int, *, batch_size: int | None = None
+        self,
+        model: nn.Module,
+        sessions: NDArray[np.int64],
+        epoch: int,
+        *,
+        batch_size: int | None = None,
+        with_loss: bool = False,
     ) -> Scores:
         return score_sessions(
             model,
@@ -336,13 +342,13 @@ class Trainer:
             sessions,
             batch_size=batch_size or SCORING_BATCH_RATIO * self.config.train.batch_size,
             device=self.device,
-            loss=self.config.train.loss,
+            loss=self.config.train.loss if with_loss else None,
             epoch=epoch,
         )
 
     def _score_splits(self, epoch: int) -> dict[str, Scores]:
         """Scores of the averaged weights; where predictions are kept, of the test sessions too, and written."""
-        scores = {"validation": self._score(self.average.model, self.split.validation, epoch)}
+        scores = {"validation": self._score(self.average.model, self.split.validation, epoch, with_loss=True)}
         if epoch in (1, 5, self.config.evaluation.criterion_epoch, self.config.train.epochs) or epoch % 10 == 0:
             scores["test"] = self._score(self.average.model, self.split.test, epoch)
             write_predictions(self.record.run_dir / "predictions" / f"epoch_{epoch:03d}.parquet", self.panel, scores)

@@ -26,6 +26,7 @@ from atft_pipeline.scoring import (
     write_predictions,
 )
 from atft_pipeline.splits import make_split
+from atft_pipeline.training import SCORING_BATCH_RATIO
 
 CPU = torch.device("cpu")
 
@@ -206,7 +207,7 @@ def test_a_checkpoint_scores_what_was_recorded(model, blocks, panel, trained):
     own = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     try:
         model.load_state_dict(content["weights"])
-        values = score(model, blocks, split.validation, settings().train.batch_size).values
+        values = score(model, blocks, split.validation, SCORING_BATCH_RATIO * settings().train.batch_size).values
     finally:
         model.load_state_dict(own)
     table = predictions(trained(), 2)
