@@ -15,7 +15,7 @@ from training_runs import Data, evals, hashes, header, settings, train_quietly, 
 from atft_pipeline import training
 from atft_pipeline import verdict as verdict_module
 from atft_pipeline.blocks import load_panel
-from atft_pipeline.config import EvaluationConfig
+from atft_pipeline.config import EvaluationConfig, LossConfig
 from atft_pipeline.criterion import changed_criterion
 from atft_pipeline.dataset import manifest_path, membership_path
 from atft_pipeline.errors import InputError
@@ -133,6 +133,7 @@ def test_scores_read_from_elsewhere_are_caught(data, tmp_path, monkeypatch):
     files = {}
 
     def of_another_run(model, blocks, sessions, **options):
+        options["loss"] = LossConfig()
         return files.setdefault(sessions[0], score_sessions(model, blocks, sessions, **options))
 
     monkeypatch.setattr(training, "score_sessions", of_another_run)
