@@ -2,8 +2,8 @@
 
 The market: `atft market --hard`, 1,000 stocks x 1,250 sessions, every stock that is investable. The figure: correlation
 across stocks of the score with the true expected return of `target_1d`, mean over the test sessions. Every model has
-one configuration, the same for all its seeds, whose last epoch counts; nothing is chosen by the test sessions. LightGBM
-and ridge are the pipeline's own baselines; `with neighbours` adds to each feature its mean over the session's graph.
+one configuration, the same for all its seeds, whose last epoch counts. LightGBM and ridge are the pipeline's own
+baselines; `with neighbours` adds to each feature its mean over the session's graph.
 
 Prints one JSON line per model, failures included, and with `--readme` puts the table between the markers
 `<!-- quality -->` of that file. Finished runs in WORK_DIR are read again, not trained again.
