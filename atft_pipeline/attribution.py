@@ -23,12 +23,11 @@ from atft_pipeline.config import EvaluationConfig, Slice
 from atft_pipeline.dataset import read_manifest, read_membership, read_table, resolved
 from atft_pipeline.errors import InputError
 from atft_pipeline.evaluation import ScorePanel, evaluate, score_panel
-from atft_pipeline.portfolio import Book, long_short_book
+from atft_pipeline.portfolio import COSTS_BPS, Book, after_costs, long_short_book
 
 Array = NDArray[np.float64]
 Days = NDArray[np.datetime64]
 
-COSTS_BPS: tuple[float, ...] = (0.0, 5.0, 10.0)
 PARTICIPATIONS: tuple[float, ...] = (0.01, 0.05)
 """Shares of a stock's daily turnover value at which a trade starts to move the price it gets."""
 LIQUIDITY_BUCKETS = 5
@@ -37,8 +36,6 @@ LEAST_OBSERVED = 2 / 3
 """Share of the window that must have traded, as for the slice `liquid`."""
 SPLITS: tuple[str, ...] = ("validation", "test")
 UNKNOWN_SECTOR = "unknown"
-
-_BPS = 1e-4
 
 
 @dataclass(frozen=True)
@@ -221,7 +218,7 @@ def _sharpe(returns: Array) -> Estimate:
 
 def sharpe_after_costs(gross: Array, turnover: Array, costs_bps: Sequence[float] = COSTS_BPS) -> dict[float, Estimate]:
     """Daily Sharpe of gross - cost_bps/1e4 * turnover for each cost; both [T], NaN in a session without a portfolio."""
-    return {bps: _sharpe(gross - bps * _BPS * turnover) for bps in costs_bps}
+    return {bps: _sharpe(after_costs(gross, turnover, bps)) for bps in costs_bps}
 
 
 def sharpe_by_period(gross: Array, sessions: Days, unit: Literal["Y", "M"]) -> dict[str, Estimate]:

@@ -147,8 +147,10 @@ def _features(options: argparse.Namespace) -> Result:
     if one_file:
         require_replaceable(options.out, "ml_dataset", ["membership.parquet"])
     else:
-        require_replaceable(options.out, "ml_dataset", ["membership", "statistics", "memory"])
-        require_replaceable(beside(options.out, "prices"), "prices", ["memory", "quarantine.parquet"])
+        from atft_pipeline import dataset_parts, price_parts
+
+        require_replaceable(options.out, dataset_parts.KIND, dataset_parts.SIDECARS)
+        require_replaceable(beside(options.out, "prices"), price_parts.KIND, price_parts.SIDECARS)
     if one_file and options.update:
         raise InputError(f"{options.out}: --update needs a dataset in monthly parts; name a folder, without .parquet")
     try:

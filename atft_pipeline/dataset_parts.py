@@ -67,6 +67,8 @@ KIND = "ml_dataset"
 CELLS_AT_A_TIME = 2_000_000
 """Sessions times stocks of a span of months: 82 features of it are 650 MB."""
 MEMBERSHIP, STATISTICS, MEMORY = "membership", "statistics", "memory"
+SIDECARS = (MEMBERSHIP, STATISTICS, MEMORY)
+"""What is written beside the dataset."""
 THREADS = 2
 
 
@@ -136,7 +138,7 @@ def update_dataset_parts(
     parts: dict[str, Any] = {month: dict(earlier.parts[month]) for month in changes.kept}
     reports: list[ContractReport] = []
     retargeted = []
-    with writing_parts(out, [MEMBERSHIP, STATISTICS, MEMORY], earlier) as writer:
+    with writing_parts(out, SIDECARS, earlier) as writer:
         for month in changes.kept:
             leaves_at = _target_inputs(made_from, month, config)
             changed = parts[month]["target_inputs"] != leaves_at

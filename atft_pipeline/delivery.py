@@ -29,6 +29,7 @@ from atft_pipeline.dataset import read_manifest, read_table, replacing_product, 
 from atft_pipeline.errors import InputError
 from atft_pipeline.evaluation import Evaluation, evaluate
 from atft_pipeline.lineage import code_revision, read_run
+from atft_pipeline.portfolio import COSTS_BPS, after_costs
 from atft_pipeline.score_panels import (
     BlendWeight,
     Scores,
@@ -46,8 +47,6 @@ Blend = Literal["none", "lightgbm"]
 
 BLENDS: tuple[Blend, ...] = ("none", "lightgbm")
 SPLITS = ("validation", "test")
-COSTS_BPS = (0, 5, 10)
-"""Trading costs at which every part and the delivered score are shown."""
 DELIVERED = "delivered"
 
 _BOOTSTRAP_SEED = 20
@@ -287,7 +286,7 @@ def sharpe_by_cost(evaluation: Evaluation) -> dict[str, float | None]:
     """Daily Sharpe of the evaluated portfolio net of each of `COSTS_BPS`; at 0 it is the gross one."""
     gross, turnover = evaluation.daily["gross"], evaluation.daily["turnover"]
     return {
-        f"sharpe_net_{bps}bps": metrics.finite_or_none(metrics.sharpe(gross - bps * 1e-4 * turnover))
+        f"sharpe_net_{bps:g}bps": metrics.finite_or_none(metrics.sharpe(after_costs(gross, turnover, bps)))
         for bps in COSTS_BPS
     }
 

@@ -18,6 +18,8 @@ JPX_PORTFOLIO_SIZE = 200
 JPX_TOP_WEIGHT = 2.0
 """Weight of the first name of a side; the last one has weight 1."""
 
+COSTS_BPS: tuple[float, ...] = (0.0, 5.0, 10.0)
+"""Trading costs at which reports show a portfolio."""
 _BPS = 1e-4
 _WHOLE = 1e-9  # 0.29 * 100 is 28.999999999999996: without it a leg would lose a stock
 
@@ -59,6 +61,11 @@ def long_short_weights(scores: NDArray[np.floating], usable: NDArray[np.bool_], 
     return side / np.maximum(leg, 1)
 
 
+def after_costs(gross: NDArray[np.float64], turnover: NDArray[np.float64], cost_bps: float) -> NDArray[np.float64]:
+    """Daily returns [T] of a portfolio that pays `cost_bps` of every traded amount; NaN where `gross` is."""
+    return gross - cost_bps * _BPS * turnover
+
+
 def long_short(
     scores: NDArray[np.floating], targets: NDArray[np.floating], *, quantile: float, cost_bps: float
 ) -> DailyPortfolio:
@@ -77,7 +84,7 @@ def long_short(
     gross = np.where(held, (weights * returns).sum(axis=1), np.nan)
     turnover = np.full(len(gross), np.nan)
     turnover[held] = np.abs(_changes(weights[held], returns[held], gross[held])).sum(axis=1)
-    return DailyPortfolio(gross, gross - cost_bps * _BPS * turnover, turnover, usable.sum(axis=1))
+    return DailyPortfolio(gross, after_costs(gross, turnover, cost_bps), turnover, usable.sum(axis=1))
 
 
 @dataclass(frozen=True)
@@ -143,7 +150,7 @@ def long_short_tranches(
         if t >= horizon_sessions - 1 and book.any():
             gross[t], turnover[t], entries = earned, entries, 0.0
         book *= (1.0 + returns[t]) / (1.0 + earned) if earned > -1.0 else 0.0
-    return DailyPortfolio(gross, gross - cost_bps * _BPS * turnover, turnover, usable.sum(axis=1))
+    return DailyPortfolio(gross, after_costs(gross, turnover, cost_bps), turnover, usable.sum(axis=1))
 
 
 def jpx_spread_returns(scores: NDArray[np.floating], targets: NDArray[np.floating]) -> NDArray[np.float64]:

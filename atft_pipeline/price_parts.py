@@ -51,6 +51,8 @@ KIND = "prices"
 CELLS_AT_A_TIME = 4_000_000
 """Sessions times codes of a span of months: what is held at once."""
 MEMORY, QUARANTINE = "memory", "quarantine.parquet"
+SIDECARS = (MEMORY, QUARANTINE)
+"""What is written beside the prices."""
 
 
 def update_price_parts(

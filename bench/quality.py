@@ -74,11 +74,16 @@ def truth(source: Path, panel: Panel) -> NDArray[np.float64]:
         pl.col("Code").is_in(panel.codes.tolist()),
         pl.col("Date").is_in(panel.sessions.astype("datetime64[D]").tolist()),
     )
-    expected = np.full(panel.member.shape, np.nan)
+    return placed(table, "expected_target_1d", panel)
+
+
+def placed(table: pl.DataFrame, column: str, panel: Panel) -> NDArray[np.float64]:
+    """A column of a table of Date and Code as [T, N] of the panel, NaN where the table has no row."""
+    cells = np.full(panel.member.shape, np.nan)
     t = np.searchsorted(panel.sessions, table["Date"].to_numpy().astype("datetime64[D]"))
     n = np.searchsorted(panel.codes, table["Code"].to_numpy().astype(str))
-    expected[t, n] = table["expected_target_1d"].to_numpy()
-    return expected
+    cells[t, n] = table[column].to_numpy()
+    return cells
 
 
 def correlation(scores: NDArray[np.floating], expected: NDArray[np.float64], member: NDArray[np.bool_]) -> float:
@@ -97,10 +102,7 @@ def network(folder: Path, dataset: Path, graph: Path, name: str, seed: int, pane
     command("train", dataset, graph, run, "--preset", "cpu", *assignments)
     epochs = read_run(run)["epochs_done"]
     table = pl.read_parquet(run / "predictions" / f"epoch_{epochs:03d}.parquet").filter(pl.col("split") == "test")
-    scores = np.full(panel.member.shape, np.nan)
-    t = np.searchsorted(panel.sessions, table["Date"].to_numpy().astype("datetime64[D]"))
-    scores[t, np.searchsorted(panel.codes, table["Code"].to_numpy().astype(str))] = table["score_1d"].to_numpy()
-    return scores
+    return placed(table, "score_1d", panel)
 
 
 def with_neighbours(panel: Panel, graph: StockGraph) -> Panel:

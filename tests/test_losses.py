@@ -222,6 +222,21 @@ def test_weighted_terms_add_up_and_zero_weights_are_still_recorded() -> None:
     assert terms.weighted["ic"].item() == pytest.approx(0.25 * terms.raw["ic"].item())
 
 
+def test_leaving_idle_terms_out_changes_neither_the_loss_nor_its_gradient() -> None:
+    results = {}
+    for with_idle in (True, False):
+        scores, target, member = example(s=SHARPE_SESSIONS)
+        scores.requires_grad_(True)
+        terms = CompositeLoss(LossConfig(mse=0.5, ic=0.25))(scores, target, member, epoch=1, with_idle=with_idle)
+        terms.total.backward()
+        results[with_idle] = terms, scores.grad
+    (full, gradient), (lean, lean_gradient) = results[True], results[False]
+    assert set(full.raw) - set(lean.raw) == {"rank_ic", "variance_penalty"}
+    assert all(lean.raw[term] == full.raw[term] for term in lean.raw)
+    assert lean.total == full.total
+    assert torch.equal(lean_gradient, gradient)
+
+
 def test_a_phase_replaces_the_weights_it_names() -> None:
     scores, target, member = example()
     config = LossConfig(mse=1.0, phases=(LossPhase(2, 3, {"mse": 0.0, "ic": 2.0}),))
