@@ -89,7 +89,7 @@ def fit_baselines(panel: Panel, split: Split, seed: int) -> dict[str, NDArray[np
         "lightgbm": _placed(lightgbm(X, y, X_new, seed=seed), asked),
         "ridge": _placed(ridge(X, y, X_new), asked),
     }
-    names, targets = panel.manifest["features"], panel.targets[:, :, HORIZONS.index(1)]
+    names, targets = panel.feature_names, panel.targets[:, :, HORIZONS.index(1)]
     factor = one_factor_reversal(panel.features, names, targets, panel.member, split.train).scores
     scores["reversal"] = np.where(asked, factor, np.nan)
     return scores

@@ -1,12 +1,12 @@
 """Dense panel of a dataset, and the session blocks the model trains on.
 
-Shapes: T sessions and N stocks of the panel, F features, H horizons; S target sessions and n stocks of a block, R the
-model's receptive field, E edges.
+Shapes: T sessions and N stocks of the panel, F features that have a value, H horizons; S target sessions and n stocks
+of a block, R the model's receptive field, E edges.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,8 @@ class Panel:
     """[T] ascending."""
     codes: NDArray[np.str_]
     """[N] ascending."""
+    feature_names: list[str]
+    """[F] the live features; one without a value in the whole dataset would say nothing and cost as much."""
     features: NDArray[np.float32]
     """[T, N, F], NaN where missing or without a row."""
     targets: NDArray[np.float32]
@@ -53,10 +55,14 @@ def load_panel(dataset: Path, universe: Slice) -> Panel:
     Read part by part, so that the peak is the panel itself plus one read.
 
     Raises InputError when a column is not where the manifest's registry has it, when the membership table has other
-    rows than the features, and when the universe is empty.
+    rows than the features, when no feature is live, and when the universe is empty.
     """
     manifest = read_manifest(dataset, "ml_dataset")
-    names = [*manifest["features"], *TARGETS]
+    if not manifest["live_features"]:
+        raise InputError(
+            f"{dataset}: none of {len(manifest['features'])} features is live; give a longer price history"
+        )
+    names = [*manifest["live_features"], *TARGETS]
     membership = read_membership(dataset, [*KEYS, "is_investable", "is_liquid"])
     sessions, t = np.unique(membership["Date"].to_numpy().astype("datetime64[D]"), return_inverse=True)
     flags = {name: membership[name].to_numpy().astype(bool) for name in ("is_investable", "is_liquid")}
@@ -72,7 +78,7 @@ def load_panel(dataset: Path, universe: Slice) -> Panel:
 
     values = np.full((shape[0] * shape[1], len(names)), np.nan, dtype=np.float32)
     start = 0
-    for rows in _read_rows(dataset, names, membership):
+    for rows in _read_rows(dataset, manifest, names, membership):
         cells = row_to_cell[start : start + len(rows)]
         values[cells[cells >= 0]] = rows[cells >= 0]
         start += len(rows)
@@ -87,6 +93,7 @@ def load_panel(dataset: Path, universe: Slice) -> Panel:
     return Panel(
         sessions=sessions,
         codes=codes,
+        feature_names=manifest["live_features"],
         # Views of one array: a copy of the features would double the peak.
         features=cells_by_name[..., : -len(TARGETS)],
         targets=cells_by_name[..., -len(TARGETS) :],
@@ -111,16 +118,18 @@ def _universe_codes(
     return distinct[used], position[index]
 
 
-def _read_rows(dataset: Path, names: list[str], membership: pa.Table) -> Iterator[NDArray[np.float32]]:
-    """Rows of the dataset `[rows, F + H]` in order, null as NaN; refuses other columns or other keys."""
+def _read_rows(
+    dataset: Path, manifest: Mapping[str, Any], names: list[str], membership: pa.Table
+) -> Iterator[NDArray[np.float32]]:
+    """Columns `names` of the dataset in order `[rows, F + H]`, null as NaN; refuses other columns or other keys."""
     data = resolved(dataset)
-    expected = [*KEYS, *names]
+    expected = [*KEYS, *manifest["features"], *TARGETS]
     start = 0
     for file in sorted(data.glob("*.parquet")) if data.is_dir() else [data]:
         with readable(file), pq.ParquetFile(file) as part:
             if part.schema_arrow.names != expected:
                 raise InputError(_column_difference(file, expected, part.schema_arrow.names))
-            for batch in part.iter_batches(batch_size=ROWS_PER_READ):
+            for batch in part.iter_batches(batch_size=ROWS_PER_READ, columns=[*KEYS, *names]):
                 keys = membership.select(list(KEYS)).slice(start, batch.num_rows)
                 if not pa.Table.from_batches([batch]).select(list(KEYS)).cast(keys.schema).equals(keys):
                     raise InputError(f"{file}: its Date and Code are not the membership table's; build both again")

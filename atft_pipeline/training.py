@@ -167,9 +167,7 @@ class Trainer:
 
     def _new_model(self, seed: int) -> ATFTGATFAN:
         torch.manual_seed(seed)
-        names, live = self.panel.manifest["features"], set(self.panel.manifest["live_features"])
-        is_live = torch.tensor([name in live for name in names])
-        return ATFTGATFAN(self.config.model, len(names), is_live).to(self.device)
+        return ATFTGATFAN(self.config.model, len(self.panel.feature_names)).to(self.device)
 
     def run(self) -> None:
         """All epochs that are still to do."""
@@ -463,7 +461,7 @@ class Trainer:
     def _identity(self) -> dict[str, Any]:
         return {
             "registry_fingerprint": self.panel.manifest["registry_fingerprint"],
-            "features": self.panel.manifest["features"],
+            "features": self.panel.feature_names,
             "model_config": asdict(self.config.model),
             "run_key": self.plan.key,
         }

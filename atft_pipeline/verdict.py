@@ -127,7 +127,7 @@ class Battery:
         member = slice_mask(panel, config.universe)
         reversal = one_factor_reversal(
             panel.features,
-            panel.manifest["features"],
+            panel.feature_names,
             panel.targets[:, :, 0],
             member,
             train_sessions,

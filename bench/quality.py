@@ -123,9 +123,8 @@ def with_neighbours(panel: Panel, graph: StockGraph) -> Panel:
         sums = np.add.reduceat(own[t, source[order]], starts, axis=0)
         counts = np.diff([*starts, len(order)])
         joined[t, targets, F:] = sums / counts[:, None]
-    names = [*panel.manifest["features"]]
-    manifest = {**panel.manifest, "features": [*names, *(f"neighbours_{name}" for name in names)]}
-    return Panel(**{**vars(panel), "features": joined, "manifest": manifest})
+    names = [*panel.feature_names, *(f"neighbours_{name}" for name in panel.feature_names)]
+    return Panel(**{**vars(panel), "features": joined, "feature_names": names})
 
 
 def table_of(lines: list[dict[str, Any]]) -> str:

@@ -34,7 +34,7 @@ def panel(seed=1):
         features=features,
         targets=targets,
         member=member,
-        manifest={"features": NAMES},
+        feature_names=NAMES,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from atft_pipeline.dataset import MEMBERSHIP_COLUMNS, TARGETS, manifest_path, me
 from atft_pipeline.errors import InputError
 from atft_pipeline.graph import StockGraph
 
-FEATURES = ["alpha", "beta", "gamma"]
+FEATURES = ["alpha", "dead", "beta", "gamma"]
+LIVE = ["alpha", "beta", "gamma"]
 SESSIONS = np.datetime64("2020-01-20") + np.arange(20)  # two months
 CODES = ["1301", "1305", "1332", "13330", "9999"]  # 1305 is never liquid, 9999 never investable
 R = 4
@@ -33,7 +35,8 @@ def rows() -> list[dict[str, Any]]:
             if (code == "1332" and t < 6) or (code == "13330" and 8 <= t <= 10):
                 continue
             investable = code != "9999" and rng.random() > 0.1
-            values = {name: None if rng.random() < 0.2 else float(np.float32(rng.normal())) for name in FEATURES}
+            values = {name: None if rng.random() < 0.2 else float(np.float32(rng.normal())) for name in LIVE}
+            values["dead"] = None
             targets = {name: None if t > 15 and i else float(np.float32(rng.normal())) for name in TARGETS}
             found.append(
                 {
@@ -65,7 +68,7 @@ def write(path: Path, rows: list[dict[str, Any]], *, by_month: bool = False) -> 
         path,
         pa.table({name: column(name) for name in names}),
         pa.table({name: column(name) for name in MEMBERSHIP_COLUMNS}),
-        {"kind": "ml_dataset", "fingerprint": "f00d", "features": FEATURES},
+        {"kind": "ml_dataset", "fingerprint": "f00d", "features": FEATURES, "live_features": LIVE},
     )
     return in_months(path) if by_month else path
 
@@ -102,6 +105,7 @@ def same(a: float | None, b: float) -> bool:
 def test_panel_holds_every_row_of_the_universe(tmp_path: Path, universe: Any, flag: str, by_month: bool) -> None:
     table = rows()
     panel = load_panel(write(tmp_path / "d.parquet", table, by_month=by_month), universe)
+    assert (panel.feature_names, panel.features.shape[2]) == (LIVE, len(LIVE))
     assert panel.codes.tolist() == sorted({row["Code"] for row in table if row[flag]})
     assert (panel.sessions == SESSIONS).all()
     by_key = {(row["Date"], row["Code"]): row for row in table}
@@ -109,7 +113,7 @@ def test_panel_holds_every_row_of_the_universe(tmp_path: Path, universe: Any, fl
     for t, date in enumerate(SESSIONS):
         for i, code in enumerate(panel.codes):
             row = by_key.get((date.item(), code), absent)
-            assert all(same(row[name], panel.features[t, i, f]) for f, name in enumerate(FEATURES))
+            assert all(same(row[name], panel.features[t, i, f]) for f, name in enumerate(LIVE))
             assert all(same(row[name], panel.targets[t, i, h]) for h, name in enumerate(TARGETS))
             assert panel.member[t, i] == row[flag]
             assert (panel.investable[t, i], panel.liquid[t, i]) == (row["is_investable"], row["is_liquid"])
@@ -142,12 +146,12 @@ def test_block_is_cut_from_the_panel(tmp_path: Path, sessions: range) -> None:
     members = panel.member[sessions[0] : sessions[-1] + 1]
     assert block.session_index.tolist() == list(sessions)
     assert block.stock_index.tolist() == np.flatnonzero(members.any(axis=0)).tolist()
-    assert block.x.shape == block.missing.shape == (len(block.stock_index), len(sessions) + R - 1, len(FEATURES))
+    assert block.x.shape == block.missing.shape == (len(block.stock_index), len(sessions) + R - 1, len(LIVE))
     assert block.x.dtype == torch.float32
     for n, i in enumerate(block.stock_index.tolist()):
         for step in range(len(sessions) + R - 1):
             t = sessions[0] - R + 1 + step
-            for f in range(len(FEATURES)):
+            for f in range(len(LIVE)):
                 value = panel.features[t, i, f] if t >= 0 else math.nan
                 assert block.missing[n, step, f].item() is math.isnan(value)
                 assert block.x[n, step, f].item() == (0.0 if math.isnan(value) else value)
@@ -198,6 +202,14 @@ def test_a_block_of_scattered_sessions_is_refused(tmp_path: Path) -> None:
         data.block(np.array([3, 5]))
 
 
+def test_a_dataset_without_live_features_is_one_sentence(tmp_path: Path) -> None:
+    path = write(tmp_path / "d.parquet", rows())
+    manifest = manifest_path(path)
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"live_features": []}))
+    with pytest.raises(InputError, match=r"d\.parquet: none of 4 features is live"):
+        load_panel(path, "all")
+
+
 def test_an_empty_universe_is_one_sentence(tmp_path: Path) -> None:
     table = [{**row, "is_liquid": False} for row in rows()]
     path = write(tmp_path / "d.parquet", table)
@@ -209,7 +221,7 @@ def test_an_empty_universe_is_one_sentence(tmp_path: Path) -> None:
 def test_columns_that_are_not_the_registry_s_are_named(tmp_path: Path) -> None:
     path = write(tmp_path / "d.parquet", rows())
     table = pq.read_table(path)
-    swapped = ["Date", "Code", "beta", "alpha", "gamma", *TARGETS]
+    swapped = ["Date", "Code", "beta", "dead", "alpha", "gamma", *TARGETS]
     pq.write_table(table.select(swapped), path)
     with pytest.raises(InputError, match="column 2 is 'beta' instead of 'alpha'"):
         load_panel(path, "all")

@@ -46,7 +46,7 @@ def test_dispersions_are_mean_within_session_deviations_of_members():
     targets[0, :3] = np.nan
     targets[1] = 0.01  # no dispersion: no z-score
     values = np.where(member[2:, :, None], generator.normal(size=(T - 2, N, 4)), np.nan).astype(np.float32)
-    panel = Panel(np.arange(T), np.arange(N), np.empty(0), targets, member, member, member, {})
+    panel = Panel(np.arange(T), np.arange(N), [], np.empty(0), targets, member, member, member, {})
 
     sessions = np.arange(2, T)
     predicted, standardised = [], []

@@ -11,7 +11,6 @@ import torch
 
 from atft_pipeline.blocks import Block
 from atft_pipeline.config import HORIZONS, LossConfig, ModelConfig
-from atft_pipeline.errors import InputError
 from atft_pipeline.losses import CompositeLoss
 from atft_pipeline.model import ATFTGATFAN
 from atft_pipeline.model.adaptive_norm import (
@@ -25,7 +24,6 @@ from atft_pipeline.model.adaptive_norm import (
 from atft_pipeline.model.temporal_encoder import BandedAttention, bands
 
 N, F, SESSIONS = 6, 5, 60
-LIVE = torch.tensor([True, True, False, True, True])
 SMALL = ModelConfig(
     hidden_size=8,
     window_sessions=8,
@@ -67,7 +65,6 @@ class Market:
         g = torch.Generator().manual_seed(seed)
         self.x = torch.randn(N, SESSIONS, F, generator=g)
         self.missing = torch.rand(N, SESSIONS, F, generator=g) < 0.15
-        self.missing[..., 2] = True  # the dead feature
         self.missing[2, :33] = True  # a stock that starts late
         self.missing[4, 40:44] = True  # and one with a hole
         self.target = 0.02 * torch.randn(N, SESSIONS, len(HORIZONS), generator=g)
@@ -99,7 +96,7 @@ class Market:
 def model(config: ModelConfig = SMALL, seed: int = 1) -> ATFTGATFAN:
     """A network whose every parameter matters: biases by lag start at zero and would hide an error."""
     torch.manual_seed(seed)
-    network = ATFTGATFAN(config, F, LIVE).eval()
+    network = ATFTGATFAN(config, F).eval()
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
@@ -198,18 +195,14 @@ def test_a_stock_without_edges_scores_as_if_it_were_alone(config: ModelConfig) -
 
 
 @pytest.mark.parametrize("config", NORMALISED.values(), ids=NORMALISED)
-def test_what_lies_under_a_missing_value_or_in_a_dead_feature_changes_nothing(config: ModelConfig) -> None:
+def test_what_lies_under_a_missing_value_changes_nothing(config: ModelConfig) -> None:
     network, market = model(config), Market()
     block = market.block(range(40, 50), network.receptive_field)
     garbage = torch.where(block.missing, torch.full_like(block.x, 9.0), block.x)
-    alive = block.missing.clone()
-    alive[..., 2] = False
     with torch.no_grad():
         torch.testing.assert_close(network(replace(block, x=garbage)), network(block))
-        torch.testing.assert_close(network(replace(block, x=garbage, missing=alive)), network(block))
     inputs, _ = network.adaptive_norm(block.x, (~block.missing).float())
     weights = network.variable_selection.weights(inputs)
-    assert (weights[..., 2] == 0).all()
     torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
 
 
@@ -431,7 +424,7 @@ def train_step(network: ATFTGATFAN, block: Block) -> None:
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_every_component_gets_a_gradient_and_moves(config: ModelConfig) -> None:
     torch.manual_seed(0)
-    network, market = ATFTGATFAN(config, F, LIVE), Market()
+    network, market = ATFTGATFAN(config, F), Market()
     before = {name: p.detach().clone() for name, p in network.named_parameters()}
     train_step(network, market.block(range(36, 52), network.receptive_field))
     children = dict(network.named_children())
@@ -466,7 +459,7 @@ def test_every_configuration_field_has_an_effect(field: str) -> None:
     market, results, base = Market(), [], BASES.get(field, SMALL)
     for config in (base, replace(base, **{field: CHANGED[field]})):
         torch.manual_seed(0)
-        network = ATFTGATFAN(config, F, LIVE).train(field == "dropout")
+        network = ATFTGATFAN(config, F).train(field == "dropout")
         torch.manual_seed(0)
         results.append(scores(network, market, range(40, 50)))
     assert (results[0] - results[1]).abs().max() > 1e-6
@@ -485,7 +478,7 @@ def test_scores_are_float32_under_autocast(config: ModelConfig) -> None:
 @pytest.mark.parametrize("config", NORMALISED.values(), ids=NORMALISED)
 def test_training_under_autocast_reaches_every_parameter(config: ModelConfig) -> None:
     torch.manual_seed(0)
-    network, market = ATFTGATFAN(config, F, LIVE), Market()
+    network, market = ATFTGATFAN(config, F), Market()
     with torch.autocast("cpu", torch.bfloat16):
         result = network(market.block(range(36, 52), network.receptive_field))
     result.square().mean().backward()
@@ -509,8 +502,3 @@ def test_a_block_without_edges_is_scored() -> None:
     network, market = model(), Market()
     market.edges, market.attr = market.edges[:, :0], market.attr[:0]
     assert torch.isfinite(scores(network, market, range(0, 3))).all()
-
-
-def test_a_dataset_without_live_features_is_refused() -> None:
-    with pytest.raises(InputError, match="no live feature"):
-        ATFTGATFAN(SMALL, F, torch.zeros(F, dtype=torch.bool))

@@ -39,8 +39,7 @@ def panel(data):
 @pytest.fixture(scope="module")
 def model(panel):
     torch.manual_seed(0)
-    names, live = panel.manifest["features"], set(panel.manifest["live_features"])
-    model = ATFTGATFAN(settings().model, len(names), torch.tensor([name in live for name in names]))
+    model = ATFTGATFAN(settings().model, len(panel.feature_names))
     # As the averaged weights: torch may pick another kernel, and other last bits, for weights that take gradients.
     return model.requires_grad_(False)
 

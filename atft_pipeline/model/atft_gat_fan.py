@@ -8,12 +8,10 @@ whatever block it is computed in, and no later session changes it. Stocks meet n
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from atft_pipeline.blocks import Block
 from atft_pipeline.config import HORIZONS, ModelConfig
-from atft_pipeline.errors import InputError
 from atft_pipeline.model.adaptive_norm import NORMALISATIONS
 from atft_pipeline.model.backbone_projection import BackboneProjection
 from atft_pipeline.model.fusion import Fusion
@@ -24,24 +22,14 @@ from atft_pipeline.model.variable_selection import VariableSelection
 
 
 class ATFTGATFAN(nn.Module):
-    """Scores of every stock of a block at its target sessions.
+    """Scores of every stock of a block at its target sessions."""
 
-    `live: [F]` bool marks the features that have any value in the dataset; the others have no effect. Raises InputError
-    when there is none.
-    """
-
-    live: Tensor
-
-    def __init__(self, config: ModelConfig, num_features: int, live: Tensor) -> None:
+    def __init__(self, config: ModelConfig, num_features: int) -> None:
         super().__init__()
         width, dropout = config.hidden_size, config.dropout
-        live = torch.as_tensor(live, dtype=torch.bool).clone()
-        if not live.any():
-            raise InputError(f"ml_dataset: no live feature among {num_features}; give a longer price history")
-        self.register_buffer("live", live, persistent=False)
         self.adaptive_norm = NORMALISATIONS[config.normalisation](config, num_features)
         channels = self.adaptive_norm.channels
-        self.variable_selection = VariableSelection(channels, num_features, width, dropout, live)
+        self.variable_selection = VariableSelection(channels, num_features, width, dropout)
         self.temporal_encoder = TemporalEncoder(
             width, config.attention_heads, config.window_sessions, config.encoder_layers, dropout
         )
@@ -63,7 +51,7 @@ class ATFTGATFAN(nn.Module):
         Every stock of the block is scored at each of the S sessions, member or not; `block.member` says which count.
         """
         sessions = block.x.shape[1] - self.receptive_field + 1
-        present = (self.live & ~block.missing).to(block.x.dtype)  # [N, S+R-1, F]
+        present = (~block.missing).to(block.x.dtype)  # [N, S+R-1, F]
         inputs, removed = self.adaptive_norm(block.x * present, present)  # [N, S+W-1, C, F]
         observed = inputs[:, :, -1].amin(dim=-1) == 0  # [N, S+W-1]
 

@@ -7,7 +7,6 @@ Source: Lim, Arik, Loeff and Pfister, Temporal Fusion Transformers (2021), secti
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -36,30 +35,23 @@ class VariableSelection(nn.Module):
 
     Departure from eq. 6-8: the weights come from one GRN over all channels of all features and a linear map to F
     logits, and each feature's embedding is linear instead of a GRN of its own; 82 GRNs cost more than the rest of the
-    network. Weights are scaled by the number of live features, so that equal weights leave the inputs as they are.
-    Features without a live value (`live: [F]` False) are left out of the softmax and get weight 0.
+    network. Weights are scaled by F, so that equal weights leave the inputs as they are.
     """
 
-    dead_logits: Tensor
-    live_count: Tensor
-
-    def __init__(self, channels: int, num_features: int, hidden: int, dropout: float, live: Tensor) -> None:
+    def __init__(self, channels: int, num_features: int, hidden: int, dropout: float) -> None:
         super().__init__()
         self.weights_network = GatedResidualNetwork(channels * num_features, hidden, dropout)
         self.logits = nn.Linear(hidden, num_features)
         self.embedding = nn.Linear((channels - 1) * num_features, hidden)
-        self.register_buffer("dead_logits", torch.zeros(num_features).masked_fill(~live, -torch.inf), persistent=False)
-        self.register_buffer("live_count", live.sum(), persistent=False)
 
     def weights(self, inputs: Tensor) -> Tensor:
         """Importance of each feature, summing to 1: `[N, T, C, F] -> [N, T, F]`."""
-        logits = self.logits(self.weights_network(inputs.flatten(2)))  # [N, T, F]
-        return (logits + self.dead_logits).softmax(dim=-1)
+        return self.logits(self.weights_network(inputs.flatten(2))).softmax(dim=-1)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """`inputs: [N, T, C, F]`, values 0 where missing, the last channel the missing indicator -> `[N, T, D]`.
 
         The indicator moves the weights only: a missing value is 0, so its embedding is 0 times its weight.
         """
-        weights = self.weights(inputs) * self.live_count  # [N, T, F]
+        weights = self.weights(inputs) * inputs.shape[-1]  # [N, T, F]
         return self.embedding((inputs[:, :, :-1] * weights.unsqueeze(2)).flatten(2))  # [N, T, D]
