@@ -1,7 +1,7 @@
 """Dense panel of a dataset, and the session blocks the model trains on.
 
 Shapes: T sessions and N stocks of the panel, F features that have a value, H horizons; S target sessions and n stocks
-of a block, R the model's receptive field, E edges.
+of a block, R the model's receptive field, G refreshes of the graph, K neighbours of a stock at most.
 """
 
 from __future__ import annotations
@@ -154,6 +154,23 @@ def _column_difference(file: Path, expected: list[str], found: list[str]) -> str
 
 
 @dataclass(frozen=True)
+class Neighbours:
+    """Edges as a padded table: whose state each stock reads. `known` is False where a stock has fewer than K."""
+
+    place: Tensor
+    """[..., n, K] integer position of the neighbour among the n stocks."""
+    known: Tensor
+    """[..., n, K] bool."""
+    attributes: Tensor
+    """[..., n, K, 3] float32 corr, same_sector, same_market."""
+
+    def to(self, device: torch.device, *, non_blocking: bool = False) -> Neighbours:
+        """The table on `device`."""
+        moved = (tensor.to(device, non_blocking=non_blocking) for tensor in (self.place, self.known, self.attributes))
+        return Neighbours(*moved)
+
+
+@dataclass(frozen=True)
 class Block:
     """S contiguous target sessions, the n stocks that are members at one of them, and the sessions before them."""
 
@@ -169,10 +186,8 @@ class Block:
     """[n, S] bool."""
     target: Tensor
     """[n, S, H] float32 raw forward returns, NaN where missing."""
-    edge_index: Tensor
-    """[2, E] int64 source and target over nodes s * n + i."""
-    edge_attr: Tensor
-    """[E, 3] float32 corr, same_sector, same_market."""
+    neighbours: Neighbours
+    """[S, n, K]; place and attributes are 0 where not known."""
 
 
 class BlockDataset:
@@ -192,12 +207,10 @@ class BlockDataset:
         self._targets = torch.from_numpy(panel.targets).to(self.device)
         self._member = torch.from_numpy(panel.member).to(self.device)
         self._members_at = panel.member.sum(axis=1)
-        self._edges = [] if graph is None else self._panel_edges(graph)
-        self._refresh_at = (
-            np.full(len(panel.sessions), -1)
-            if graph is None
-            else np.searchsorted(graph.refreshes, panel.sessions, side="right") - 1
-        )
+        self._neighbours = neighbour_table(graph, panel.codes).to(self.device)
+        refreshes = panel.sessions[:0] if graph is None else graph.refreshes
+        newest = np.searchsorted(refreshes, panel.sessions, side="right") - 1
+        self._refresh_at = torch.from_numpy(newest).to(self.device)
 
     def sessions_per_block(self, session_indices: NDArray[np.integer], batch_size: int) -> list[NDArray[np.int64]]:
         """`session_indices` cut into contiguous runs of at most `batch_size` member samples, at least one session.
@@ -229,7 +242,6 @@ class BlockDataset:
         values = self._features[max(begin, 0) : last + 1].transpose(0, 1).index_select(0, stocks)
         values = functional.pad(values, (0, 0, max(-begin, 0), 0), value=torch.nan)  # [n, S+R-1, F]
         missing = ~values.isfinite()
-        edge_index, edge_attr = self._session_edges(first, last, stocks)
         return Block(
             session_index=torch.arange(first, last + 1, device=self.device),
             stock_index=stocks,
@@ -237,41 +249,45 @@ class BlockDataset:
             missing=missing,
             member=member[:, stocks].T.contiguous(),
             target=self._targets[first : last + 1, stocks].transpose(0, 1).contiguous(),
-            edge_index=edge_index,
-            edge_attr=edge_attr,
+            neighbours=self._block_neighbours(first, last, stocks),
         )
 
-    def _panel_edges(self, graph: StockGraph) -> list[tuple[Tensor, Tensor]]:
-        """Per refresh, edges `[2, E]` as positions in the panel's codes and `[E, 3]` attributes; others are dropped."""
-        codes = self.panel.codes
-        place = np.searchsorted(codes, graph.codes)
-        known = codes[np.minimum(place, len(codes) - 1)] == graph.codes
-        to_panel = np.where(known, place, -1)
-        ends = np.stack([to_panel[graph.source], to_panel[graph.target]]).astype(np.int64)
-        edges = []
-        for g in range(len(graph.refreshes)):
-            rows = slice(graph.offsets[g], graph.offsets[g + 1])
-            kept = (ends[:, rows] >= 0).all(axis=0)
-            edges.append(
-                (
-                    torch.from_numpy(ends[:, rows][:, kept]).to(self.device),
-                    torch.from_numpy(graph.edge_attr[rows][kept]).to(self.device),
-                )
-            )
-        return edges
+    def _block_neighbours(self, first: int, last: int, stocks: Tensor) -> Neighbours:
+        """Of each session the edges between its members."""
+        refresh = self._refresh_at[first : last + 1]  # [S]
+        places = self._neighbours.place[refresh][:, stocks].long()  # [S, n, K] in the panel, -1 where none
+        member = self._member[first : last + 1]
+        session = torch.arange(len(refresh), device=self.device)[:, None, None]
+        known = (places >= 0) & (refresh >= 0)[:, None, None]
+        known &= member[session, places] & member[:, stocks, None]
+        in_block = torch.zeros(len(self.panel.codes), dtype=torch.int64, device=self.device)
+        in_block[stocks] = torch.arange(len(stocks), device=self.device)
+        return Neighbours(
+            place=in_block[places].masked_fill(~known, 0),
+            known=known,
+            attributes=self._neighbours.attributes[refresh][:, stocks].masked_fill(~known[..., None], 0.0),
+        )
 
-    def _session_edges(self, first: int, last: int, stocks: Tensor) -> tuple[Tensor, Tensor]:
-        """Edges among the members of each session, as nodes s * n + i, and their attributes."""
-        position = torch.full((len(self.panel.codes),), -1, dtype=torch.int64, device=self.device)
-        position[stocks] = torch.arange(len(stocks), device=self.device)
-        indices = [torch.empty((2, 0), dtype=torch.int64, device=self.device)]
-        attributes = [torch.empty((0, 3), device=self.device)]
-        for s, session in enumerate(range(first, last + 1)):
-            refresh = int(self._refresh_at[session])
-            if refresh < 0:
-                continue
-            ends, attr = self._edges[refresh]
-            between_members = self._member[session][ends].all(dim=0)
-            indices.append(position[ends[:, between_members]] + s * len(stocks))
-            attributes.append(attr[between_members])
-        return torch.cat(indices, dim=1), torch.cat(attributes)
+
+def neighbour_table(graph: StockGraph | None, codes: NDArray[np.str_]) -> Neighbours:
+    """The graph's edges as a table per refresh, `[G, N, K]` over `codes: [N]`; edges of other stocks are left out.
+
+    `graph` None is one refresh without an edge. Neighbours stand as in the graph, the nearest first.
+    """
+    if graph is None or len(graph.refreshes) == 0:
+        shape = (1, len(codes), 0)
+        return Neighbours(torch.zeros(shape, dtype=torch.int32), torch.zeros(shape).bool(), torch.zeros(*shape, 3))
+    place = np.searchsorted(codes, graph.codes).clip(max=len(codes) - 1)
+    place = np.where(codes[place] == graph.codes, place, -1)
+    refresh = np.repeat(np.arange(len(graph.refreshes)), np.diff(graph.offsets))
+    kept = (place[graph.source] >= 0) & (place[graph.target] >= 0)
+    row = (refresh * len(codes) + place[graph.target])[kept]
+    order = np.argsort(row, kind="stable")
+    row = row[order]
+    rank = np.arange(len(row)) - np.searchsorted(row, row)
+    shape = (len(graph.refreshes), len(codes), int(rank.max(initial=-1)) + 1)
+    table = np.full(shape, -1, np.int32)
+    attributes = np.zeros((*shape, 3), np.float32)
+    table.reshape(-1, shape[2])[row, rank] = place[graph.source][kept][order]
+    attributes.reshape(-1, shape[2], 3)[row, rank] = graph.edge_attr[kept][order]
+    return Neighbours(torch.from_numpy(table), torch.from_numpy(table >= 0), torch.from_numpy(attributes))

@@ -146,7 +146,7 @@ def first_non_finite(model: nn.Module, block: Block) -> tuple[str, str] | None:
             module.register_forward_hook(after),
         ]
 
-    for what, value in (("x", block.x), ("edge_attr", block.edge_attr)):
+    for what, value in (("x", block.x), ("edge_attr", block.neighbours.attributes)):
         look("block", what, value)
     hooks = [hook for name, module in model.named_modules() if name for hook in watch(name, module)]
     try:

@@ -159,8 +159,15 @@ def test_block_is_cut_from_the_panel(tmp_path: Path, sessions: range) -> None:
             assert block.member[n, s].item() == panel.member[t, i]
             np.testing.assert_array_equal(block.target[n, s].numpy(), panel.targets[t, i])
     expected = slow_edges(panel, block)
-    found = {(a, b): attr for (a, b), attr in zip(block.edge_index.T.tolist(), block.edge_attr.tolist(), strict=True)}
+    n = len(block.stock_index)
+    table = block.neighbours
+    found = {
+        (s * n + int(table.place[s, i, k]), s * n + i): table.attributes[s, i, k].tolist()
+        for s, i, k in table.known.nonzero().tolist()
+    }
     assert found == expected
+    assert not table.place[~table.known].any()
+    assert not table.attributes[~table.known].any()
     assert bool(expected) is (sessions[-1] >= 5)
 
 
@@ -176,8 +183,8 @@ def test_an_infinite_feature_is_missing(tmp_path: Path) -> None:
 def test_without_a_graph_there_are_no_edges(tmp_path: Path) -> None:
     _, data = panel_and_data(tmp_path, graph=None)
     block = data.block(np.arange(10, 14))
-    assert block.edge_index.shape == (2, 0)
-    assert block.edge_attr.shape == (0, 3)
+    assert block.neighbours.place.shape == (4, len(block.stock_index), 0)
+    assert block.neighbours.attributes.shape == (4, len(block.stock_index), 0, 3)
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 7, 1000])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from atft_pipeline.blocks import Block
+from atft_pipeline.blocks import Block, Neighbours
 from atft_pipeline.config import HORIZONS, LossConfig, ModelConfig
 from atft_pipeline.losses import CompositeLoss
 from atft_pipeline.model import ATFTGATFAN
@@ -21,6 +21,7 @@ from atft_pipeline.model.adaptive_norm import (
     TrailingInstanceNorm,
     TrailingSliceNorm,
 )
+from atft_pipeline.model.gat import CORR_MIDDLE, CORR_UNIT, GraphAttention
 from atft_pipeline.model.temporal_encoder import BandedAttention, bands
 
 N, F, SESSIONS = 6, 5, 60
@@ -80,7 +81,16 @@ class Market:
         x = torch.nn.functional.pad(self.x[stocks, rows], (0, 0, pad, 0)).masked_fill(missing, 0.0)
         place = {stock: i for i, stock in enumerate(stocks)}
         ends = [(place[a], place[b], e) for e, (a, b) in enumerate(self.edges.T.tolist()) if {a, b} <= set(stocks)]
-        index = [[end[side] + s * len(stocks) for s in range(len(sessions)) for end in ends] for side in (0, 1)]
+        neighbours = Neighbours(
+            torch.zeros(len(sessions), len(stocks), 3, dtype=torch.int64),
+            torch.zeros(len(sessions), len(stocks), 3, dtype=torch.bool),
+            torch.zeros(len(sessions), len(stocks), 3, 3),
+        )
+        for source, target, e in ends:
+            k = int(neighbours.known[0, target].sum())
+            neighbours.place[:, target, k] = source
+            neighbours.known[:, target, k] = True
+            neighbours.attributes[:, target, k] = self.attr[e]
         return Block(
             session_index=torch.tensor(sessions),
             stock_index=torch.tensor(stocks),
@@ -88,8 +98,7 @@ class Market:
             missing=missing,
             member=torch.ones(len(stocks), len(sessions), dtype=torch.bool),
             target=self.target[stocks, sessions[0] : sessions[-1] + 1],
-            edge_index=torch.tensor(index, dtype=torch.int64),
-            edge_attr=self.attr[[end[2] for _ in sessions for end in ends]],
+            neighbours=neighbours,
         )
 
 
@@ -496,6 +505,34 @@ def test_reset_output_redraws_the_last_layer_from_the_generator() -> None:
     assert not torch.equal(draws[0], draws[2])
     assert draws[0].abs().max() <= SMALL.hidden_size**-0.5
     assert torch.equal(inner, network.prediction_head.hidden[0].weight)
+
+
+def test_attention_over_the_table_is_pygs_over_the_edges() -> None:
+    torch.manual_seed(0)
+    stocks, days, width, most = 30, 4, 8, 5
+    gat = GraphAttention(width, 2, dropout=0.0).double()
+    h = torch.randn(stocks, days, width, dtype=torch.float64, requires_grad=True)
+    known = torch.rand(days, stocks, most) < 0.7
+    known[0, 3] = False  # nobody to listen to
+    place = torch.randint(0, stocks, known.shape).masked_fill(~known, 0)
+    table = Neighbours(place, known, torch.rand(*known.shape, 3, dtype=torch.float64))
+
+    def gradients(out: torch.Tensor) -> list[torch.Tensor]:
+        weight = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+        return list(torch.autograd.grad((out * weight).sum(), [h, *gat.parameters()]))
+
+    day = torch.arange(days)[:, None, None] * stocks
+    ends = torch.stack([place + day, torch.arange(stocks)[None, :, None].expand_as(place) + day])
+    corr = (table.attributes[..., :1] - CORR_MIDDLE) / CORR_UNIT
+    attributes = torch.cat((corr, table.attributes[..., 1:]), dim=-1)
+    nodes = gat.norm(h).transpose(0, 1).reshape(-1, width)
+    messages = gat.attention(nodes, ends[:, known], attributes[known])
+    expected = h + messages.view(days, stocks, width).transpose(0, 1)
+    found = gat(h, table)
+    torch.testing.assert_close(found, expected)
+    assert torch.equal(found[3, 0], h[3, 0])
+    for ours, theirs in zip(gradients(found), gradients(expected), strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_a_block_without_edges_is_scored() -> None:

@@ -1,6 +1,6 @@
 """ATFT-GAT-FAN: gated features, trailing normalisation, banded attention, graph attention, four horizons.
 
-Shapes: N stocks, S target sessions, R receptive field, C channels, F features, D width, E edges, H horizons.
+Shapes: N stocks, S target sessions, R receptive field, C channels, F features, D width, H horizons.
 
 Two laws hold by construction (DESIGN.md, "encode each session once"): a stock's score for a session is the same
 whatever block it is computed in, and no later session changes it. Stocks meet nowhere but on the edges of the graph.
@@ -60,6 +60,6 @@ class ATFTGATFAN(nn.Module):
         h = self.adaptive_norm.restore(h, removed)
         states = [self.backbone_projection(h)]
         if self.config.graph:
-            states.append(self.gat(states[0], block.edge_index, block.edge_attr))
+            states.append(self.gat(states[0], block.neighbours))
         h = self.fusion(states, inputs[:, -sessions:])  # [N, S, D]
         return self.prediction_head(h).float()  # [N, S, H]

@@ -1,4 +1,4 @@
-"""Attention over each session's stock graph. N stocks, S sessions, D width, E edges.
+"""Attention over each session's stock graph. N stocks, S sessions, D width, A heads, K neighbours.
 
 Source: Brody, Alon and Yahav, How Attentive are Graph Attention Networks? (GATv2, ICLR 2022), eq. 7.
 """
@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch_geometric.nn import GATv2Conv
+
+from atft_pipeline.blocks import Neighbours
 
 EDGE_CHANNELS: int = 3
 """corr, same_sector, same_market."""
@@ -17,10 +20,11 @@ CORR_MIDDLE, CORR_UNIT = 0.25, 0.1
 
 
 class GraphAttention(nn.Module):
-    """h + GATv2(LayerNorm(h)) over nodes `s * N + i`: `[N, S, D] -> [N, S, D]`.
+    """h + GATv2(LayerNorm(h)) over the graph of each session: `[N, S, D] -> [N, S, D]`.
 
     No self loops and no bias: a stock reads its own state through the residual, and one without neighbours keeps it
-    exactly. Messages flow from row 0 of `edge_index` to row 1.
+    exactly. The layer is PyG's GATv2Conv, computed over a table of at most K neighbours instead of a list of edges: a
+    stock has nearly as many as the next, so padding costs less than scattering.
     """
 
     def __init__(self, hidden: int, heads: int, dropout: float) -> None:
@@ -36,9 +40,23 @@ class GraphAttention(nn.Module):
             bias=False,
         )
 
-    def forward(self, h: Tensor, edge_index: Tensor, edge_attr: Tensor) -> Tensor:
-        N, S, D = h.shape
-        nodes = self.norm(h).transpose(0, 1).reshape(S * N, D)  # [S*N, D]
-        corr = (edge_attr[:, :1] - CORR_MIDDLE) / CORR_UNIT
-        messages = self.attention(nodes, edge_index, torch.cat((corr, edge_attr[:, 1:]), dim=1))  # [S*N, D]
-        return h + messages.view(S, N, D).transpose(0, 1)
+    def forward(self, h: Tensor, neighbours: Neighbours) -> Tensor:
+        nodes = self.norm(h).transpose(0, 1)  # [S, N, D]
+        sources, targets = self.attention.lin_l(nodes), self.attention.lin_r(nodes)
+        # Session by session: what lies between stays in the cache.
+        sessions = zip(sources, targets, neighbours.place, neighbours.known, neighbours.attributes, strict=True)
+        return h + torch.stack([self._messages(*session) for session in sessions], dim=1)
+
+    def _messages(self, sources: Tensor, targets: Tensor, place: Tensor, known: Tensor, attributes: Tensor) -> Tensor:
+        """`[N, D]`, 0 without neighbours, of `sources, targets: [N, D]` and a session's `[N, K]` table."""
+        layer, (N, K) = self.attention, place.shape
+        read = sources.index_select(0, place.reshape(-1)).view(N, K, -1)  # [N, K, D]
+        corr = (attributes[..., :1] - CORR_MIDDLE) / CORR_UNIT
+        edge = layer.lin_edge(torch.cat((corr, attributes[..., 1:]), dim=-1))
+        joined = functional.leaky_relu(read + targets.unsqueeze(1) + edge, layer.negative_slope)
+        by_head = torch.block_diag(*layer.att[0].unsqueeze(-1))  # [D, A]
+        scores = joined @ by_head  # [N, K, A]
+        absent = ~known.unsqueeze(-1)
+        weights = scores.masked_fill(absent, torch.finfo(scores.dtype).min).softmax(dim=1).masked_fill(absent, 0.0)
+        weights = functional.dropout(weights, layer.dropout, self.training)
+        return (weights.unsqueeze(-1) * read.view(N, K, layer.heads, -1)).sum(dim=1).flatten(1)
