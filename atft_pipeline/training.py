@@ -65,8 +65,8 @@ from atft_pipeline.step_figures import (
 from atft_pipeline.verdict import Battery, read_verdict, write_verdict
 from atft_pipeline.weight_average import WeightAverage
 
-SCORING_BATCH_RATIO = 2
-"""Samples per block when scoring, over those when training: warm-up sessions weigh less; four leaves the cache."""
+SCORING_BATCH_RATIO = 4
+"""Samples per block when scoring, over those when training: the warm-up sessions of a longer block weigh less."""
 
 T = TypeVar("T")
 B = TypeVar("B")

@@ -21,6 +21,7 @@ from atft_pipeline.model.adaptive_norm import (
     TrailingInstanceNorm,
     TrailingSliceNorm,
 )
+from atft_pipeline.model.atft_gat_fan import ENCODED_AT_ONCE
 from atft_pipeline.model.gat import CORR_MIDDLE, CORR_UNIT, GraphAttention
 from atft_pipeline.model.temporal_encoder import BandedAttention, bands
 
@@ -129,6 +130,20 @@ def test_block_equals_the_windowed_reference(config: ModelConfig, sessions: rang
     together = scores(network, market, sessions)
     assert together.shape == (N, len(sessions), len(HORIZONS))
     torch.testing.assert_close(together, windowed(network, market, sessions), atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_some_stocks_at_a_time_score_as_all_at_once(config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    network, market = model(config), Market()
+    block = market.block(range(20, 40), network.receptive_field)
+    encoded: list[int] = []
+    encode = network.encode
+    monkeypatch.setattr(network, "encode", lambda x, missing: encoded.append(len(x)) or encode(x, missing))
+    together = network(block)
+    monkeypatch.setitem(ENCODED_AT_ONCE, "cpu", 2 * block.x[0].numel() + 1)
+    with torch.no_grad():
+        torch.testing.assert_close(network(block), together, atol=TOLERANCE, rtol=0)
+    assert encoded == [N, 2, 2, 2]
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)

@@ -27,10 +27,12 @@ class Fusion(nn.Module):
         self.gate = nn.Linear(parts * hidden, parts * hidden)
         self.norm = nn.LayerNorm(hidden)
 
-    def forward(self, states: list[Tensor], own: Tensor) -> Tensor:
-        """`states`: P or P - 1 tensors `[N, S, D]`; `own: [N, S, C, F]` the sessions' own inputs."""
-        if self.skip is not None:
-            states = [*states, self.skip(own.flatten(2))]
+    def own(self, inputs: Tensor) -> list[Tensor]:
+        """`[N, S, D]` of the sessions' own `inputs: [N, S, C, F]`, past the encoder; nothing without `skip`."""
+        return [] if self.skip is None else [self.skip(inputs.flatten(2))]
+
+    def forward(self, states: list[Tensor]) -> Tensor:
+        """`states`: P tensors `[N, S, D]`."""
         gates = torch.sigmoid(self.gate(torch.cat(states, dim=-1))).chunk(len(states), dim=-1)
         gated = torch.stack([gate * state for gate, state in zip(gates, states, strict=True)])
         return self.norm(gated.sum(dim=0))
