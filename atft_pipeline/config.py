@@ -122,7 +122,10 @@ class ModelConfig:
     hidden_size: int = 32
     window_sessions: int = 20
     """Sessions of history one score may see, W: the temporal encoder's bands sum to it."""
+    feature_gates: bool = True
+    """False leaves out the weights that variable selection gives the features: each counts the same."""
     encoder_layers: int = 1
+    """0 leaves the temporal encoder out: a score sees its own session alone, and what the normalisation sees."""
     attention_heads: int = 4
     normalisation: Literal["san", "fan", "revin", "none"] = "san"
     normalisation_window_sessions: int = 20
@@ -151,8 +154,8 @@ class ModelConfig:
         )
         _require(self.window_sessions >= 2, "model.window_sessions: expected at least 2")
         _require(
-            1 <= self.encoder_layers < self.window_sessions,
-            "model.encoder_layers: expected at least 1 and fewer than window_sessions",
+            0 <= self.encoder_layers < self.window_sessions,
+            "model.encoder_layers: expected at least 0 and fewer than window_sessions",
         )
         _require(
             self.normalisation in ("san", "fan", "revin", "none"),

@@ -3,7 +3,8 @@
 The market: `atft market --hard`, 1,000 stocks x 1,250 sessions, every stock that is investable. The figure: correlation
 across stocks of the score with the true expected return of `target_1d`, mean over the test sessions. Every model has
 one configuration, the same for all its seeds, whose last epoch counts. LightGBM and ridge are the pipeline's own
-baselines; `with neighbours` adds to each feature its mean over the session's graph.
+baselines; `with neighbours` adds to each feature its mean over the session's graph. Below them the ablations: the
+network with one part left out or one loss term changed, the first seed alone.
 
 Prints one JSON line per model, failures included, and with `--readme` puts the table between the markers
 `<!-- quality -->` of that file. Finished runs in WORK_DIR are read again, not trained again.
@@ -25,8 +26,9 @@ from numpy.typing import NDArray
 from atft_pipeline.baselines import fit_baselines
 from atft_pipeline.blocks import Panel, load_panel
 from atft_pipeline.config import with_overrides
+from atft_pipeline.dataset import sha256_of
 from atft_pipeline.graph import StockGraph, load_graph
-from atft_pipeline.lineage import read_run
+from atft_pipeline.lineage import code_revision, read_run
 from atft_pipeline.presets import preset
 from atft_pipeline.splits import make_split
 
@@ -46,6 +48,22 @@ MODELS: dict[str, dict[str, object]] = {
     "network": {},
     "network without graph": {"model.graph": False},
 }
+ABLATIONS: dict[str, dict[str, object]] = {
+    "no encoder": {"model.encoder_layers": 0},
+    "no feature gates": {"model.feature_gates": False},
+    "no skip path": {"model.skip": False},
+    "no graph": {"model.graph": False},
+    **{f"normalisation {name}": {"model.normalisation": name} for name in ("san", "revin", "fan")},
+    "IC instead of squared error": {"train.loss.mse": 0.0, "train.loss.ic": 1.0},
+    "RankIC instead of squared error": {"train.loss.mse": 0.0, "train.loss.rank_ic": 1.0},
+    "Sharpe instead of squared error": {"train.loss.mse": 0.0, "train.loss.sharpe": 1.0},
+    "IC beside it, weight 0.5": {"train.loss.ic": 0.5},
+    "RankIC beside it, weight 0.5": {"train.loss.rank_ic": 0.5},
+    "Sharpe beside it, weight 0.1": {"train.loss.sharpe": 0.1},
+    "variance penalty beside it, weight 1": {"train.loss.variance_penalty": 1.0},
+    "all horizons weighted 1": {"train.loss.horizon_weights": [1.0, 1.0, 1.0, 1.0]},
+}
+"""The network with its parts and its loss changed one at a time."""
 MARKERS = ("<!-- quality -->", "<!-- /quality -->")
 
 
@@ -94,10 +112,12 @@ def correlation(scores: NDArray[np.floating], expected: NDArray[np.float64], mem
     return float(np.mean(found))
 
 
-def network(folder: Path, dataset: Path, graph: Path, name: str, seed: int, panel: Panel) -> NDArray[Any]:
+def network(
+    folder: Path, dataset: Path, graph: Path, changes: dict[str, object], seed: int, panel: Panel
+) -> NDArray[Any]:
     """Scores [T, N] of the last epoch on the test sessions, NaN elsewhere."""
-    run = folder / f"{name.replace(' ', '_')}_{seed}"
-    settings = COMMON | MODELS[name] | {"train.seed": seed}
+    settings = COMMON | changes | {"train.seed": seed}
+    run = folder / f"run_{sha256_of(settings | {'code': code_revision()})[:16]}"
     assignments = [part for field, value in settings.items() for part in ("--set", f"{field}={json.dumps(value)}")]
     command("train", dataset, graph, run, "--preset", "cpu", *assignments)
     epochs = read_run(run)["epochs_done"]
@@ -154,13 +174,15 @@ def main() -> None:
         print(json.dumps(lines[-1]), flush=True)
 
     for name in MODELS:
-        report(name, [network(folder, dataset, graph, name, seed, panel) for seed in SEEDS])
+        report(name, [network(folder, dataset, graph, MODELS[name], seed, panel) for seed in SEEDS])
     own = fit_baselines(panel, split, config.train.seed)
     wide = fit_baselines(with_neighbours(panel, load_graph(graph)), split, config.train.seed)
     report("LightGBM", [own["lightgbm"]])
     report("LightGBM with neighbours", [wide["lightgbm"]])
     report("ridge", [own["ridge"]])
     report("ridge with neighbours", [wide["ridge"]])
+    for name, changes in ABLATIONS.items():
+        report(f"ablation: {name}", [network(folder, dataset, graph, changes, SEEDS[0], panel)])
     if options.readme is not None:
         text = options.readme.read_text(encoding="utf-8")
         (before, rest), (first, last) = text.split(MARKERS[0]), MARKERS

@@ -190,7 +190,7 @@ REFUSALS: list[tuple[Callable[[], Any], str]] = [
     (lambda: ModelConfig(hidden_size=10), "model.hidden_size"),
     (lambda: ModelConfig(hidden_size=33, attention_heads=3), "model.hidden_size"),
     (lambda: ModelConfig(window_sessions=1), "model.window_sessions"),
-    (lambda: ModelConfig(encoder_layers=0), "model.encoder_layers"),
+    (lambda: ModelConfig(encoder_layers=-1), "model.encoder_layers"),
     (lambda: ModelConfig(encoder_layers=20), "model.encoder_layers"),
     (lambda: ModelConfig(normalisation="layer"), "model.normalisation"),  # type: ignore[arg-type]
     (lambda: ModelConfig(normalisation_window_sessions=1), "model.normalisation_window_sessions"),

@@ -36,10 +36,11 @@ class ATFTGATFAN(nn.Module):
         width, dropout = config.hidden_size, config.dropout
         self.adaptive_norm = NORMALISATIONS[config.normalisation](config, num_features)
         channels = self.adaptive_norm.channels
-        self.variable_selection = VariableSelection(channels, num_features, width, dropout)
-        self.temporal_encoder = TemporalEncoder(
-            width, config.attention_heads, config.window_sessions, config.encoder_layers, dropout
-        )
+        self.variable_selection = VariableSelection(channels, num_features, width, dropout, gates=config.feature_gates)
+        if config.encoder_layers:
+            self.temporal_encoder = TemporalEncoder(
+                width, config.attention_heads, config.window_sessions, config.encoder_layers, dropout
+            )
         self.backbone_projection = BackboneProjection(width)
         if config.graph:
             self.gat = GraphAttention(width, config.gat_heads, dropout)
@@ -50,7 +51,8 @@ class ATFTGATFAN(nn.Module):
     @property
     def receptive_field(self) -> int:
         """Sessions, the scored one included, that a score depends on; blocks carry one fewer as warm-up."""
-        return self.config.window_sessions + self.adaptive_norm.window_sessions - 1
+        encoded = self.config.window_sessions if self.config.encoder_layers else 1
+        return encoded + self.adaptive_norm.window_sessions - 1
 
     def forward(self, block: Block) -> Tensor:
         """Scores `[N, S, H]` of the block's S target sessions, float32 under autocast too.
@@ -77,8 +79,9 @@ class ATFTGATFAN(nn.Module):
         """
         present = (~missing).to(x.dtype)
         inputs, removed = self.adaptive_norm(x * present, present)  # [N, S+W-1, C, F]
-        observed = inputs[:, :, -1].amin(dim=-1) == 0  # [N, S+W-1]
         h = self.variable_selection(inputs)  # [N, S+W-1, D]
-        h = self.temporal_encoder(h, observed)  # [N, S, D]
+        if self.config.encoder_layers:
+            observed = inputs[:, :, -1].amin(dim=-1) == 0  # [N, S+W-1]
+            h = self.temporal_encoder(h, observed)  # [N, S, D]
         h = self.backbone_projection(self.adaptive_norm.restore(h, removed))
         return [h, *self.fusion.own(inputs[:, -h.shape[1] :])]

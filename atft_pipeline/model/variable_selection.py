@@ -35,13 +35,16 @@ class VariableSelection(nn.Module):
 
     Departure from eq. 6-8: the weights come from one GRN over all channels of all features and a linear map to F
     logits, and each feature's embedding is linear instead of a GRN of its own; 82 GRNs cost more than the rest of the
-    network. Weights are scaled by F, so that equal weights leave the inputs as they are.
+    network. Weights are scaled by F, so that equal weights leave the inputs as they are, and
+    without `gates` all are 1.
     """
 
-    def __init__(self, channels: int, num_features: int, hidden: int, dropout: float) -> None:
+    def __init__(self, channels: int, num_features: int, hidden: int, dropout: float, *, gates: bool) -> None:
         super().__init__()
-        self.weights_network = GatedResidualNetwork(channels * num_features, hidden, dropout)
-        self.logits = nn.Linear(hidden, num_features)
+        self.gates = gates
+        if gates:
+            self.weights_network = GatedResidualNetwork(channels * num_features, hidden, dropout)
+            self.logits = nn.Linear(hidden, num_features)
         self.embedding = nn.Linear((channels - 1) * num_features, hidden)
 
     def weights(self, inputs: Tensor) -> Tensor:
@@ -53,5 +56,7 @@ class VariableSelection(nn.Module):
 
         The indicator moves the weights only: a missing value is 0, so its embedding is 0 times its weight.
         """
-        weights = self.weights(inputs) * inputs.shape[-1]  # [N, T, F]
-        return self.embedding((inputs[:, :, :-1] * weights.unsqueeze(2)).flatten(2))  # [N, T, D]
+        values = inputs[:, :, :-1]
+        if self.gates:
+            values = values * (self.weights(inputs) * inputs.shape[-1]).unsqueeze(2)  # weights [N, T, F]
+        return self.embedding(values.flatten(2))  # [N, T, D]
