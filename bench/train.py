@@ -3,7 +3,8 @@
 Each case is a run of two epochs by `atft train` in a fresh process; the second epoch counts, the first warms up. A
 sample is a stock in a session. `samples_per_s` is a training epoch as the run records it: blocks made, forward, loss,
 backward, clipping, update, averaged weights. `scored_per_s` is the scoring of validation and test without gradients.
-`--wide GRAPH` adds the case that needs a graph of 20 neighbours. Times are of one machine on one day.
+`--wide GRAPH` adds the case that needs a graph of 20 neighbours, `--qlib PYTHON` qlib's GATs_ts in the same run (an
+environment of its own: bench/requirements-qlib.txt). Times are of one machine on one day.
 """
 
 from __future__ import annotations
@@ -63,11 +64,18 @@ def main() -> None:
     parser.add_argument("dataset", type=Path)
     parser.add_argument("graph", type=Path)
     parser.add_argument("--wide", type=Path, help="graph of 20 neighbours")
+    parser.add_argument("--qlib", type=Path, help="Python that has pyqlib and torch")
     options = parser.parse_args()
     for name in CASES:
         graph = options.wide if name == WIDE else options.graph
         if graph is not None:
             print(json.dumps(measured(name, options.dataset, graph)), flush=True)
+    if options.qlib is not None:
+        for threads, features in ((1, 20), (2, 20), (1, 82)):
+            arguments = ["--threads", threads, "--features", features]
+            subprocess.run(
+                list(map(str, [options.qlib, Path(__file__).with_name("qlib_gats.py"), *arguments])), check=True
+            )
 
 
 if __name__ == "__main__":
