@@ -1,4 +1,4 @@
-"""Starts the processes that train one run together, by torchrun's own launcher, and says in one sentence why they ended.
+"""Starts the processes that train one run together, by torchrun's own launcher, and says in one sentence how it failed.
 
 On one machine the processes meet at a free port. On several, each machine's launcher is given the same address of the
 first one, whose first process leads and writes the run directory. `torchrun ... -m atft_pipeline.cli train ...` does

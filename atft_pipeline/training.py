@@ -194,9 +194,7 @@ class Trainer:
 
     def run(self) -> None:
         """All epochs that are still to do."""
-        with shortage_of_memory_explained(
-            self.data, self.split.train, self.config.train.batch_size, self.try_block
-        ):
+        with shortage_of_memory_explained(self.data, self.split.train, self.config.train.batch_size, self.try_block):
             self._run()
 
     def _run(self) -> None:
@@ -349,7 +347,7 @@ class Trainer:
             return non_finite_loss({name: terms.raw[name] for name in used}, self.model, block)
 
     def try_block(self, sessions: NDArray[np.int64]) -> None:
-        """Forward and backward over this process's part of a block: whether the memory suffices. No weight changes, no gradient is kept."""
+        """Forward and backward over this process's part of a block: whether the memory suffices. Nothing is kept."""
         self.optimizer.zero_grad(set_to_none=True)
         block = to_device(self.data.block(sessions), self.device)
         own = self.processes.own(block)
