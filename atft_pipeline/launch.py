@@ -8,6 +8,7 @@ the same with torchrun's flags.
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import signal
 import sys
@@ -39,6 +40,9 @@ SHUTDOWN_S = 20
 """From the request to end to SIGKILL: the leading process has its record to write."""
 
 INTERRUPTED = 130
+
+START_METHOD = "forkserver"
+"""The libraries are imported once, not by every process; the launcher itself may have threads, which a fork loses."""
 
 Log = Callable[[str], None]
 
@@ -137,12 +141,14 @@ def launch(layout: Layout, work: Callable[..., Any], *arguments: Any, threads: i
     Raises InputError or RunFailure of the process that ended first, KeyboardInterrupt when this one is asked to end; no
     process is left in either case.
     """
-    lines = torch.multiprocessing.get_context("spawn").SimpleQueue()
+    processes = multiprocessing.get_context(START_METHOD)
+    processes.set_forkserver_preload(["atft_pipeline.training"])
+    lines = processes.SimpleQueue()
     with tempfile.TemporaryDirectory(prefix="atft-") as folder, _elastic_quiet(), _signals_kept():
         config = _launch_config(layout, folder)
         with _forwarded(lines, log):
             try:
-                results = elastic_launch(config, _started)(os.getpid(), lines, threads, work, arguments)
+                results = elastic_launch(config, _started)(lines, threads, work, arguments)
             except ChildFailedError as error:
                 raise _explained(layout, *error.get_first_failure()) from None
             except SignalException as error:
@@ -156,20 +162,21 @@ def _launch_config(layout: Layout, folder: str) -> LaunchConfig:
         min_nodes=layout.nodes,
         max_nodes=layout.nodes,
         nproc_per_node=layout.processes,
-        run_id="atft",
+        run_id="none",  # torchrun's own default, so that it may start some of the nodes
         rdzv_backend="c10d" if alone else "static",
         rdzv_endpoint="localhost:0" if alone else str(layout.rendezvous),
         rdzv_configs={} if alone else {"rank": layout.node_rank},
         local_addr="localhost" if alone else None,
+        start_method=START_METHOD,
         max_restarts=0,  # a run goes on from its last epoch when it is started again, by whoever decides that
         logs_specs=DefaultLogsSpecs(log_dir=folder),
         shutdown_timeout=SHUTDOWN_S,
     )
 
 
-def _started(launcher: int, lines: Any, threads: int, work: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+def _started(lines: Any, threads: int, work: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
     """A process's life: `work`, told apart by how it ends."""
-    threading.Thread(target=_end_with, args=(launcher,), daemon=True).start()
+    threading.Thread(target=_end_with_launcher, daemon=True).start()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupted_once)
     if threads:
@@ -192,10 +199,11 @@ def _interrupted_once(number: int, _: Any) -> None:
     raise KeyboardInterrupt(signal.Signals(number).name)
 
 
-def _end_with(launcher: int) -> None:
+def _end_with_launcher() -> None:
     """Ends this process when its launcher is gone, as a kill leaves it."""
-    while os.getppid() == launcher:
-        time.sleep(1.0)
+    launcher = multiprocessing.parent_process()
+    assert launcher is not None
+    launcher.join()
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(SHUTDOWN_S)
     os._exit(INTERRUPTED)
