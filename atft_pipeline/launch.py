@@ -111,7 +111,7 @@ def train_in_processes(
     run_dir = claim_directory(run_dir, plan_run(config, dataset, graph, layout.total).key, force=force)
     try:
         return launch(layout, _train, config, dataset, graph, run_dir, options, threads=threads, log=log)
-    except (RunFailure, KeyboardInterrupt) as error:
+    except (InputError, RunFailure, KeyboardInterrupt) as error:
         _record_end(run_dir, error)
 
 
@@ -120,7 +120,7 @@ def _train(log: Log, config: PipelineConfig, dataset: Path, graph: Path, run_dir
         return train(config, dataset, graph, run_dir, log=log, processes=processes, **options)
 
 
-def _record_end(run_dir: Path, error: RunFailure | KeyboardInterrupt) -> NoReturn:
+def _record_end(run_dir: Path, error: InputError | RunFailure | KeyboardInterrupt) -> NoReturn:
     """Raises `error`, recorded: of another's end the leading process saw only that it was asked to end itself."""
     ours = (run_dir / "run.json").exists() and not is_held(run_dir)
     header = read_run(run_dir) if ours else {"status": "finished"}
@@ -262,12 +262,13 @@ def _signals_kept() -> Iterator[None]:
 
 @contextmanager
 def _elastic_quiet() -> Iterator[None]:
-    """Its launcher logs every failure with a stack; here it becomes one sentence."""
-    logger = logging.getLogger("torch.distributed.elastic")
-    level, logger.disabled = logger.level, True
-    logger.setLevel(logging.CRITICAL + 1)
+    """torchrun's launcher logs every failure with a stack, and whom it ends; here it becomes one sentence."""
+    loggers = [logging.getLogger(name) for name in ("torch.distributed.elastic", "torch.multiprocessing")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL + 1)
     try:
         yield
     finally:
-        logger.disabled = False
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

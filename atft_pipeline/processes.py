@@ -9,6 +9,7 @@ Shapes: n stocks and S sessions of a block, H horizons.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -145,5 +146,5 @@ def _losses_explained() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0][:200]
+        reason = re.sub(r"^\[[^]]*\] ", "", str(error).strip()).split(".")[0]  # without the place in gloo's source
         raise PeerLost(f"another process of the run ended ({reason}); what it said is the cause") from error
