@@ -32,7 +32,7 @@ from atft_pipeline.config import PipelineConfig
 from atft_pipeline.errors import InputError, RunFailure
 from atft_pipeline.failures import early_end_recorded
 from atft_pipeline.lineage import RunRecord, is_held, read_run
-from atft_pipeline.processes import joined
+from atft_pipeline.processes import PeerLost, joined
 from atft_pipeline.run_plan import claim_directory, plan_run
 from atft_pipeline.training import Outcome, train
 
@@ -222,9 +222,10 @@ def _explained(layout: Layout, rank: int, failure: ProcessFailure) -> InputError
     kind, _, sentence = str(said["message"]).partition(": ")
     if kind == InputError.__name__:
         return InputError(sentence)
-    if kind == RunFailure.__name__ and rank == 0:
+    expected = kind in (RunFailure.__name__, PeerLost.__name__)
+    if expected and rank == 0:
         return RunFailure(sentence)
-    return RunFailure(f"{who}: {sentence if kind == RunFailure.__name__ else said['message']}")
+    return RunFailure(f"{who}: {sentence if expected else said['message']}")
 
 
 @contextmanager

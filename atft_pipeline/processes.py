@@ -146,5 +146,6 @@ def _losses_explained() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = re.sub(r"^\[[^]]*\] ", "", str(error).strip()).split(".")[0]  # without the place in gloo's source
+        # Without the place in gloo's source before it and the address after it.
+        reason = re.split(r"[.\[\n]", re.sub(r"^\[[^]]*\] ", "", str(error)))[0].strip()
         raise PeerLost(f"another process of the run ended ({reason}); what it said is the cause") from error

@@ -23,9 +23,11 @@ from test_training import COLLAPSED, trainer_of
 from training_runs import TINY, Data, header, record, series, settings, train_quietly
 
 from atft_pipeline import launch
+from atft_pipeline.config import with_overrides
 from atft_pipeline.errors import InputError, RunFailure, RunInterrupted
 from atft_pipeline.launch import Layout, processes_asked, threads_each, train_in_processes
 from atft_pipeline.lineage import is_held, read_table
+from atft_pipeline.presets import preset
 from atft_pipeline.processes import Processes
 from atft_pipeline.run_plan import plan_run, resolve_device
 
@@ -240,7 +242,8 @@ def test_a_loss_that_is_not_finite_is_told_by_the_leading_process(
 ) -> None:
     monkeypatch.setattr(launch, "_train", process_work.not_finite)
     with pytest.raises(
-        RunFailure, match=r"^epoch 2, step 8: the loss is nan; stopped before the update: .*output.bias"
+        RunFailure,
+        match=r"^epoch 2, step 8: the loss is nan; stopped before the update: .*bias of prediction_head.output",
     ):
         train_two(data, tmp_path / "run")
     assert header(tmp_path / "run")["reason"].startswith("RunFailure: epoch 2, step 8: the loss is nan")
@@ -280,7 +283,8 @@ def test_a_finished_run_is_reused_by_all(data: Data, tmp_path: Path) -> None:
 def arguments(data: Data, run_dir: Path, **overrides: Any) -> list[str]:
     fields = {**TINY, **overrides}
     assigned = [part for name, value in fields.items() for part in ("--set", f"{name}={json.dumps(value)}")]
-    return ["train", str(data.dataset), str(data.graph), str(run_dir), "--device", "cpu", *assigned]
+    where = [str(data.dataset), str(data.graph), str(run_dir)]
+    return ["train", *where, "--preset", "quick", "--device", "cpu", *assigned]
 
 
 def descendants(pid: int) -> set[int]:
@@ -330,18 +334,19 @@ def test_the_command_leaves_no_process(sent: str, data: Data, tmp_path: Path) ->
         assert "Traceback" not in said
 
 
-def test_several_nodes_meet_also_where_torchrun_starts_one(data: Data, tmp_path: Path, undisturbed: Any) -> None:
+def test_several_nodes_meet_also_where_torchrun_starts_one(data: Data, tmp_path: Path) -> None:
     """The first node's launcher is `train_in_processes`, the second's torchrun itself: the bits of two processes."""
+    short = {"train.epochs": 2, "evaluation.criterion_sharpe": -9.0}
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     second = [
         sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", "1", "--nproc-per-node", "1",
         "--master-addr", "localhost", "--master-port", str(port), "-m", "atft_pipeline.cli",
-        *arguments(data, tmp_path / "second" / "run", **{"evaluation.criterion_sharpe": -9.0}),
+        *arguments(data, tmp_path / "second" / "run", **short),
     ]  # fmt: skip
     layout = Layout(1, nodes=2, node_rank=0, rendezvous=f"localhost:{port}")
-    config = settings({"evaluation.criterion_sharpe": -9.0})
+    config = with_overrides(preset("quick"), TINY | short)
     with subprocess.Popen(second, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as node:
         outcome = train_in_processes(
             layout, config, *data, tmp_path / "run", threads=1, device="cpu", log=lambda _: None
@@ -349,5 +354,7 @@ def test_several_nodes_meet_also_where_torchrun_starts_one(data: Data, tmp_path:
         out, err = node.communicate(timeout=60)
     assert (node.returncode, out) == (0, ""), err
     assert not (tmp_path / "second").exists(), "only the leading process writes"
-    assert outcome.verdict["weights_hash"] == undisturbed["verdict"]["weights_hash"]
-    assert outcome.verdict["predictions_hash"] == undisturbed["verdict"]["predictions_hash"]
+    together = train_in_processes(
+        TWO, config, *data, tmp_path / "one node", threads=1, device="cpu", log=lambda _: None
+    )
+    assert record(outcome.run_dir) == record(together.run_dir)
