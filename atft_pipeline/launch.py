@@ -7,6 +7,7 @@ the same with torchrun's flags.
 
 from __future__ import annotations
 
+import gc
 import logging
 import multiprocessing
 import os
@@ -141,19 +142,26 @@ def launch(layout: Layout, work: Callable[..., Any], *arguments: Any, threads: i
     Raises InputError or RunFailure of the process that ended first, KeyboardInterrupt when this one is asked to end; no
     process is left in either case.
     """
+    with _elastic_quiet(), _signals_kept():
+        results, problem = _launched(layout, (threads, work, arguments), log)
+    gc.collect()  # semaphores of its queues, which a process that ends by `os._exit` would leave to be complained of
+    if problem is not None:
+        raise problem
+    return results[min(results)]
+
+
+def _launched(layout: Layout, task: tuple[Any, ...], log: Log) -> tuple[dict[int, Any], BaseException | None]:
+    """Rank -> result, or what went wrong; nothing it made outlives it."""
     processes = multiprocessing.get_context(START_METHOD)
     processes.set_forkserver_preload(["atft_pipeline.training"])
     lines = processes.SimpleQueue()
-    with tempfile.TemporaryDirectory(prefix="atft-") as folder, _elastic_quiet(), _signals_kept():
-        config = _launch_config(layout, folder)
-        with _forwarded(lines, log):
-            try:
-                results = elastic_launch(config, _started)(lines, threads, work, arguments)
-            except ChildFailedError as error:
-                raise _explained(layout, *error.get_first_failure()) from None
-            except SignalException as error:
-                raise KeyboardInterrupt("interrupted") from error
-    return results[min(results)]
+    with tempfile.TemporaryDirectory(prefix="atft-") as folder, _forwarded(lines, log):
+        try:
+            return elastic_launch(_launch_config(layout, folder), _started)(lines, *task), None
+        except ChildFailedError as error:
+            return {}, _explained(layout, *error.get_first_failure())
+        except SignalException:
+            return {}, KeyboardInterrupt("interrupted")
 
 
 def _launch_config(layout: Layout, folder: str) -> LaunchConfig:

@@ -50,7 +50,8 @@ def logged(instance: dg.DagsterInstance, result: dg.ExecuteInProcessResult) -> l
 
 
 def test_two_processes_make_the_assets_and_their_lines_are_in_the_log(instance: dg.DagsterInstance) -> None:
-    result = make(SELECTION, instance, training(5, NEVER))
+    ops = training(5, NEVER, {"evaluation.criterion_epoch": 2})
+    result = make(SELECTION, instance, ops)
     assert made(result) == {MODEL, RUN}
     check = outcomes(result)[f"{MODEL}:success_criterion"]
     assert not check.passed
@@ -62,7 +63,7 @@ def test_two_processes_make_the_assets_and_their_lines_are_in_the_log(instance: 
     lines = logged(instance, result)
     assert sum("epoch 5/5" in line for line in lines) == 1
 
-    again = make(SELECTION, instance, training(5, NEVER))
+    again = make(SELECTION, instance, ops)
     assert again.asset_materializations_for_node("train_5ep")[0].metadata["reused"].value is True
 
 
