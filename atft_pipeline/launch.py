@@ -272,7 +272,9 @@ def _signals_kept() -> Iterator[None]:
 @contextmanager
 def _elastic_quiet() -> Iterator[None]:
     """torchrun's launcher logs every failure with a stack, and whom it ends; here it becomes one sentence."""
-    loggers = [logging.getLogger(name) for name in ("torch.distributed.elastic", "torch.multiprocessing")]
+    names = ("torch.distributed.elastic", "torch.multiprocessing")
+    # Some have a level of their own, so that their parents' would not reach them.
+    loggers = [logging.getLogger(name) for name in (*names, *logging.root.manager.loggerDict) if name.startswith(names)]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL + 1)
