@@ -9,7 +9,7 @@ import dagster as dg
 from assets.checks import recorded_run
 from assets.evaluation import statistics_table
 from assets.outcomes import failing_with_one_sentence, markdown_table, numbers
-from assets.training import model_key, run_asset_key
+from assets.training import model_key, run_asset_key, train_here
 from atft_pipeline.errors import InputError
 from atft_pipeline.lineage import code_revision
 from resources.compute import Compute
@@ -102,7 +102,6 @@ def further_seeds(
     """
     from atft_pipeline.delivery import read_finished_run
     from atft_pipeline.run_plan import plan_run
-    from atft_pipeline.training import train
 
     name = f"delivery_{epochs}ep"
     if seeds < 1:
@@ -118,15 +117,8 @@ def further_seeds(
     for seed in range(recorded.train.seed + 1, recorded.train.seed + seeds):
         settings = replace(recorded, train=replace(recorded.train, seed=seed))
         dataset, graph = Path(header["dataset_path"]), Path(header["graph_path"])
-        key = plan_run(settings, dataset, graph).key
-        outcome = train(
-            settings,
-            dataset,
-            graph,
-            store.runs / f"{model_key(epochs).to_user_string()}-{key}",
-            device=compute.device,
-            overrides=header["overrides"] | {"train.seed": seed},
-            log=context.log.info,
-        )
+        plan = plan_run(settings, dataset, graph, header.get("processes", 1))
+        seed_dir = store.runs / f"{model_key(epochs).to_user_string()}-{plan.key}"
+        outcome = train_here(context, compute, plan, seed_dir, overrides=header["overrides"] | {"train.seed": seed})
         made.append(outcome.run_dir)
     return made

@@ -2,12 +2,14 @@
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
 from assets.gate import GATE_MODEL, last_check, last_materialization
 from assets.outcomes import failing_with_one_sentence, numbers
+from assets.training_pipes import train_through_pipes
 from atft_pipeline.config import EvaluationConfig
 from atft_pipeline.criterion import changed_criterion, gate_decision
 from atft_pipeline.errors import InputError
@@ -81,9 +83,9 @@ def training_assets(epochs: int) -> dg.AssetsDefinition:
         context: dg.AssetExecutionContext, config: TrainingRunConfig, store: DatasetStore, compute: Compute
     ) -> Iterator[dg.MaterializeResult]:
         from atft_pipeline.run_plan import plan_run
-        from atft_pipeline.training import train
 
         with failing_with_one_sentence(context):
+            processes = compute.process_count()
             dataset, data = store.current("ml_dataset", name)
             graph, _ = store.current("stock_graph", name)
             if "train.epochs" in config.overrides:
@@ -97,26 +99,36 @@ def training_assets(epochs: int) -> dg.AssetsDefinition:
                 overrides=config.overrides | {"train.epochs": epochs},
             )
             recorded |= require_criterion(name, settings.evaluation, config.criterion_reason)
-            plan = plan_run(settings, dataset, graph)
+            plan = plan_run(settings, dataset, graph, processes)
             gate: dict[str, str] = {}
             if epochs == GATED_LENGTH:
                 gate = require_open_gate(context, plan, config.override_reason)
             elif config.override_reason is not None:
                 raise InputError(f"{name}: override_reason only applies to model_{GATED_LENGTH}ep")
-            compute.apply_threads()
-            outcome = train(
-                settings,
-                dataset,
-                graph,
-                store.runs / f"{name}-{plan.key}",
-                device=compute.device,
-                force=config.force,
-                overrides=recorded | gate,
-                log=context.log.info,
-            )
+            run_dir = store.runs / f"{name}-{plan.key}"
+            outcome = train_here(context, compute, plan, run_dir, force=config.force, overrides=recorded | gate)
         yield from _results(context, epochs, outcome, gate)
 
     return training
+
+
+def train_here(
+    context: dg.AssetExecutionContext,
+    compute: Compute,
+    plan: "Plan",
+    run_dir: Path,
+    *,
+    force: bool = False,
+    overrides: dict[str, Any],
+) -> "Outcome":
+    """Trains the run of `plan` in `run_dir`: in this process, or in as many as the plan says through Dagster Pipes."""
+    from atft_pipeline.training import train
+
+    options: dict[str, Any] = {"device": compute.device, "force": force, "overrides": overrides}
+    if plan.processes > 1:
+        return train_through_pipes(context, plan, run_dir, compute.threads_each(plan.processes), options)
+    compute.apply_threads()
+    return train(plan.config, plan.dataset, plan.graph, run_dir, log=context.log.info, **options)
 
 
 def require_criterion(name: str, evaluation: EvaluationConfig, reason: str | None) -> dict[str, str]:

@@ -189,6 +189,23 @@ class Block:
     neighbours: Neighbours
     """[S, n, K]; place and attributes are 0 where not known."""
 
+    def part(self, start: int, stop: int) -> Block:
+        """The block of its target sessions `start` to `stop`, exclusive, with all its stocks."""
+        stocks, sessions = self.member.shape
+        warm_up = self.x.shape[1] - sessions
+        source = self.edge_index[0]
+        inside = (source >= start * stocks) & (source < stop * stocks)
+        return Block(
+            session_index=self.session_index[start:stop],
+            stock_index=self.stock_index,
+            x=self.x[:, start : stop + warm_up],
+            missing=self.missing[:, start : stop + warm_up],
+            member=self.member[:, start:stop],
+            target=self.target[:, start:stop],
+            edge_index=self.edge_index[:, inside] - start * stocks,
+            edge_attr=self.edge_attr[inside],
+        )
+
 
 class BlockDataset:
     """Cuts blocks out of a panel that lies on `device` once.

@@ -19,10 +19,21 @@ def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
 
     Through memory: torch writes files itself, and a full disk is then no OSError that says so.
     """
+    content_bytes = packed(content)
+    with replacing(path) as temporary:
+        temporary.write_bytes(content_bytes)
+
+
+def packed(content: Mapping[str, Any]) -> bytes:
+    """`content` as the bytes of a checkpoint."""
     buffer = io.BytesIO()
     torch.save(dict(content), buffer)
-    with replacing(path) as temporary:
-        temporary.write_bytes(buffer.getbuffer())
+    return buffer.getvalue()
+
+
+def unpacked(content: bytes, device: torch.device) -> dict[str, Any]:
+    """The content of `packed` bytes, tensors on `device`."""
+    return dict(torch.load(io.BytesIO(content), map_location=device, weights_only=True))
 
 
 def read_checkpoint(path: Path, expected: Mapping[str, Any], device: torch.device | str = "cpu") -> dict[str, Any]:

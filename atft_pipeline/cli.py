@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from atft_pipeline import __version__
 from atft_pipeline.errors import InputError, RunFailure
 
 Result = tuple[dict[str, Any], int]
-"""What a command prints, and its exit code."""
+"""What a command prints, and its exit code; nothing is printed by a process that follows another."""
 
 _OBJECTS_BEFORE_COLLECTION = 100_000
 
@@ -50,6 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _refuse(options.name, f"not enough memory on this machine ({error or 'no size given'})", 1)
     except KeyboardInterrupt as error:
         return _refuse(options.name, str(error) or "interrupted", 130)
+    if not content:
+        return code
     try:
         print(json.dumps(content, allow_nan=False) if options.json else _text(content), flush=True)
     except BrokenPipeError:
@@ -220,20 +222,28 @@ def _graph(options: argparse.Namespace) -> Result:
 
 def _train(options: argparse.Namespace) -> Result:
     config, overrides = _configuration(options, sections=("split", "model", "train", "evaluation"))
-    from atft_pipeline.training import train  # seconds of torch, which a refusal need not wait for
+    # Seconds of torch, which a refusal need not wait for.
+    from atft_pipeline.launch import Layout, processes_asked, threads_each, train_in_processes
+    from atft_pipeline.processes import ALONE, joined
+    from atft_pipeline.training import train
 
-    outcome = train(
-        config,
-        options.dataset,
-        options.graph,
-        options.run_dir,
-        device=options.device,
-        force=options.force,
-        overrides=overrides,
-        log=_say,
-    )
+    where = (config, options.dataset, options.graph, options.run_dir)
+    how: dict[str, Any] = {"force": options.force, "overrides": overrides, "device": options.device, "log": _say}
+    with joined() as processes:
+        if processes is not ALONE:
+            if options.processes is not None or options.nodes > 1:
+                raise InputError(f"--processes, --nodes: torchrun started {processes.size} already; drop them")
+            outcome = train(*where, processes=processes, **how)
+        else:
+            asked = processes_asked(_environment()) if options.processes is None else options.processes
+            layout = Layout(asked, options.nodes, options.node_rank, options.rendezvous)
+            if layout.total > 1:
+                outcome = train_in_processes(layout, *where, threads=threads_each(_environment(), asked), **how)
+            else:
+                outcome = train(*where, **how)
     passed = outcome.verdict["status"] in ("passed", "not_applicable")
-    return {"run_dir": str(outcome.run_dir), "reused": outcome.reused, **outcome.verdict}, 0 if passed else 1
+    content = {"run_dir": str(outcome.run_dir), "reused": outcome.reused, **outcome.verdict}
+    return content if processes.leads else {}, 0 if passed else 1
 
 
 def _evaluate(options: argparse.Namespace) -> Result:
@@ -322,6 +332,10 @@ def _status(options: argparse.Namespace) -> Result:
     return {"runs": run_snapshots(options.runs)}, 0
 
 
+def _environment() -> Mapping[str, str]:
+    return os.environ
+
+
 def _configuration(options: argparse.Namespace, *, sections: tuple[str, ...]) -> tuple[Any, dict[str, Any]]:
     """Preset, the report's variables and `--set`, in this order; a field outside `sections` is refused."""
     from atft_pipeline.config import parse_assignments, report_overrides, with_overrides
@@ -333,7 +347,7 @@ def _configuration(options: argparse.Namespace, *, sections: tuple[str, ...]) ->
             raise InputError(
                 f"--set {dotted}: `atft {options.name}` reads only {', '.join(f'{s}.*' for s in sections)}"
             )
-    from_report = report_overrides(os.environ) if "train" in sections else {}
+    from_report = report_overrides(_environment()) if "train" in sections else {}
     overrides = from_report | assigned
     return with_overrides(preset(options.preset), overrides), {"preset": options.preset, **overrides}
 
@@ -390,6 +404,10 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     train.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     train.add_argument("--force", action="store_true", help="new attempt beside a finished run of the same key")
+    train.add_argument("--processes", type=int, metavar="N", help="on this machine (default: ATFT_PROCESSES, else 1)")
+    train.add_argument("--nodes", type=int, default=1, metavar="N", help="machines, each given the same command")
+    train.add_argument("--node-rank", type=int, default=0, metavar="K", help="0 on the one that keeps RUN_DIR")
+    train.add_argument("--rendezvous", metavar="HOST:PORT", help="a free port of the first machine")
     configured(train, "cpu")
 
     evaluate = command("evaluate", _evaluate, "Evaluate any table of Date, Code, score, target.")

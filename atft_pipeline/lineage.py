@@ -96,15 +96,20 @@ def config_key(config: PipelineConfig) -> str:
     return sha256_of(values)[:12]
 
 
-def run_key(config: PipelineConfig, *, dataset_fingerprint: str, graph_fingerprint: str | None) -> str:
-    """Hash of configuration, code and data; the suffix of the run's directory."""
+def run_key(
+    config: PipelineConfig, *, dataset_fingerprint: str, graph_fingerprint: str | None, processes: int = 1
+) -> str:
+    """Hash of configuration, code and data; the suffix of the run's directory.
+
+    Several processes are part of it: they add in another order and draw other dropout, and one key means the same bits.
+    """
     parts = {
         "config": to_dict(config),
         "code": code_revision(),
         "dataset": dataset_fingerprint,
         "graph": graph_fingerprint,
     }
-    return sha256_of(parts)[:12]
+    return sha256_of(parts | ({"processes": processes} if processes > 1 else {}))[:12]
 
 
 def read_run(run_dir: Path) -> dict[str, Any]:
@@ -233,6 +238,17 @@ class RunRecord:
                 self.run_dir / name / f"epoch_{epoch:03d}.parquet", pa.Table.from_pylist(self._rows[name], schema)
             )
             self._rows[name].clear()
+
+
+class UnwrittenRecord(RunRecord):
+    """The record of a process that does not lead: it takes what a record takes and leaves nothing."""
+
+    def update(self, **fields: Any) -> None:
+        self.header.update(fields)
+
+    def close_epoch(self, epoch: int) -> None:  # noqa: ARG002
+        for rows in self._rows.values():
+            rows.clear()
 
 
 def write_parquet(path: Path, table: pa.Table) -> None:

@@ -17,16 +17,22 @@ from atft_pipeline.config import GraphConfig, PipelineConfig, to_dict
 from atft_pipeline.dataset import read_manifest
 from atft_pipeline.errors import InputError
 from atft_pipeline.lineage import code_revision, config_key, now, read_run, run_key
+from atft_pipeline.processes import ALONE, Processes
 
 
-def resolve_device(name: str) -> torch.device:
-    """`auto` is the first CUDA device where there is one, else the CPU.
+def resolve_device(name: str, processes: Processes = ALONE) -> torch.device:
+    """`auto` is the first CUDA device where there is one, else the CPU; of several processes each has its own device.
 
-    Raises InputError for a device that this machine or this library does not have.
+    Raises InputError for a device that this machine or this library does not have, and for one device for several
+    processes.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, index = name.partition(":")
+    if kind == "cuda" and processes.size > 1:
+        if index:
+            raise InputError(f"device: {name} is one device for {processes.size} processes; use cuda, auto or cpu")
+        name, index = f"cuda:{processes.local_rank}", str(processes.local_rank)
     if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
         raise InputError(f"device: expected auto, cpu or cuda, found {name!r}")
     if kind == "cuda" and int(index or 0) >= (found := torch.cuda.device_count()):
@@ -43,6 +49,7 @@ class Plan:
     graph: Path
     dataset_manifest: dict[str, Any]
     graph_manifest: dict[str, Any]
+    processes: int = 1
 
     @cached_property
     def key(self) -> str:
@@ -50,11 +57,12 @@ class Plan:
             self.config,
             dataset_fingerprint=self.dataset_manifest["fingerprint"],
             graph_fingerprint=self.graph_manifest["fingerprint"] if self.config.model.graph else None,
+            processes=self.processes,
         )
 
 
-def plan_run(config: PipelineConfig, dataset: Path, graph: Path) -> Plan:
-    """Ties a configuration to a dataset and its graph.
+def plan_run(config: PipelineConfig, dataset: Path, graph: Path, processes: int = 1) -> Plan:
+    """Ties a configuration to a dataset and its graph, and to the number of processes that will train it.
 
     The `dataset` and `graph` sections become those the files were made with: they describe data, and cannot be changed
     at training time. Raises InputError when the graph was built on another dataset.
@@ -77,7 +85,7 @@ def plan_run(config: PipelineConfig, dataset: Path, graph: Path) -> Plan:
             " a longer price history or a smaller model.window_sessions"
         )
     used = replace(config, dataset=type(config.dataset)(**data["config"]), graph=GraphConfig(**edges["config"]))
-    return Plan(used, dataset, graph, data, edges)
+    return Plan(used, dataset, graph, data, edges, processes)
 
 
 def claim_directory(run_dir: Path, key: str, *, force: bool) -> Path:
@@ -139,6 +147,7 @@ def run_header(plan: Plan, run_dir: Path, device: torch.device, overrides: dict[
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
         "device": str(device) if device.type == "cpu" else torch.cuda.get_device_name(device),
         "threads": torch.get_num_threads(),
+        "processes": plan.processes,
         "pid": os.getpid(),
         "started": now(),
         "ended": None,

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from atft_pipeline.blocks import Block, BlockDataset, Panel, load_panel
-from atft_pipeline.checkpoints import read_checkpoint, write_checkpoint
+from atft_pipeline.checkpoints import packed, read_checkpoint, unpacked, write_checkpoint
 from atft_pipeline.config import PipelineConfig
 from atft_pipeline.degeneracy import DegeneracyGuard, dispersions
 from atft_pipeline.errors import InputError, RunFailure
@@ -36,9 +36,10 @@ from atft_pipeline.failures import (
 )
 from atft_pipeline.files import remove_remnants
 from atft_pipeline.graph import load_graph
-from atft_pipeline.lineage import TABLES, RunRecord, exclusive, now, read_run, read_table
+from atft_pipeline.lineage import TABLES, RunRecord, UnwrittenRecord, exclusive, now, read_run, read_table
 from atft_pipeline.losses import CompositeLoss, LossTerms
 from atft_pipeline.model.atft_gat_fan import ATFTGATFAN
+from atft_pipeline.processes import ALONE, PeerLost, Processes
 from atft_pipeline.run_plan import Plan, claim_directory, plan_run, resolve_device, run_header
 from atft_pipeline.schedule import LearningRateSchedule
 from atft_pipeline.scoring import (
@@ -91,16 +92,20 @@ def train(
     force: bool = False,
     overrides: dict[str, Any] | None = None,
     log: Callable[[str], None] = print,
+    processes: Processes = ALONE,
 ) -> Outcome:
     """Trains one run in `run_dir`, or finishes it, or reuses it.
 
     A finished run of the same key is returned as it is; `force` makes a new attempt beside it. An unfinished one goes
-    on after its last complete epoch. `overrides` are recorded as given, for the reader.
+    on after its last complete epoch. `overrides` are recorded as given, for the reader. Several processes call this
+    alike; all return what the leading one has written.
 
     Raises: InputError when inputs or `run_dir` cannot be used; RunFailure when loss or gradient stop being finite (the
     record says so, and no update is made with them) and when memory or disk do not suffice; RunInterrupted for Ctrl-C.
     """
-    plan, chosen = plan_run(config, dataset, graph), resolve_device(device)
+    plan, chosen = plan_run(config, dataset, graph, processes.size), resolve_device(device, processes)
+    if not processes.leads:
+        return _follow(plan, run_dir, chosen, processes)
     run_dir = claim_directory(run_dir, plan.key, force=force)
     with exclusive(run_dir):
         claim_directory(run_dir, plan.key, force=False)  # another process may have made it its own before the lock
@@ -108,26 +113,34 @@ def train(
         earlier = read_run(run_dir) if (run_dir / "run.json").exists() else {}
         if earlier.get("status") == "finished" and (run_dir / "verdict.json").exists():
             log(f"run {run_dir.name}: finished before with the same configuration, code and data; reused")
-            return Outcome(run_dir, read_verdict(run_dir), reused=True)
+            return processes.from_leader(Outcome(run_dir, read_verdict(run_dir), reused=True))
         progress = {name: earlier[name] for name in ("started", "epochs_done") if name in earlier}
         record = RunRecord(run_dir, earlier | run_header(plan, run_dir, chosen, overrides or {}) | progress)
         with early_end_recorded(record):
             record.update()
             try:
-                trainer = Trainer(plan, record, chosen, log)
+                trainer = Trainer(plan, record, chosen, log, processes)
             except InputError:
                 if not earlier:  # nothing was trained, so the directory stays free for corrected settings
                     (run_dir / "run.json").unlink()
                 raise
-            memory_explained = shortage_of_memory_explained(
-                trainer.data, trainer.split.train, plan.config.train.batch_size, trainer.try_block
-            )
-            with memory_explained:
-                trainer.run()
+            processes.from_leader(None)  # there is something to train, and it can be
+            trainer.run()
             verdict = write_verdict(run_dir)
             record.update(status="finished", ended=now())
         log(f"run {run_dir.name}: {verdict['summary']}")
-        return Outcome(run_dir, verdict, reused=False)
+        return processes.from_leader(Outcome(run_dir, verdict, reused=False))
+
+
+def _follow(plan: Plan, run_dir: Path, device: torch.device, processes: Processes) -> Outcome:
+    """The part of a process that does not lead: its share of every block, and nothing written."""
+    nothing: Any = None
+    reused: Outcome | None = processes.from_leader(nothing)
+    if reused is not None:
+        return reused
+    Trainer(plan, UnwrittenRecord(run_dir, {}), device, lambda _: None, processes).run()
+    outcome: Outcome = processes.from_leader(nothing)
+    return outcome
 
 
 def _remove_remnants(run_dir: Path) -> None:
@@ -141,8 +154,16 @@ def _remove_remnants(run_dir: Path) -> None:
 class Trainer:
     """One run in progress."""
 
-    def __init__(self, plan: Plan, record: RunRecord, device: torch.device, log: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        record: RunRecord,
+        device: torch.device,
+        log: Callable[[str], None],
+        processes: Processes = ALONE,
+    ) -> None:
         self.plan, self.config, self.record, self.device, self.log = plan, plan.config, record, device, log
+        self.processes = processes
         settings = self.config.train
         self.panel = load_panel(plan.dataset, settings.universe)
         self.split = make_split(self.panel.sessions, self.config.split)
@@ -171,7 +192,11 @@ class Trainer:
 
     def run(self) -> None:
         """All epochs that are still to do."""
-        done = self._resume()
+        with shortage_of_memory_explained(self.data, self.split.train, self.config.train.batch_size, self.try_block):
+            self._run()
+
+    def _run(self) -> None:
+        done = self.processes.from_leader(self._resume() if self.processes.leads else 0)
         self.record.update(
             train_sessions=len(self.split.train),
             validation_sessions=len(self.split.validation),
@@ -180,7 +205,7 @@ class Trainer:
             parameters=sum(p.numel() for p in self.model.parameters()),
             epochs_done=done,
         )
-        if done == 0:
+        if done == 0 and self.processes.leads:
             self._save_start()
         for epoch in range(done + 1, self.config.train.epochs + 1):
             self._epoch(epoch)
@@ -188,12 +213,16 @@ class Trainer:
     # One epoch -------------------------------------------------------------------------------------------------
 
     def _epoch(self, epoch: int) -> None:
-        torch.manual_seed(_mix(self.config.train.seed, epoch))
+        self._take_leaders_state()
+        torch.manual_seed(_mix(self.config.train.seed, epoch) + self.processes.rank)
         started = time.perf_counter()
         trained = self._train_epoch(epoch)
         epoch_s = time.perf_counter() - started
 
         scores = self._score_splits(epoch)
+        if not self.processes.leads:
+            self.record.close_epoch(epoch)
+            return
         scoring_s = time.perf_counter() - started - epoch_s
         scored = sum(int(self.panel.member[s.sessions].sum()) for s in scores.values())
         validation = scores["validation"]
@@ -229,8 +258,9 @@ class Trainer:
         first_step, clip_norm = self.step, settings.optimizer.clip_norm
         steps: list[StepFigures] = []
         waited = 0.0
+        quiet = None if self.processes.leads else True
         try:
-            for number in tqdm(range(1, len(sessions) + 1), desc=f"epoch {epoch}", leave=False, disable=None):
+            for number in tqdm(range(1, len(sessions) + 1), desc=f"epoch {epoch}", leave=False, disable=quiet):
                 asked = time.perf_counter()
                 block = to_device(next(blocks), self.device)
                 waited += time.perf_counter() - asked
@@ -262,11 +292,12 @@ class Trainer:
 
     def _step(self, block: Block, epoch: int, *, measure_update: bool) -> StepFigures:
         with self._autocast():
-            scores = self.model(block)  # [n, S, H]
+            scores = self.processes.shared(self.model)(block)  # [n, S, H]
         terms = self.loss(scores, block.target, block.member, epoch, with_idle=measure_update)
         self._require_finite("loss", terms.total, epoch, lambda: self._why_loss(terms, block, epoch))
         self.optimizer.zero_grad(set_to_none=True)
         terms.total.backward()
+        self.processes.sum_gradients(list(self.model.parameters()))
         component_l2 = torch.stack(
             [l2_norm([p.grad for p in ps if p.grad is not None]) for ps in self.components.values()]
         )
@@ -299,6 +330,8 @@ class Trainer:
     def _require_finite(self, what: str, value: Tensor, epoch: int, explain: Callable[[], Culprit]) -> None:
         if bool(torch.isfinite(value)):
             return
+        if not self.processes.leads:
+            raise PeerLost(f"epoch {epoch}, step {self.step}: the {what} is not finite; the leading process says where")
         found, culprit = float(value.detach()), explain()
         self.record.log("non_finite", found, epoch=epoch, step=self.step, component=what, term=culprit.tensor)
         raise RunFailure(
@@ -312,14 +345,17 @@ class Trainer:
             return non_finite_loss({name: terms.raw[name] for name in used}, self.model, block)
 
     def try_block(self, sessions: NDArray[np.int64]) -> None:
-        """Forward and backward over a block: whether the memory suffices. No weight changes, no gradient is kept."""
+        """Forward and backward over this process's part of a block: whether the memory suffices. Nothing is kept."""
         self.optimizer.zero_grad(set_to_none=True)
         block = to_device(self.data.block(sessions), self.device)
+        own = self.processes.own(block)
+        if own is None:
+            return
         self.model.train()
         try:
             with self._autocast():
-                scores = self.model(block)
-            CompositeLoss(self.config.train.loss)(scores, block.target, block.member, 1).total.backward()
+                scores = self.model(own)
+            CompositeLoss(self.config.train.loss)(scores, own.target, own.member, 1).total.backward()
         finally:
             self.optimizer.zero_grad(set_to_none=True)
 
@@ -346,10 +382,13 @@ class Trainer:
 
     def _score_splits(self, epoch: int) -> dict[str, Scores]:
         """Scores of the averaged weights; where predictions are kept, of the test sessions too, and written."""
-        scores = {"validation": self._score(self.average.model, self.split.validation, epoch, with_loss=True)}
+        model = self.processes.shared(self.average.model)
+        scores = {"validation": self._score(model, self.split.validation, epoch, with_loss=True)}
         if epoch in (1, 5, self.config.evaluation.criterion_epoch, self.config.train.epochs) or epoch % 10 == 0:
-            scores["test"] = self._score(self.average.model, self.split.test, epoch)
-            write_predictions(self.record.run_dir / "predictions" / f"epoch_{epoch:03d}.parquet", self.panel, scores)
+            scores["test"] = self._score(model, self.split.test, epoch)
+            if self.processes.leads:
+                path = self.record.run_dir / "predictions" / f"epoch_{epoch:03d}.parquet"
+                write_predictions(path, self.panel, scores)
         return scores
 
     def _evaluate(self, epoch: int, scores: dict[str, Scores]) -> Evaluation:
@@ -448,7 +487,10 @@ class Trainer:
 
     def _save(self, epoch: int) -> None:
         """What the next epoch starts from. Written last: a kill before repeats the epoch, over its own parts."""
-        state = {
+        write_checkpoint(self._checkpoint("resume.pt"), self._identity() | {"epoch": epoch} | self._state())
+
+    def _state(self) -> dict[str, Any]:
+        return {
             "step": self.step,
             "model": self.model.state_dict(),
             "average": self.average.model.state_dict(),
@@ -456,7 +498,21 @@ class Trainer:
             "schedule": self.schedule.state_dict(),
             "guard_low_checks": self.guard.low_checks,
         }
-        write_checkpoint(self._checkpoint("resume.pt"), self._identity() | {"epoch": epoch} | state)
+
+    def _load_state(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.average.model.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.step, self.guard.low_checks = state["step"], state["guard_low_checks"]
+
+    def _take_leaders_state(self) -> None:
+        """What the leading process resumed, or decided after an epoch (rate, a re-drawn head), reaches the others."""
+        if self.processes.size == 1:
+            return
+        content = self.processes.from_leader(packed(self._state()) if self.processes.leads else b"")
+        if not self.processes.leads:
+            self._load_state(unpacked(content, self.device))
 
     def _identity(self) -> dict[str, Any]:
         return {
@@ -475,11 +531,7 @@ class Trainer:
         if not path.exists():
             return 0
         state = read_checkpoint(path, self._identity(), self.device)
-        self.model.load_state_dict(state["model"])
-        self.average.model.load_state_dict(state["average"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        self.step, self.guard.low_checks = state["step"], state["guard_low_checks"]
+        self._load_state(state)
         self.record.update(resumed_after_epoch=state["epoch"])
         self.log(f"run {self.record.run_dir.name}: goes on after epoch {state['epoch']}")
         return int(state["epoch"])

@@ -1,4 +1,4 @@
-"""What the machine offers a training run: device, threads, and the run size that fits them.
+"""What the machine offers a training run: device, threads, processes, and the run size that fits them.
 
 Here and in `assets/`, torch and matplotlib are imported where they are used: a command that only starts steps in other
 processes would wait seconds for them.
@@ -18,12 +18,14 @@ PRESET_VARIABLE = "ATFT_PRESET"
 
 
 class Compute(dg.ConfigurableResource):
-    """Device, threads and preset of the runs started here."""
+    """Device, threads, processes and preset of the runs started here."""
 
     device: str = "auto"
     """auto (CUDA where present), cpu, cuda or cuda:N."""
     threads: int = 0
     """torch threads; 0 leaves torch's choice."""
+    processes: int = 0
+    """Processes that train one run together; 0 leaves it to the environment's ATFT_PROCESSES, else one."""
     preset: str | None = None
     """quick, cpu or production; the environment's ATFT_PRESET where this is not set."""
 
@@ -52,6 +54,18 @@ class Compute(dg.ConfigurableResource):
         import torch
 
         return "production" if torch.cuda.is_available() else "cpu"
+
+    def process_count(self) -> int:
+        """How many processes train one run; raises InputError where what was set is no such number."""
+        from atft_pipeline.launch import Layout, processes_asked
+
+        return Layout(self.processes or processes_asked(os.environ)).processes
+
+    def threads_each(self, processes: int) -> int:
+        """Torch threads of each of several processes; 0 leaves torch's choice."""
+        from atft_pipeline.launch import threads_each
+
+        return self.threads or threads_each(os.environ, processes)
 
     def apply_threads(self) -> None:
         if self.threads > 0:

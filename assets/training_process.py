@@ -1,0 +1,52 @@
+"""`python -m assets.training_process`: the launcher of a training in several processes, started through Dagster Pipes.
+
+It hands the leading process's lines to the step's log, and the outcome or the error's one sentence to the step. Dagster
+itself is not imported: every process of the training imports this module.
+"""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dagster_pipes import PipesContext, open_dagster_pipes
+
+from atft_pipeline.errors import InputError, RunFailure
+
+if TYPE_CHECKING:
+    from atft_pipeline.training import Outcome
+
+
+def main() -> int:
+    """Trains what the step asks for; the exit code is not 0 only where the step can be told nothing."""
+    with open_dagster_pipes() as pipes:
+        try:
+            outcome = _train(pipes)
+        except (InputError, RunFailure) as error:
+            kind = InputError if isinstance(error, InputError) else RunFailure
+            pipes.report_custom_message({"error": kind.__name__, "sentence": str(error)})
+        except KeyboardInterrupt:
+            return 130
+        else:
+            pipes.report_custom_message({"run_dir": str(outcome.run_dir), "reused": outcome.reused})
+    return 0
+
+
+def _train(pipes: PipesContext) -> "Outcome":
+    from atft_pipeline.config import from_dict
+    from atft_pipeline.launch import Layout, train_in_processes
+
+    asked = pipes.extras
+    return train_in_processes(
+        Layout(asked["processes"]),
+        from_dict(asked["config"]),
+        Path(asked["dataset"]),
+        Path(asked["graph"]),
+        Path(asked["run_dir"]),
+        threads=asked["threads"],
+        log=pipes.log.info,
+        **asked["options"],
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
