@@ -191,10 +191,8 @@ class Block:
 
     def part(self, start: int, stop: int) -> Block:
         """The block of its target sessions `start` to `stop`, exclusive, with all its stocks."""
-        stocks, sessions = self.member.shape
-        warm_up = self.x.shape[1] - sessions
-        source = self.edge_index[0]
-        inside = (source >= start * stocks) & (source < stop * stocks)
+        warm_up = self.x.shape[1] - self.member.shape[1]
+        table = self.neighbours
         return Block(
             session_index=self.session_index[start:stop],
             stock_index=self.stock_index,
@@ -202,8 +200,7 @@ class Block:
             missing=self.missing[:, start : stop + warm_up],
             member=self.member[:, start:stop],
             target=self.target[:, start:stop],
-            edge_index=self.edge_index[:, inside] - start * stocks,
-            edge_attr=self.edge_attr[inside],
+            neighbours=Neighbours(table.place[start:stop], table.known[start:stop], table.attributes[start:stop]),
         )
 
 
