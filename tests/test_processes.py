@@ -320,11 +320,14 @@ def test_the_command_leaves_no_process(sent: str, data: Data, tmp_path: Path) ->
             os.killpg(process.pid, signal.SIGINT)
         else:
             os.kill(process.pid, signal.SIGKILL)
-        code, said = process.wait(timeout=60), process.stderr.read()
-    deadline = time.monotonic() + 30
-    while not all(map(gone, started)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert all(map(gone, started))
+        code = process.wait(timeout=60)
+        deadline = time.monotonic() + 30
+        while (left := [pid for pid in started if not gone(pid)]) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        for pid in left:
+            os.kill(pid, signal.SIGKILL)
+        assert not left
+        said = process.stderr.read()
     stopped = header(run_dir)
     assert stopped["status"] == "interrupted"
     if sent == "interrupt to the group":
