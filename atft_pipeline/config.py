@@ -288,8 +288,8 @@ class TrainConfig:
     weight_ema: float = 0.995
     """Decay of the averaged weights that are evaluated and kept; 0 evaluates the raw weights."""
     panel: PanelPlace = "auto"
-    """Where the panel lies, which changes no result: `memory`, also the device's where it fits; `map`, a memory map of a
-    file in the run directory; `auto` maps what does not fit."""
+    """Where the panel lies, which changes no result: `memory`, also the device's where it fits; `map`, a memory map of
+    a file in the run directory; `auto` maps what does not fit."""
     loader_workers: int = 0
     """Threads that make blocks ahead; a panel in a memory map always has one."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

@@ -345,6 +345,7 @@ class Trainer:
             device=self.device,
             loss=self.config.train.loss if with_loss else None,
             epoch=epoch,
+            workers=self.workers,
         )
 
     def _score_splits(self, epoch: int) -> dict[str, Scores]:
