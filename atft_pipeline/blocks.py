@@ -23,7 +23,7 @@ from atft_pipeline.config import Slice
 from atft_pipeline.dataset import KEYS, TARGETS, read_manifest, read_membership, readable, resolved
 from atft_pipeline.errors import InputError
 from atft_pipeline.graph import UNIVERSE_COLUMNS, StockGraph
-from atft_pipeline.panel_storage import Allocate, in_memory
+from atft_pipeline.panel_storage import Allocate, in_memory, left_to_the_cache
 
 ROWS_PER_READ: int = 65_536
 """Rows of the dataset held beside the panel while it is filled: about 20 MB."""
@@ -228,7 +228,7 @@ class BlockDataset:
         values = functional.pad(values, (0, 0, max(-begin, 0), 0), value=torch.nan)  # [n, S+R-1, F]
         missing = ~values.isfinite()
         edge_index, edge_attr = self._session_edges(first, last, stocks)
-        return Block(
+        block = Block(
             session_index=torch.arange(first, last + 1, device=self.device),
             stock_index=stocks,
             x=values.masked_fill(missing, 0.0),
@@ -238,6 +238,8 @@ class BlockDataset:
             edge_index=edge_index,
             edge_attr=edge_attr,
         )
+        left_to_the_cache(self.panel.features)
+        return block
 
     def _panel_edges(self, graph: StockGraph) -> list[tuple[Tensor, Tensor]]:
         """Per refresh, edges `[2, E]` as positions in the panel's codes and `[E, 3]` attributes; others are dropped."""

@@ -5,6 +5,7 @@ The values are the same in each place; only the time that a block takes differs.
 
 from __future__ import annotations
 
+import mmap
 import os
 import tempfile
 from collections import deque
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -44,6 +45,18 @@ def in_map(shape: tuple[int, ...], folder: Path) -> NDArray[np.float32]:
     with tempfile.TemporaryFile(dir=folder) as file:
         os.posix_fallocate(file.fileno(), 0, int(np.prod(shape, dtype=np.int64)) * np.dtype(np.float32).itemsize)
         return np.asarray(np.memmap(file, dtype=np.float32, mode="r+", shape=shape))
+
+
+def left_to_the_cache(array: NDArray[np.float32]) -> None:
+    """Lets go of what was read of a mapped array: it stays in the file's cache, and no longer counts as this process's.
+
+    Nothing happens to an array in memory. Other threads may read meanwhile.
+    """
+    base: Any = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if isinstance(base, mmap.mmap):
+        base.madvise(mmap.MADV_DONTNEED)
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from test_training import trainer_of
 from training_runs import Data, header, record, settings, train_quietly
 
-from atft_pipeline import panel_storage, training
+from atft_pipeline import blocks, panel_storage, training
 from atft_pipeline.blocks import Block, BlockDataset, Panel, load_panel
 from atft_pipeline.errors import RunFailure
 from atft_pipeline.graph import load_graph
-from atft_pipeline.panel_storage import PanelStorage, free_host_bytes, in_map
+from atft_pipeline.panel_storage import PanelStorage, free_host_bytes, in_map, left_to_the_cache
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
 GB = 10**9
@@ -158,32 +158,36 @@ def test_a_map_is_of_a_file_without_a_name_whose_room_is_reserved(
 
 
 @needs_proc
-def test_a_block_reads_the_pages_of_its_own_sessions_only(tmp_path: Path) -> None:
+def test_a_block_reads_the_pages_of_its_own_sessions_and_keeps_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """64 kB a session; the kernel maps up to 64 kB around a page that it reads, at either end."""
     shape = (64, 128, 128)
-    in_map((1, 1, 1), tmp_path)
     values = in_map(shape, tmp_path)
     values.fill(1.0)
     days, flags = np.datetime64("2020-01-01") + np.arange(64), np.ones(shape[:2], dtype=bool)
     codes = np.array([f"{i:04d}" for i in range(128)])
     panel = Panel(days, codes, values[..., :-4], values[..., -4:], flags, flags, flags, {})
     data = BlockDataset(panel, None, receptive_field=4)
-    base: Any = values
-    while not hasattr(base, "madvise"):
-        base = base.base
-    base.madvise(4)  # MADV_DONTNEED: the pages stay in the cache and leave this process
+    assert resident_kb(tmp_path) == [64 * 64]
+    left_to_the_cache(panel.features)
     assert resident_kb(tmp_path) == [0]
+    read = []
+    monkeypatch.setattr(blocks, "left_to_the_cache", lambda _: read.extend(resident_kb(tmp_path)))
     block = data.block(np.arange(30, 32))
     assert block.x.shape == (128, 5, 124)
-    assert 5 * 64 <= resident_kb(tmp_path)[0] <= (5 + 2) * 64
+    assert 5 * 64 <= read[0] <= (5 + 2) * 64
+    monkeypatch.undo()
+    assert torch.equal(data.block(np.arange(30, 32)).x, block.x)
+    assert resident_kb(tmp_path) == [0]
 
 
 @pytest.mark.parametrize("allocate", ["in_memory", "in_map"])
 def test_blocks_are_cut_from_the_panel_itself(data: Data, tmp_path: Path, allocate: str) -> None:
     panel = load_panel(data.dataset, "all", allocation(allocate, tmp_path))
-    blocks = BlockDataset(panel, None, 9)
-    assert np.shares_memory(blocks._features.numpy(), panel.features)
-    assert np.shares_memory(blocks._targets.numpy(), panel.targets)
+    cut = BlockDataset(panel, None, 9)
+    assert np.shares_memory(cut._features.numpy(), panel.features)
+    assert np.shares_memory(cut._targets.numpy(), panel.targets)
 
 
 def allocation(name: str, folder: Path) -> Callable[[tuple[int, ...]], NDArray[np.float32]]:
