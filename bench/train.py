@@ -78,9 +78,9 @@ def measured(name: str, dataset: Path, graph: Path) -> dict[str, Any]:
             anonymous_kb = max(anonymous_kb, int(found[1]) if found else 0)
             time.sleep(0.05)
         _, status, usage = ended
-        code = os.waitstatus_to_exitcode(status)
-        if code not in (0, 1):  # 1: trained, and the criterion not met
-            return {"case": name, "exit_code": code}
+        if not (run / "verdict.json").exists():  # exit code 1 is also a criterion that is not met
+            reason = json.loads((run / "run.json").read_text())["reason"] if (run / "run.json").exists() else None
+            return {"case": name, "exit_code": os.waitstatus_to_exitcode(status), "reason": reason}
         series = pq.read_table(run / "series").to_pylist()
     figures = {row["metric"]: row["value"] for row in series if row["epoch"] == epochs}
     return {
