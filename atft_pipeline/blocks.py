@@ -23,6 +23,7 @@ from atft_pipeline.config import Slice
 from atft_pipeline.dataset import KEYS, TARGETS, read_manifest, read_membership, readable, resolved
 from atft_pipeline.errors import InputError
 from atft_pipeline.graph import UNIVERSE_COLUMNS, StockGraph
+from atft_pipeline.panel_storage import Allocate, in_memory, left_to_the_cache
 
 ROWS_PER_READ: int = 65_536
 """Rows of the dataset held beside the panel while it is filled: about 20 MB."""
@@ -48,11 +49,16 @@ class Panel:
     liquid: NDArray[np.bool_]
     manifest: dict[str, Any]
 
+    @property
+    def nbytes(self) -> int:
+        """Of features and targets, all but a hundredth of it."""
+        return self.features.nbytes + self.targets.nbytes
 
-def load_panel(dataset: Path, universe: Slice) -> Panel:
+
+def load_panel(dataset: Path, universe: Slice, allocate: Allocate = in_memory) -> Panel:
     """The dataset at `dataset`, a parquet file or a folder of parts, for the stocks of `universe`.
 
-    Read part by part, so that the peak is the panel itself plus one read.
+    Read part by part, so that the peak is the panel itself plus one read. `allocate` decides where the cells lie.
 
     Raises InputError when a column is not where the manifest's registry has it, when the membership table has other
     rows than the features, when no feature is live, and when the universe is empty.
@@ -76,7 +82,9 @@ def load_panel(dataset: Path, universe: Slice) -> Panel:
     shape = (len(sessions), len(codes))
     row_to_cell = np.where(column >= 0, t * len(codes) + column, -1)
 
-    values = np.full((shape[0] * shape[1], len(names)), np.nan, dtype=np.float32)
+    cells_by_name = allocate((*shape, len(names)))
+    cells_by_name.fill(np.nan)
+    values = cells_by_name.reshape(-1, len(names))
     start = 0
     for rows in _read_rows(dataset, manifest, names, membership):
         cells = row_to_cell[start : start + len(rows)]
@@ -89,7 +97,6 @@ def load_panel(dataset: Path, universe: Slice) -> Panel:
     dense = {name: np.zeros(shape, dtype=bool) for name in flags}
     for name, flag in flags.items():
         dense[name].reshape(-1)[row_to_cell[kept]] = flag[kept]
-    cells_by_name = values.reshape(*shape, len(names))
     return Panel(
         sessions=sessions,
         codes=codes,
@@ -256,7 +263,7 @@ class BlockDataset:
         values = self._features[max(begin, 0) : last + 1].transpose(0, 1).index_select(0, stocks)
         values = functional.pad(values, (0, 0, max(-begin, 0), 0), value=torch.nan)  # [n, S+R-1, F]
         x = values.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-        return Block(
+        block = Block(
             session_index=torch.arange(first, last + 1, device=self.device),
             stock_index=stocks,
             x=x,
@@ -265,6 +272,8 @@ class BlockDataset:
             target=self._targets[first : last + 1, stocks].transpose(0, 1).contiguous(),
             neighbours=self._block_neighbours(first, last, stocks),
         )
+        left_to_the_cache(self.panel.features)
+        return block
 
     def _block_neighbours(self, first: int, last: int, stocks: Tensor) -> Neighbours:
         """Of each session the edges between its members."""

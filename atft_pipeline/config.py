@@ -28,6 +28,7 @@ LOSS_TERMS: tuple[str, ...] = ("mse", "ic", "rank_ic", "sharpe", "variance_penal
 Execution = Literal["next_open", "next_close", "same_close"]
 EXECUTION_DELAY_SESSIONS: dict[str, int] = {"next_open": 1, "next_close": 1, "same_close": 0}
 Slice = Literal["all", "liquid"]
+PanelPlace = Literal["auto", "memory", "map"]
 
 
 def _require(condition: bool, message: str) -> None:
@@ -289,7 +290,11 @@ class TrainConfig:
     precision: Literal["float32", "bf16-mixed"] = "float32"
     weight_ema: float = 0.995
     """Decay of the averaged weights that are evaluated and kept; 0 evaluates the raw weights."""
+    panel: PanelPlace = "auto"
+    """Where the panel lies, which changes no result: `memory`, also the device's where it fits; `map`, a memory map of
+    a file in the run directory; `auto` maps what does not fit."""
     loader_workers: int = 0
+    """Threads that make blocks ahead; a panel in a memory map always has one."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -307,6 +312,10 @@ class TrainConfig:
             f"train.precision: expected float32 or bf16-mixed, found {self.precision!r}",
         )
         _require(0.0 <= self.weight_ema < 1.0, "train.weight_ema: expected 0 <= value < 1")
+        _require(
+            self.panel in ("auto", "memory", "map"),
+            f"train.panel: expected auto, memory or map, found {self.panel!r}",
+        )
         _require(self.loader_workers >= 0, "train.loader_workers: expected at least 0")
 
 

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,6 +37,7 @@ from atft_pipeline.graph import load_graph
 from atft_pipeline.lineage import TABLES, RunRecord, UnwrittenRecord, exclusive, now, read_run, read_table
 from atft_pipeline.losses import CompositeLoss, LossTerms
 from atft_pipeline.model.atft_gat_fan import ATFTGATFAN
+from atft_pipeline.panel_storage import PanelStorage, prefetched
 from atft_pipeline.processes import ALONE, PeerLost, Processes
 from atft_pipeline.run_plan import Plan, claim_directory, plan_run, resolve_device, run_header
 from atft_pipeline.schedule import LearningRateSchedule
@@ -68,9 +67,6 @@ from atft_pipeline.weight_average import WeightAverage
 
 SCORING_BATCH_RATIO = 4
 """Samples per block when scoring, over those when training: the warm-up sessions of a longer block weigh less."""
-
-T = TypeVar("T")
-B = TypeVar("B")
 
 
 @dataclass(frozen=True)
@@ -165,12 +161,15 @@ class Trainer:
         self.plan, self.config, self.record, self.device, self.log = plan, plan.config, record, device, log
         self.processes = processes
         settings = self.config.train
-        self.panel = load_panel(plan.dataset, settings.universe)
+        storage = PanelStorage.now(settings.panel, device, record.run_dir)
+        self.panel = load_panel(plan.dataset, settings.universe, storage.allocate)
+        self.panel_place = storage.place(self.panel.nbytes)
+        self.workers = storage.workers(self.panel.nbytes, settings.loader_workers)
         self.split = make_split(self.panel.sessions, self.config.split)
         _require_usable(self.panel, self.split, plan)
         self.model = self._new_model(settings.seed)
         graph = load_graph(plan.graph) if self.config.model.graph else None
-        self.data = BlockDataset(self.panel, graph, self.model.receptive_field, _storage(self.panel, device))
+        self.data = BlockDataset(self.panel, graph, self.model.receptive_field, storage.block_device(self.panel.nbytes))
         self.components = {
             name: parameters for name, child in self.model.named_children() if (parameters := list(child.parameters()))
         }
@@ -202,6 +201,8 @@ class Trainer:
             validation_sessions=len(self.split.validation),
             test_sessions=len(self.split.test),
             stocks=len(self.panel.codes),
+            panel_place=self.panel_place,
+            panel_bytes=self.panel.nbytes,
             parameters=sum(p.numel() for p in self.model.parameters()),
             epochs_done=done,
         )
@@ -254,7 +255,7 @@ class Trainer:
         self.model.train()
         settings = self.config.train
         sessions = self._shuffled_blocks(epoch)
-        blocks = prefetched(self.data.block, sessions, settings.loader_workers)
+        blocks = prefetched(self.data.block, sessions, self.workers)
         first_step, clip_norm = self.step, settings.optimizer.clip_norm
         steps: list[StepFigures] = []
         waited = 0.0
@@ -378,6 +379,7 @@ class Trainer:
             device=self.device,
             loss=self.config.train.loss if with_loss else None,
             epoch=epoch,
+            workers=self.workers,
         )
 
     def _score_splits(self, epoch: int) -> dict[str, Scores]:
@@ -560,29 +562,6 @@ def _optimizer(model: nn.Module, config: PipelineConfig) -> torch.optim.AdamW:
     vectors = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=settings.lr)
-
-
-def _storage(panel: Panel, device: torch.device) -> torch.device:
-    """Where the panel's tensors live: on the device if they take at most half of its free memory, else on the host."""
-    if device.type != "cuda":
-        return device
-    free, _ = torch.cuda.mem_get_info(device)
-    return device if panel.features.nbytes * 1.25 < free / 2 else torch.device("cpu")
-
-
-def prefetched(make: Callable[[T], B], items: Sequence[T], workers: int) -> Iterator[B]:
-    """`map(make, items)` with up to 2 x `workers` results made ahead by threads; in the caller's thread when 0."""
-    if workers == 0:
-        yield from map(make, items)
-        return
-    with ThreadPoolExecutor(workers) as pool:
-        ahead: deque[Future[B]] = deque()
-        for item in items:
-            ahead.append(pool.submit(make, item))
-            if len(ahead) > 2 * workers:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
 
 
 def _mix(seed: int, epoch: int) -> int:

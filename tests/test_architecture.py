@@ -28,7 +28,7 @@ LAYERS: tuple[str, ...] = (
     "dataset", "targets", "provenance", "month_parts", "price_parts",
     "features.trace", "features.expressions", "features.market", "features.registry", "features.panel",
     "features.statistics", "dataset_rows", "dataset_parts",
-    "splits", "graph_kernels", "graph_inputs", "graph", "blocks",
+    "splits", "graph_kernels", "graph_inputs", "graph", "panel_storage", "blocks",
     "model.variable_selection", "model.adaptive_norm", "model.temporal_encoder", "model.backbone_projection",
     "model.fusion", "model.prediction_head", "model.gat", "model.atft_gat_fan", "model",
     "losses", "schedule",

@@ -227,6 +227,7 @@ REFUSALS: list[tuple[Callable[[], Any], str]] = [
     (lambda: TrainConfig(universe="big"), "train.universe"),  # type: ignore[arg-type]
     (lambda: TrainConfig(precision="half"), "train.precision"),  # type: ignore[arg-type]
     (lambda: TrainConfig(weight_ema=1.0), "train.weight_ema"),
+    (lambda: TrainConfig(panel="disk"), "train.panel"),  # type: ignore[arg-type]
     (lambda: TrainConfig(loader_workers=-1), "train.loader_workers"),
     (lambda: EvaluationConfig(cost_bps=-1.0), "evaluation.cost_bps"),
     (lambda: EvaluationConfig(cost_bps=float("inf")), "evaluation.cost_bps"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
+import time
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -49,8 +51,10 @@ def blocks(panel, model, data):
     return BlockDataset(panel, load_graph(data.graph), model.receptive_field)
 
 
-def score(model, blocks, sessions, batch_size=400, loss=None):
-    return score_sessions(model, blocks, sessions, batch_size=batch_size, device=CPU, loss=loss, epoch=1)
+def score(model, blocks, sessions, batch_size=400, loss=None, workers=0):
+    return score_sessions(
+        model, blocks, sessions, batch_size=batch_size, device=CPU, loss=loss, epoch=1, workers=workers
+    )
 
 
 # Scores ---------------------------------------------------------------------------------------------------------
@@ -65,6 +69,23 @@ def test_scores_do_not_depend_on_their_blocks_and_keep_the_models_mode(model, bl
     model.eval()
     score(model, blocks, sessions)
     assert not model.training
+
+
+def test_blocks_made_ahead_change_no_score(model, blocks, monkeypatch):
+    makers = []
+    make = BlockDataset.block
+
+    def slow_first(self, sessions):
+        makers.append(threading.current_thread())
+        time.sleep(0.05 * (sessions[0] == 200))
+        return make(self, sessions)
+
+    monkeypatch.setattr(BlockDataset, "block", slow_first)
+    sessions = np.arange(200, 230)
+    alone, ahead = score(model, blocks, sessions), score(model, blocks, sessions, workers=2)
+    assert {thread is threading.main_thread() for thread in makers[: len(makers) // 2]} == {True}
+    assert {thread is threading.main_thread() for thread in makers[len(makers) // 2 :]} == {False}
+    np.testing.assert_array_equal(alone.values, ahead.values)
 
 
 def test_exactly_the_members_are_scored(model, blocks, panel):

@@ -31,9 +31,10 @@ from atft_pipeline.evaluation import evaluate
 from atft_pipeline.lineage import RunRecord, read_table
 from atft_pipeline.losses import CompositeLoss
 from atft_pipeline.model.atft_gat_fan import ATFTGATFAN
+from atft_pipeline.panel_storage import prefetched
 from atft_pipeline.run_plan import plan_run, run_header
 from atft_pipeline.scoring import weights_hash
-from atft_pipeline.training import Trainer, prefetched
+from atft_pipeline.training import Trainer
 from atft_pipeline.weight_average import WeightAverage
 
 CPU = torch.device("cpu")
@@ -77,6 +78,7 @@ FIELDS = {
         "universe": (ONE, "liquid", "scored"),
         "precision": (ONE, "bf16-mixed", "weights"),
         "weight_ema": (ONE, 0.0, "weights"),
+        "panel": (ONE, "map", "panel_place"),  # and nothing else: test_a_run_from_a_map_leaves_the_record_of_...
         "loader_workers": ({}, 2, None),  # speed only: test_blocks_are_made_ahead_in_other_threads
         "optimizer": None,
         "schedule": None,
@@ -146,6 +148,7 @@ def figures(run_dir: Path) -> dict[str, object]:
         "epochs": header(run_dir)["epochs_done"],
         "steps": max(row["step"] for row in rows if row["step"] is not None),
         "scored": header(run_dir)["initial_predictions_hash"],
+        "panel_place": header(run_dir)["panel_place"],
         "schedule": torch.load(run_dir / "checkpoints" / "resume.pt")["schedule"]["plateau_factor"],
         "events": sum(series(run_dir, "degeneracy_event").values()),
         "resets": sum(series(run_dir, "degeneracy_reset").values()),
