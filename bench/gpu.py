@@ -207,7 +207,7 @@ def main() -> None:
         dataset, graph, run = (Path(folder) / name for name in ("dataset", "graph", "run"))
         random_dataset(dataset, options.stocks, options.sessions)
         random_graph(graph, dataset, options.stocks, options.sessions, config)
-        trainer = Trainer(plan_run(config, dataset, graph), RunRecord(Path(folder) / "counted", {}), device, print)
+        trainer = Trainer(plan_run(config, dataset, graph), RunRecord(Path(folder), {}), device, print)
         epoch = work(trainer)
         flops_per_s, bytes_per_s = options.ceilings or ceilings(device)
         at_ceilings = options.epochs * np.array([epoch["flops"] / flops_per_s, epoch["bytes"] / bytes_per_s])
