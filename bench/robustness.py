@@ -55,13 +55,16 @@ class Case:
     settings: dict[str, object] = field(default_factory=dict)
 
 
+WIDE: dict[str, object] = {"train.batch_size": 25_600}
+"""Sixteen sessions of all 1,600 investable stocks, as the preset's batch is of 420 liquid ones."""
+
 ONE_SEED = (1,)
 CASES: dict[str, Case] = {
     "five years of training": Case(5),
     "three years": Case(3),
     "two years": Case(2, seeds=ONE_SEED),
-    "five years, all investable stocks": Case(5, seeds=ONE_SEED, universe="all"),
-    "three years, all investable stocks": Case(3, seeds=ONE_SEED, universe="all"),
+    "five years, all investable stocks": Case(5, seeds=ONE_SEED, universe="all", settings=WIDE),
+    "three years, all investable stocks": Case(3, seeds=ONE_SEED, universe="all", settings=WIDE),
     "five years, a third of the codes": Case(5, thin=True),
     "three years, a third of the codes": Case(3, seeds=ONE_SEED, thin=True),
     "five years, 5-session horizon": Case(5, horizon_sessions=5, settings=FIVE_SESSIONS),
