@@ -13,13 +13,13 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from atft_pipeline import __version__
-from atft_pipeline.errors import InputError, RunFailure
+from atft_pipeline.errors import InputError, RunFailure, unusable_path
 
 Result = tuple[dict[str, Any], int]
 """What a command prints, and its exit code; nothing is printed by a process that follows another."""
@@ -40,9 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RunFailure as error:
         return _refuse(options.name, error, 1)
     except OSError as error:
-        # A path that cannot be read or written: the library opens files where it needs them and does not ask before.
-        place = f"{error.filename}: " if error.filename else ""
-        return _refuse(options.name, f"{place}{error.strerror or error}; check the path, its permissions and space", 2)
+        return _refuse(options.name, unusable_path(error), 2)
     except ModuleNotFoundError as error:
         # A training machine has only what training needs.
         return _refuse(options.name, f"needs the package {error.name}, which is not installed here; install it", 2)
@@ -235,10 +233,10 @@ def _train(options: argparse.Namespace) -> Result:
                 raise InputError(f"--processes, --nodes: torchrun started {processes.size} already; drop them")
             outcome = train(*where, processes=processes, **how)
         else:
-            asked = processes_asked(_environment()) if options.processes is None else options.processes
+            asked = processes_asked(os.environ) if options.processes is None else options.processes
             layout = Layout(asked, options.nodes, options.node_rank, options.rendezvous)
             if layout.total > 1:
-                outcome = train_in_processes(layout, *where, threads=threads_each(_environment(), asked), **how)
+                outcome = train_in_processes(layout, *where, threads=threads_each(os.environ, asked), **how)
             else:
                 outcome = train(*where, **how)
     passed = outcome.verdict["status"] in ("passed", "not_applicable")
@@ -332,10 +330,6 @@ def _status(options: argparse.Namespace) -> Result:
     return {"runs": run_snapshots(options.runs)}, 0
 
 
-def _environment() -> Mapping[str, str]:
-    return os.environ
-
-
 def _configuration(options: argparse.Namespace, *, sections: tuple[str, ...]) -> tuple[Any, dict[str, Any]]:
     """Preset, the report's variables and `--set`, in this order; a field outside `sections` is refused."""
     from atft_pipeline.config import parse_assignments, report_overrides, with_overrides
@@ -347,7 +341,7 @@ def _configuration(options: argparse.Namespace, *, sections: tuple[str, ...]) ->
             raise InputError(
                 f"--set {dotted}: `atft {options.name}` reads only {', '.join(f'{s}.*' for s in sections)}"
             )
-    from_report = report_overrides(_environment()) if "train" in sections else {}
+    from_report = report_overrides(os.environ) if "train" in sections else {}
     overrides = from_report | assigned
     return with_overrides(preset(options.preset), overrides), {"preset": options.preset, **overrides}
 

@@ -11,3 +11,9 @@ class RunFailure(RuntimeError):
 
 class RunInterrupted(KeyboardInterrupt):
     """A run stopped by whoever runs it: one sentence saying what is kept. `atft` exits 130."""
+
+
+def unusable_path(error: OSError) -> InputError:
+    """What a path that cannot be read or written means: the library opens files where it needs them and asks no one."""
+    place = f"{error.filename}: " if error.filename else ""
+    return InputError(f"{place}{error.strerror or error}; check the path, its permissions and space")

@@ -30,7 +30,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from atft_pipeline.config import PipelineConfig
-from atft_pipeline.errors import InputError, RunFailure
+from atft_pipeline.errors import InputError, RunFailure, unusable_path
 from atft_pipeline.failures import early_end_recorded
 from atft_pipeline.lineage import RunRecord, is_held, read_run
 from atft_pipeline.processes import PeerLost, joined
@@ -193,6 +193,8 @@ def _started(lines: Any, threads: int, work: Callable[..., Any], arguments: tupl
         return work(lines.put, *arguments)
     except (InputError, RunFailure):
         raise
+    except OSError as error:
+        raise unusable_path(error) from error
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     except Exception:

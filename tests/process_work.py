@@ -84,6 +84,11 @@ def refusing(log: Log, *arguments: Any) -> Any:
     return launch._train(log, *arguments)
 
 
+def barred(log: Log, *arguments: Any) -> Any:
+    in_step(lambda: _raise(PermissionError(13, "Permission denied", "months")), rank=1)
+    return launch._train(log, *arguments)
+
+
 def undisturbed(log: Log, *arguments: Any) -> Any:
     in_step(lambda: None, rank=None)
     return launch._train(log, *arguments)

@@ -212,6 +212,7 @@ def undisturbed(data: Data, tmp_path_factory: pytest.TempPathFactory) -> dict[st
         (process_work.killed, RunFailure, "process 1 of 2 was ended by signal 9 (SIGKILL)"),
         (process_work.faulty, RunFailure, "process 1 of 2: ValueError: shapes differ"),
         (process_work.refusing, InputError, "no such column; build it again"),
+        (process_work.barred, InputError, "months: Permission denied; check the path, its permissions and space"),
     ],
 )
 def test_a_dying_process_fails_the_run_with_its_own_error(
