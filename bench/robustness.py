@@ -63,6 +63,7 @@ CASES: dict[str, Case] = {
     "five years of training": Case(5),
     "three years": Case(3),
     "two years": Case(2, seeds=ONE_SEED),
+    "two years, 20 epochs": Case(2, seeds=ONE_SEED, settings={"train.epochs": 20}),
     "five years, all investable stocks": Case(5, seeds=ONE_SEED, universe="all", settings=WIDE),
     "three years, all investable stocks": Case(3, seeds=ONE_SEED, universe="all", settings=WIDE),
     "five years, a third of the codes": Case(5, thin=True),
