@@ -4,7 +4,11 @@ It hands the leading process's lines to the step's log, and the outcome or the e
 itself is not imported: every process of the training imports this module.
 """
 
+import os
+import signal
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,8 +20,13 @@ if TYPE_CHECKING:
     from atft_pipeline.training import Outcome
 
 
+LOOK_S = 1.0
+"""Between two looks at whether the step is still there."""
+
+
 def main() -> int:
     """Trains what the step asks for; the exit code is not 0 only where the step can be told nothing."""
+    threading.Thread(target=_end_with_step, args=(os.getppid(),), daemon=True).start()
     with open_dagster_pipes() as pipes:
         try:
             outcome = _train(pipes)
@@ -46,6 +55,13 @@ def _train(pipes: PipesContext) -> "Outcome":
         log=pipes.log.info,
         **asked["options"],
     )
+
+
+def _end_with_step(step: int) -> None:
+    """Asks this process to end once the step that started it is gone, killed as it may be: nobody waits for it then."""
+    while os.getppid() == step:
+        time.sleep(LOOK_S)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 if __name__ == "__main__":

@@ -68,6 +68,8 @@ def load_panel(dataset: Path, universe: Slice, allocate: Allocate = in_memory) -
         raise InputError(
             f"{dataset}: none of {len(manifest['features'])} features is live; give a longer price history"
         )
+    if unknown := sorted(set(manifest["live_features"]) - set(manifest["features"])):
+        raise InputError(f"{dataset}: its manifest calls {unknown[0]!r} live, which is no feature; build it again")
     names = [*manifest["live_features"], *TARGETS]
     membership = read_membership(dataset, [*KEYS, "is_investable", "is_liquid"])
     sessions, t = np.unique(membership["Date"].to_numpy().astype("datetime64[D]"), return_inverse=True)
@@ -142,8 +144,13 @@ def _read_rows(
                     raise InputError(f"{file}: its Date and Code are not the membership table's; build both again")
                 start += batch.num_rows
                 rows = np.empty((batch.num_rows, len(names)), dtype=np.float32)
-                for j in range(len(names)):
-                    rows[:, j] = batch.column(j + len(KEYS)).to_numpy(zero_copy_only=False)
+                for j, name in enumerate(names):
+                    column = batch.column(j + len(KEYS))
+                    if not pa.types.is_floating(column.type):
+                        raise InputError(f"{file}: column {name} is {column.type}, not a number; build it again")
+                    rows[:, j] = column.to_numpy(zero_copy_only=False)
+                if np.isinf(rows[:, -len(TARGETS) :]).any():
+                    raise InputError(f"{file}: a target is infinite; build the dataset again")
                 yield rows
 
 
@@ -311,6 +318,7 @@ def neighbour_table(graph: StockGraph | None, codes: NDArray[np.str_]) -> Neighb
     shape = (len(graph.refreshes), len(codes), int(rank.max(initial=-1)) + 1)
     table = np.full(shape, -1, np.int32)
     attributes = np.zeros((*shape, 3), np.float32)
-    table.reshape(-1, shape[2])[row, rank] = place[graph.source][kept][order]
-    attributes.reshape(-1, shape[2], 3)[row, rank] = graph.edge_attr[kept][order]
+    rows = shape[0] * shape[1]
+    table.reshape(rows, shape[2])[row, rank] = place[graph.source][kept][order]
+    attributes.reshape(rows, shape[2], 3)[row, rank] = graph.edge_attr[kept][order]
     return Neighbours(torch.from_numpy(table), torch.from_numpy(table >= 0), torch.from_numpy(attributes))

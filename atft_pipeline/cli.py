@@ -67,6 +67,8 @@ def script() -> None:
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
             stream.flush()
+    if "multiprocessing.forkserver" in sys.modules:
+        sys.exit(code)  # several processes trained: what they met at is taken down on the usual way out
     os._exit(code)
 
 

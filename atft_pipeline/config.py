@@ -150,8 +150,8 @@ class ModelConfig:
             self.hidden_size >= 4
             and self.hidden_size % self.attention_heads == 0
             and self.hidden_size % self.gat_heads == 0,
-            f"model.hidden_size: expected a multiple of attention_heads ({self.attention_heads}) and gat_heads"
-            f" ({self.gat_heads}), found {self.hidden_size}",
+            f"model.hidden_size: expected at least 4 and a multiple of attention_heads ({self.attention_heads}) and"
+            f" gat_heads ({self.gat_heads}), found {self.hidden_size}",
         )
         _require(self.window_sessions >= 2, "model.window_sessions: expected at least 2")
         _require(
@@ -180,7 +180,7 @@ class OptimizerConfig:
     clip_norm: float = 1.0
 
     def __post_init__(self) -> None:
-        _require(self.lr >= 0.0, "train.optimizer.lr: expected at least 0")
+        _require(0.0 <= self.lr <= 10.0, f"train.optimizer.lr: expected 0 to 10, found {self.lr}")
         _require(self.weight_decay >= 0.0, "train.optimizer.weight_decay: expected at least 0")
         _require(self.clip_norm > 0.0, "train.optimizer.clip_norm: expected a positive value")
 
@@ -302,7 +302,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _require(self.epochs >= 1, "train.epochs: expected at least 1")
-        idle = next((e for e in range(1, self.epochs + 1) if not any(self.loss.weights_at(e).values())), None)
+        different = min(self.epochs, 1 + max((phase.last_epoch for phase in self.loss.phases), default=0))
+        idle = next((e for e in range(1, different + 1) if not any(self.loss.weights_at(e).values())), None)
         _require(idle is None, f"train.loss: at least one weight must be positive; in epoch {idle} none is")
         _require(self.batch_size >= 1, "train.batch_size: expected at least 1")
         _require(0 <= self.seed < 2**63, "train.seed: expected 0 <= value < 2**63")

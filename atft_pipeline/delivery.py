@@ -28,7 +28,7 @@ from atft_pipeline.config import HORIZONS, PipelineConfig, from_dict
 from atft_pipeline.dataset import read_manifest, read_table, replacing_product, sha256_of, write_manifest, write_part
 from atft_pipeline.errors import InputError
 from atft_pipeline.evaluation import Evaluation, evaluate
-from atft_pipeline.lineage import code_revision, read_run
+from atft_pipeline.lineage import PLACEMENT, code_revision, read_run
 from atft_pipeline.portfolio import COSTS_BPS, after_costs
 from atft_pipeline.score_panels import (
     BlendWeight,
@@ -128,8 +128,10 @@ def read_ensemble(run_dirs: Sequence[Path]) -> list[FinishedRun]:
 def _decisive_fields(run: FinishedRun) -> dict[str, Any]:
     """Everything that decides a run, by dotted name, but for its seed."""
     fields = dict(_flat(run.header["config"]))
-    del fields["train.seed"]
-    return fields | {name: run.header[name] for name in ("dataset_fingerprint", "graph_fingerprint", "code_revision")}
+    for name in ("seed", *PLACEMENT):
+        del fields[f"train.{name}"]
+    named = ("dataset_fingerprint", "graph_fingerprint", "code_revision")
+    return fields | {name: run.header[name] for name in named} | {"processes": run.header.get("processes", 1)}
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -183,10 +185,11 @@ class _Predictions:
 def _read_predictions(runs: Sequence[FinishedRun], column: str) -> tuple[_Predictions, dict[str, Scores]]:
     """The rows that all runs scored, and the scores of each by `seed_K`. Raises InputError where the rows differ."""
     keys = ["Date", "Code", "split", "is_liquid"]
-    rows = _Predictions(read_table(runs[0].predictions))
+    needed = [*keys, column, *(f"target_{h}d" for h in HORIZONS)]
+    rows = _Predictions(read_table(runs[0].predictions, needed))
     members: dict[str, Scores] = {}
     for run in runs:
-        table = read_table(run.predictions)
+        table = read_table(run.predictions, needed)
         if not table.select(keys).equals(rows.table.select(keys)):
             raise InputError(
                 f"{run.predictions}: has other rows than {runs[0].predictions}; train one of the two runs again"

@@ -194,6 +194,20 @@ def shortage_of_memory_explained(
         raise RunFailure(f"out of memory{f' (tried to {asked[0]})' if asked else ''}; {way_on}") from None
 
 
+@contextmanager
+def construction_explained() -> Iterator[None]:
+    """Turns an allocation that fails before the first step into a RunFailure: no batch size would help."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise RunFailure(
+            "out of memory before the first step; make model.hidden_size smaller, or set train.panel=map if it is the"
+            " panel that does not fit"
+        ) from error
+
+
 def smaller_batches(data: BlockDataset, sessions: NDArray[np.int64], batch_size: int) -> dict[int, NDArray[np.int64]]:
     """Batch size -> sessions of its largest block: half the samples each time, at last one session."""
     members = data.panel.member.sum(axis=1)

@@ -20,6 +20,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -69,7 +70,7 @@ class Layout:
             raise InputError(f"rendezvous {self.rendezvous}: one node needs none; give the number of nodes too")
         if self.nodes > 1:
             host, _, port = (self.rendezvous or "").rpartition(":")
-            if not host or not port.isdigit():
+            if not host or not port.isdigit() or not 0 < int(port) < 2**16:
                 raise InputError(
                     f"rendezvous: {self.nodes} nodes meet at HOST:PORT of the first one, found {self.rendezvous!r}"
                 )
@@ -154,6 +155,8 @@ def _launched(layout: Layout, task: tuple[Any, ...], log: Log) -> tuple[dict[int
     """Rank -> result, or what went wrong; nothing it made outlives it."""
     processes = multiprocessing.get_context(START_METHOD)
     processes.set_forkserver_preload(["atft_pipeline.training"])
+    with _interrupts_ignored():
+        forkserver.ensure_running()  # imports for seconds: Ctrl-C reaches it too, and it has nothing to say about it
     lines = processes.SimpleQueue()
     with tempfile.TemporaryDirectory(prefix="atft-") as folder, _forwarded(lines, log):
         try:
@@ -223,7 +226,9 @@ def _explained(layout: Layout, rank: int, failure: ProcessFailure) -> InputError
     """The error of the process that ended first, as one sentence."""
     who = f"process {rank} of {layout.total}"
     if failure.exitcode < 0:
-        return RunFailure(f"{who} was ended by signal {-failure.exitcode} ({signal.Signals(-failure.exitcode).name})")
+        number = -failure.exitcode
+        name = f" ({signal.Signals(number).name})" if number in set(signal.Signals) else ""  # real-time ones have none
+        return RunFailure(f"{who} was ended by signal {number}{name}")
     if failure.exitcode == INTERRUPTED:
         return RunFailure(f"{who} was interrupted")
     said = failure.error_file_data.get("message")
@@ -269,6 +274,19 @@ def _signals_kept() -> Iterator[None]:
         for number, handler in handlers.items():
             with suppress(TypeError):  # one that was not installed from Python cannot be put back
                 signal.signal(number, handler)
+
+
+@contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    """For a process that is started inside: it inherits this."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 @contextmanager

@@ -89,9 +89,19 @@ def code_revision() -> str:
     return digest.hexdigest()[:16]
 
 
+PLACEMENT: tuple[str, ...] = ("panel", "loader_workers")
+"""Fields of `train` that decide where and when, and no figure: a run may go on with others, and is the same run."""
+
+
+def decisive(config: PipelineConfig) -> dict[str, Any]:
+    """The configuration as a dictionary, without what changes no result."""
+    values = to_dict(config)
+    return values | {"train": {name: value for name, value in values["train"].items() if name not in PLACEMENT}}
+
+
 def config_key(config: PipelineConfig) -> str:
     """Hash of the configuration apart from the number of epochs: runs that a 20-epoch verdict speaks for share it."""
-    values = to_dict(config)
+    values = decisive(config)
     del values["train"]["epochs"]
     return sha256_of(values)[:12]
 
@@ -104,7 +114,7 @@ def run_key(
     Several processes are part of it: they add in another order and draw other dropout, and one key means the same bits.
     """
     parts = {
-        "config": to_dict(config),
+        "config": decisive(config),
         "code": code_revision(),
         "dataset": dataset_fingerprint,
         "graph": graph_fingerprint,

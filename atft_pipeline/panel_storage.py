@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import numpy as np
 import torch
@@ -43,8 +43,19 @@ def in_map(shape: tuple[int, ...], folder: Path) -> NDArray[np.float32]:
     written back, as a signal that kills the process.
     """
     with tempfile.TemporaryFile(dir=folder) as file:
-        os.posix_fallocate(file.fileno(), 0, int(np.prod(shape, dtype=np.int64)) * np.dtype(np.float32).itemsize)
+        reserve(file, int(np.prod(shape, dtype=np.int64)) * np.dtype(np.float32).itemsize)
         return np.asarray(np.memmap(file, dtype=np.float32, mode="r+", shape=shape))
+
+
+def reserve(file: IO[bytes], size: int) -> None:
+    """Makes room for `size` bytes on the disk; raises OSError where there is not as much."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, size)
+        return
+    zeros = bytes(2**20)  # macOS has no such call
+    for start in range(0, size, len(zeros)):
+        file.write(zeros[: size - start])
+    file.flush()
 
 
 def left_to_the_cache(array: NDArray[np.float32]) -> None:
@@ -72,10 +83,10 @@ class PanelStorage:
     """In bytes; 0 where the device is the host."""
 
     @classmethod
-    def now(cls, asked: PanelPlace, device: torch.device, folder: Path) -> PanelStorage:
-        """By the memory that is free at this moment."""
+    def now(cls, asked: PanelPlace, device: torch.device, folder: Path, processes: int = 1) -> PanelStorage:
+        """By the memory that is free at this moment; of the host's each of several processes has its share."""
         free_device = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
-        return cls(asked, device, folder, free_host_bytes(), free_device)
+        return cls(asked, device, folder, free_host_bytes() // processes, free_device)
 
     def on_device(self, panel_bytes: int) -> bool:
         """Whether an accelerator holds the whole panel."""

@@ -79,11 +79,12 @@ def plan_run(config: PipelineConfig, dataset: Path, graph: Path, processes: int 
             "evaluation.universe: 'all' has stocks that a model of train.universe 'liquid' never scores; set both to"
             " 'all', or evaluation.universe to 'liquid'"
         )
-    if data["sessions"] < config.model.window_sessions:
-        raise InputError(
-            f"{dataset}: {data['sessions']} sessions are fewer than the window of {config.model.window_sessions}; give"
-            " a longer price history or a smaller model.window_sessions"
-        )
+    for window in ("window_sessions", "normalisation_window_sessions"):
+        if data["sessions"] < getattr(config.model, window):
+            raise InputError(
+                f"{dataset}: {data['sessions']} sessions are fewer than the window of {getattr(config.model, window)};"
+                f" give a longer price history or a smaller model.{window}"
+            )
     used = replace(config, dataset=type(config.dataset)(**data["config"]), graph=GraphConfig(**edges["config"]))
     return Plan(used, dataset, graph, data, edges, processes)
 
@@ -104,8 +105,8 @@ def claim_directory(run_dir: Path, key: str, *, force: bool) -> Path:
     header = read_run(run_dir)
     if header["key"] != key:
         raise InputError(
-            f"run directory {run_dir}: holds run {header['key']} of another configuration, code or dataset (this one is"
-            f" {key}); choose another directory"
+            f"run directory {run_dir}: holds run {header['key']} of another configuration, code, dataset or number of"
+            f" processes (this one is {key}); choose another directory"
         )
     if not force or header["status"] != "finished":
         return run_dir

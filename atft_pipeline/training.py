@@ -7,6 +7,7 @@ resumed from its last checkpoint takes the same steps as one that was never inte
 from __future__ import annotations
 
 import math
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -27,6 +28,7 @@ from atft_pipeline.errors import InputError, RunFailure
 from atft_pipeline.evaluation import Evaluation
 from atft_pipeline.failures import (
     Culprit,
+    construction_explained,
     early_end_recorded,
     non_finite_gradient,
     non_finite_loss,
@@ -115,7 +117,8 @@ def train(
         with early_end_recorded(record):
             record.update()
             try:
-                trainer = Trainer(plan, record, chosen, log, processes)
+                with construction_explained():
+                    trainer = Trainer(plan, record, chosen, log, processes)
             except InputError:
                 if not earlier:  # nothing was trained, so the directory stays free for corrected settings
                     (run_dir / "run.json").unlink()
@@ -161,7 +164,9 @@ class Trainer:
         self.plan, self.config, self.record, self.device, self.log = plan, plan.config, record, device, log
         self.processes = processes
         settings = self.config.train
-        storage = PanelStorage.now(settings.panel, device, record.run_dir)
+        # Another machine of the run has no run directory.
+        folder = record.run_dir if record.run_dir.exists() else Path(tempfile.gettempdir())
+        storage = PanelStorage.now(settings.panel, device, folder, processes.size)
         self.panel = load_panel(plan.dataset, settings.universe, storage.allocate)
         self.panel_place = storage.place(self.panel.nbytes)
         self.workers = storage.workers(self.panel.nbytes, settings.loader_workers)

@@ -30,7 +30,7 @@ from atft_pipeline.criterion import (
 )
 from atft_pipeline.dataset import read_membership
 from atft_pipeline.errors import InputError
-from atft_pipeline.evaluation import evaluate, one_factor_reversal
+from atft_pipeline.evaluation import REVERSAL_FEATURES, evaluate, one_factor_reversal
 from atft_pipeline.files import write_json
 from atft_pipeline.lineage import read_run, read_table, series_values
 from atft_pipeline.scoring import Scores, evaluate_scores, slice_mask
@@ -122,8 +122,13 @@ class Battery:
         write_json(run_dir / "validity" / f"epoch_{epoch:03d}.json", content)
 
     def _reversal_sharpe(self, sessions: NDArray[np.int64], train_sessions: NDArray[np.int64]) -> float | None:
-        """What the best one-factor reversal of the training sessions earns on these, under the same evaluation."""
+        """What the best one-factor reversal of the training sessions earns on these, under the same evaluation.
+
+        None where the dataset has neither return that it is made of.
+        """
         panel, config = self.panel, self.config.evaluation
+        if not set(REVERSAL_FEATURES) & set(panel.feature_names):
+            return None
         member = slice_mask(panel, config.universe)
         reversal = one_factor_reversal(
             panel.features,
@@ -189,9 +194,12 @@ def read_verdict(run_dir: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"run directory {run_dir}: no verdict.json; the run has not finished, start it again to go on")
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise InputError(f"{path}: not JSON ({error}); remove the run directory and train again") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: holds no verdict; remove the run directory and train again")
+    return content
 
 
 def _statistics(evals: Rows, epoch: int, split: str, universe: str) -> dict[str, float | None]:

@@ -60,7 +60,7 @@ def measured(name: str, dataset: Path, graph: Path) -> dict[str, Any]:
     threads, overrides = (LARGE if large else CASES)[name]
     epochs = 1 if large else 2
     settings = overrides | {"train.epochs": epochs, "evaluation.criterion_epoch": epochs}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as said:
         run = Path(folder) / "run"
         command = [sys.executable, "-m", "atft_pipeline.cli", "train", dataset, graph, run, "--preset", "cpu"]
         for field, value in settings.items():
@@ -69,7 +69,7 @@ def measured(name: str, dataset: Path, graph: Path) -> dict[str, Any]:
         process = subprocess.Popen(
             list(map(str, command)),
             stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+            stderr=said,
             env=environment,
             preexec_fn=anonymous_memory_limited if large else None,
         )
@@ -80,7 +80,8 @@ def measured(name: str, dataset: Path, graph: Path) -> dict[str, Any]:
             time.sleep(0.05)
         _, status, usage = ended
         if not (run / "verdict.json").exists():  # exit code 1 is also a criterion that is not met
-            reason = json.loads((run / "run.json").read_text())["reason"] if (run / "run.json").exists() else None
+            said.seek(0)
+            reason = said.read().strip().rpartition("\n")[2]
             return {"case": name, "exit_code": os.waitstatus_to_exitcode(status), "reason": reason}
         series = pq.read_table(run / "series").to_pylist()
     figures = {row["metric"]: row["value"] for row in series if row["epoch"] == epochs}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -15,9 +16,11 @@ import pytest
 import torch
 
 from atft_pipeline.blocks import Block, BlockDataset, Panel, load_panel
+from atft_pipeline.config import ModelConfig
 from atft_pipeline.dataset import MEMBERSHIP_COLUMNS, TARGETS, manifest_path, membership_path, write_dataset
 from atft_pipeline.errors import InputError
 from atft_pipeline.graph import StockGraph
+from atft_pipeline.model import ATFTGATFAN
 
 FEATURES = ["alpha", "dead", "beta", "gamma"]
 LIVE = ["alpha", "beta", "gamma"]
@@ -187,6 +190,27 @@ def test_without_a_graph_there_are_no_edges(tmp_path: Path) -> None:
     assert block.neighbours.attributes.shape == (4, len(block.stock_index), 0, 3)
 
 
+@pytest.mark.parametrize(
+    "codes", [np.array([], dtype=str), np.array(["1", "2", "3", "4", "5"])], ids=["none", "others"]
+)
+def test_a_graph_of_no_stock_of_the_panel_is_no_graph(tmp_path: Path, codes: np.ndarray) -> None:
+    edges = slice(0, 0 if len(codes) == 0 else 7)
+    graph = dataclasses.replace(
+        GRAPH,
+        codes=codes,
+        refreshes=GRAPH.refreshes[edges],
+        offsets=GRAPH.offsets if len(codes) else np.array([0]),
+        source=GRAPH.source[edges],
+        target=GRAPH.target[edges],
+        edge_attr=GRAPH.edge_attr[edges],
+    )
+    network = ATFTGATFAN(ModelConfig(), len(LIVE)).eval()
+    panel = load_panel(write(tmp_path / "d.parquet", rows()), "liquid")
+    block = BlockDataset(panel, graph, network.receptive_field).block(np.arange(14, 18))
+    assert block.neighbours.place.shape == (4, len(block.stock_index), 0)
+    assert torch.isfinite(network(block)).all()
+
+
 @pytest.mark.parametrize("batch_size", [1, 4, 7, 1000])
 def test_blocks_are_contiguous_whole_sessions_that_fit(tmp_path: Path, batch_size: int) -> None:
     panel, data = panel_and_data(tmp_path)
@@ -234,6 +258,25 @@ def test_columns_that_are_not_the_registry_s_are_named(tmp_path: Path) -> None:
         load_panel(path, "all")
     pq.write_table(table.drop_columns(["target_20d"]), path)
     with pytest.raises(InputError, match="no further column instead of 'target_20d'"):
+        load_panel(path, "all")
+
+
+def test_what_is_no_number_and_what_is_infinite_is_refused_at_loading(tmp_path: Path) -> None:
+    path = write(tmp_path / "d.parquet", rows())
+    table = pq.read_table(path)
+    place = table.schema.get_field_index("beta")
+    pq.write_table(table.set_column(place, "beta", table["beta"].cast(pa.string())), path)
+    with pytest.raises(InputError, match=r"d\.parquet: column beta is string, not a number"):
+        load_panel(path, "all")
+    place = table.schema.get_field_index("target_5d")
+    infinite = pa.array([np.inf] + [0.0] * (table.num_rows - 1), pa.float32())
+    pq.write_table(table.set_column(place, "target_5d", infinite), path)
+    with pytest.raises(InputError, match=r"d\.parquet: a target is infinite"):
+        load_panel(path, "all")
+    pq.write_table(table, path)
+    manifest = manifest_path(path)
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"live_features": ["delta"]}))
+    with pytest.raises(InputError, match="calls 'delta' live, which is no feature"):
         load_panel(path, "all")
 
 

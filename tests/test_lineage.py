@@ -61,7 +61,10 @@ def changed(value):
 
 @pytest.mark.parametrize("dotted", [name for name, _ in leaves(to_dict(PipelineConfig()))])
 def test_every_field_of_the_configuration_is_in_the_run_key(dotted, monkeypatch):
-    """A field left out would hand one run's result to another: the failure that this project started from."""
+    """A field left out would hand one run's result to another: the failure that this project started from.
+
+    Where the panel lies and who makes blocks change no bit (test_panel_storage.py), and are not.
+    """
     values = to_dict(PipelineConfig())
     base = key(PipelineConfig())
     *stages, leaf = dotted.split(".")
@@ -70,7 +73,7 @@ def test_every_field_of_the_configuration_is_in_the_run_key(dotted, monkeypatch)
         section = section[stage]
     section[leaf] = changed(section[leaf])
     monkeypatch.setattr(lineage, "to_dict", lambda _: values)
-    assert key(PipelineConfig()) != base
+    assert (key(PipelineConfig()) == base) is (dotted in ("train.panel", "train.loader_workers"))
 
 
 def test_a_config_key_leaves_out_the_epochs_and_nothing_else():

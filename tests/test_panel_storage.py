@@ -71,6 +71,18 @@ def test_the_decision_is_taken_by_what_is_free_now(data: Data, tmp_path: Path, m
     assert (trainer.panel_place, trainer.workers) == ("map", 1)
 
 
+def test_several_processes_share_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(panel_storage, "free_host_bytes", lambda: 12 * GB)
+    assert [PanelStorage.now("auto", CPU, Path("run"), n).place(3 * GB) for n in (1, 4)] == ["memory", "map"]
+
+
+def test_room_is_made_where_the_system_has_no_call_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("os.posix_fallocate")
+    values = in_map((3, 700, 200), tmp_path)
+    values.fill(2.0)
+    assert values.sum() == 2 * values.size
+
+
 # Free memory ----------------------------------------------------------------------------------------------------
 
 V2 = ("memory.max", "memory.current", "")

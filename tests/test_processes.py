@@ -77,6 +77,7 @@ def test_without_a_word_one_process_trains() -> None:
         ({"processes": 0}, "processes: expected a whole number of at least 1, found 0"),
         ({"nodes": 2}, "2 nodes meet at HOST:PORT of the first one, found None"),
         ({"nodes": 2, "rendezvous": "host"}, "found 'host'"),
+        ({"nodes": 2, "rendezvous": "host:99999"}, "found 'host:99999'"),
         ({"nodes": 2, "rendezvous": "host:1", "node_rank": 2}, "expected 0 to 1 of 2 nodes, found 2"),
         ({"rendezvous": "host:1"}, "one node needs none"),
     ],

@@ -98,7 +98,7 @@ def test_another_run_is_refused_untouched(tmp_path):
     run = run_at(tmp_path / "run", key="other")
     before = listing(run)
     for force in (False, True):
-        with pytest.raises(InputError, match="holds run other of another configuration, code or dataset"):
+        with pytest.raises(InputError, match="holds run other of another configuration, code, dataset or number"):
             claim_directory(run, "k", force=force)
     assert listing(run) == before
 

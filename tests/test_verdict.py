@@ -49,6 +49,14 @@ def test_a_changed_criterion_is_warned_of(trained):
     assert changed_criterion(EvaluationConfig(cost_bps=0.0, bootstrap_samples=5)) is None
 
 
+def test_a_dataset_without_past_returns_has_no_reversal(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(verdict_module, "REVERSAL_FEATURES", ("absent",))
+    run_dir = tmp_path / "run"
+    train_quietly(settings(), data, run_dir)
+    assert verdict(run_dir)["reversal_sharpe"] is None
+    assert header(run_dir)["status"] == "finished"
+
+
 def test_the_reversal_beside_the_verdict_is_chosen_on_training_sessions_alone(data, tmp_path, monkeypatch):
     chosen = []
     reversal = verdict_module.one_factor_reversal

@@ -41,6 +41,8 @@ class GraphAttention(nn.Module):
         )
 
     def forward(self, h: Tensor, neighbours: Neighbours) -> Tensor:
+        if neighbours.place.shape[-1] == 0:
+            return h
         nodes = self.norm(h).transpose(0, 1)  # [S, N, D]
         sources, targets = self.attention.lin_l(nodes), self.attention.lin_r(nodes)
         # Session by session: what lies between stays in the cache.
