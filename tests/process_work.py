@@ -105,3 +105,11 @@ def not_finite(log: Log, *arguments: Any) -> Any:
 
     Trainer._step = spoilt  # type: ignore[method-assign]
     return launch._train(log, *arguments)
+
+
+def gone(pid: int) -> bool:
+    """Whether a process has ended; its parent may not have noticed yet."""
+    try:
+        return "\nState:\tZ" in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return True

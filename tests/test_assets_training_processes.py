@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 import pytest
 from dagster_runs import EVER, NEVER, UPSTREAM, UPSTREAM_CONFIG, failures, made, make, make_source, outcomes, training
+from process_work import gone
 
 MODEL, RUN = "model_5ep", "training_run_5ep"
 SELECTION = f'key:"{MODEL}" or key:"{RUN}"'
@@ -107,3 +112,38 @@ def test_the_resource_beats_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
     assert Compute().process_count() == 1
     with pytest.raises(InputError, match="processes: expected a whole number of at least 1, found -1"):
         Compute(processes=-1).process_count()
+
+
+LAUNCHER = """
+import os, sys, time
+from pathlib import Path
+import assets.training_process as launcher
+launcher.open_dagster_pipes = lambda: time.sleep(60)
+launcher.LOOK_S = 0.05
+Path(sys.argv[1]).write_text(str(os.getpid()))
+launcher.main()
+"""
+
+
+def test_the_launcher_of_a_killed_step_ends_too(tmp_path: Path) -> None:
+    """A step that the system kills has no time to say so, and its training would run on to the end for nobody."""
+    noted = tmp_path / "pid"
+    start = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {LAUNCHER!r}, {str(noted)!r}])"
+    step = subprocess.Popen([sys.executable, "-c", start])
+    try:
+        launcher = int(waited(lambda: noted.read_text() if noted.exists() else ""))
+        step.kill()
+        step.wait()
+        assert waited(lambda: gone(launcher)), "it runs on"
+    finally:
+        step.kill()
+        for pid in [int(noted.read_text())] if noted.exists() else []:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def waited(condition: Callable[[], Any], limit_s: float = 20.0) -> Any:
+    deadline = time.monotonic() + limit_s
+    while not (found := condition()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return found

@@ -19,6 +19,7 @@ import pytest
 import torch
 from atft_process import ATFT, atft_here, environment
 from conftest import Trained
+from process_work import gone
 from test_training import COLLAPSED, trainer_of
 from training_runs import TINY, Data, header, record, series, settings, train_quietly
 
@@ -179,13 +180,6 @@ def test_the_record_says_how_many_trained(both: Any, trained: Trained) -> None:
 
 
 # Ends -----------------------------------------------------------------------------------------------------------
-
-
-def gone(pid: int) -> bool:
-    try:
-        return "\nState:\tZ" in Path(f"/proc/{pid}/status").read_text()
-    except FileNotFoundError:
-        return True
 
 
 def assert_none_left(run_dir: Path, within_s: float = 0.0) -> None:
