@@ -263,6 +263,12 @@ def _evaluate(options: argparse.Namespace) -> Result:
     if not result["valid"]:
         _say(f"atft evaluate: {options.predictions}: {result['reason']}")
         return result, 1
+    if result["sharpe_daily"] is None:
+        _say(
+            f"atft evaluate: {options.predictions}: no Sharpe can be measured: no session fills both legs, or every"
+            " return of the portfolio is the same"
+        )
+        return result, 1
     return result, 0
 
 

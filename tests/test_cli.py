@@ -172,6 +172,18 @@ def test_a_finished_run_is_reused_and_said_so(made: Made, capsys: pytest.Capture
     assert content(folder / "runs" / "failed") == before
 
 
+@pytest.mark.parametrize(("options", "target"), [(("--quantile", 0.001), None), ((), -0.5)])
+def test_a_sharpe_that_cannot_be_measured_is_no_success(
+    options: tuple[Any, ...], target: float | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    columns = {} if target is None else {"target": np.full(200, target)}
+    scores = np.random.default_rng(0).normal(size=200)
+    assert atft_here("evaluate", table(tmp_path / "p.parquet", score=scores, **columns), "--json", *options) == 1
+    said = capsys.readouterr()
+    assert json.loads(said.out)["sharpe_daily"] is None
+    assert "no Sharpe can be measured" in said.err
+
+
 def test_evaluate_prints_the_keys_of_the_definition(made: Made) -> None:
     _, printed = made
     said = printed["evaluate"]
@@ -253,7 +265,8 @@ def test_constant_scores_exit_1_in_a_process(tmp_path: Path) -> None:
 
 
 def test_columns_are_named_by_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = table(tmp_path / "p.parquet", alpha=np.arange(200.0), forward=np.arange(200.0) % 10)
+    forward = np.arange(200.0) % 10 * np.repeat(np.linspace(1.0, 2.0, 20), 10)
+    path = table(tmp_path / "p.parquet", alpha=np.arange(200.0), forward=forward)
     assert atft_here("evaluate", path, "--score", "alpha", "--target", "forward", "--json") == 0
     assert the_object(capsys.readouterr().out)["rank_ic_mean"] == pytest.approx(1.0)
 
