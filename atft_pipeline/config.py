@@ -180,7 +180,7 @@ class OptimizerConfig:
     clip_norm: float = 1.0
 
     def __post_init__(self) -> None:
-        _require(0.0 <= self.lr <= 10.0, f"train.optimizer.lr: expected 0 to 10, found {self.lr}")
+        _require(0.0 <= self.lr <= 1e30, f"train.optimizer.lr: expected 0 to 1e30, found {self.lr}")
         _require(self.weight_decay >= 0.0, "train.optimizer.weight_decay: expected at least 0")
         _require(self.clip_norm > 0.0, "train.optimizer.clip_norm: expected a positive value")
 

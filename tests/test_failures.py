@@ -182,7 +182,7 @@ def test_a_second_process_is_refused_and_the_first_goes_on_undisturbed(
         assert "another process is training this run; wait for it to end" in capsys.readouterr().err
         assert atft_here(*command(data, run_dir, "--force")) == 2
         assert atft_here(*command(data, run_dir, "--set", "train.seed=2")) == 2
-        assert "of another configuration, code or dataset" in capsys.readouterr().err
+        assert "of another configuration, code, dataset or number of processes" in capsys.readouterr().err
         assert process.poll() is None, "the first had ended: the test tests nothing"
         process.communicate(timeout=60)
     assert process.returncode == 0
@@ -207,7 +207,7 @@ def test_a_rival_that_comes_between_the_look_and_the_lock_is_no_run_of_ours(
             yield
 
     monkeypatch.setattr(training, "exclusive", rival_first)
-    with pytest.raises(InputError, match="of another configuration, code or dataset"):
+    with pytest.raises(InputError, match="of another configuration, code, dataset or number of processes"):
         train_quietly(settings(), data, tmp_path / "run")
 
 
