@@ -285,17 +285,18 @@ class BlockDataset:
     def _block_neighbours(self, first: int, last: int, stocks: Tensor) -> Neighbours:
         """Of each session the edges between its members."""
         refresh = self._refresh_at[first : last + 1]  # [S]
-        places = self._neighbours.place[refresh][:, stocks].long()  # [S, n, K] in the panel, -1 where none
+        cells = (refresh[:, None], stocks)
+        places = self._neighbours.place[cells].long()  # [S, n, K] in the panel
         member = self._member[first : last + 1]
         session = torch.arange(len(refresh), device=self.device)[:, None, None]
-        known = (places >= 0) & (refresh >= 0)[:, None, None]
+        known = self._neighbours.known[cells] & (refresh >= 0)[:, None, None]
         known &= member[session, places] & member[:, stocks, None]
         in_block = torch.zeros(len(self.panel.codes), dtype=torch.int64, device=self.device)
         in_block[stocks] = torch.arange(len(stocks), device=self.device)
         return Neighbours(
             place=in_block[places].masked_fill(~known, 0),
             known=known,
-            attributes=self._neighbours.attributes[refresh][:, stocks].masked_fill(~known[..., None], 0.0),
+            attributes=self._neighbours.attributes[cells].masked_fill(~known[..., None], 0.0),
         )
 
 
@@ -316,9 +317,10 @@ def neighbour_table(graph: StockGraph | None, codes: NDArray[np.str_]) -> Neighb
     row = row[order]
     rank = np.arange(len(row)) - np.searchsorted(row, row)
     shape = (len(graph.refreshes), len(codes), int(rank.max(initial=-1)) + 1)
-    table = np.full(shape, -1, np.int32)
+    table, known = np.zeros(shape, np.int32), np.zeros(shape, bool)
     attributes = np.zeros((*shape, 3), np.float32)
     rows = shape[0] * shape[1]
     table.reshape(rows, shape[2])[row, rank] = place[graph.source][kept][order]
+    known.reshape(rows, shape[2])[row, rank] = True
     attributes.reshape(rows, shape[2], 3)[row, rank] = graph.edge_attr[kept][order]
-    return Neighbours(torch.from_numpy(table), torch.from_numpy(table >= 0), torch.from_numpy(attributes))
+    return Neighbours(torch.from_numpy(table), torch.from_numpy(known), torch.from_numpy(attributes))

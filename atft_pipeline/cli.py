@@ -12,14 +12,13 @@ import json
 import os
 import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from atft_pipeline import __version__
 from atft_pipeline.errors import InputError, RunFailure, unusable_path
+from atft_pipeline.interrupts import handled
 
 Result = tuple[dict[str, Any], int]
 """What a command prints, and its exit code; nothing is printed by a process that follows another."""
@@ -33,7 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Imports leave some hundred thousand objects that stay: looking through them for garbage is a tenth of a start.
     gc.set_threshold(_OBJECTS_BEFORE_COLLECTION)
     try:
-        with _terminated_as_interrupted():
+        # SIGTERM, by which schedulers and containers ask to end, would end the process without a record.
+        with handled(signal.default_int_handler, signal.SIGTERM):
             content, code = options.command(options)
     except InputError as error:
         return _refuse(options.name, error, 2)
@@ -70,19 +70,6 @@ def script() -> None:
     if "multiprocessing.forkserver" in sys.modules:
         sys.exit(code)  # several processes trained: what they met at is taken down on the usual way out
     os._exit(code)
-
-
-@contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM, by which schedulers and containers ask to end, as Ctrl-C: else it ends the process without a record."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, handler)
 
 
 def _refuse(name: str, reason: object, code: int) -> int:

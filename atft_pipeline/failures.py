@@ -9,7 +9,6 @@ import errno
 import os
 import re
 import signal
-import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 from atft_pipeline.blocks import Block, BlockDataset
 from atft_pipeline.errors import RunFailure, RunInterrupted
+from atft_pipeline.interrupts import handled
 from atft_pipeline.lineage import RunRecord, now
 
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -41,7 +41,9 @@ def early_end_recorded(record: RunRecord) -> Iterator[None]:
         yield
     except BaseException as error:
         sentence, status = _sentence(record, error), "failed" if isinstance(error, Exception) else "interrupted"
-        with _further_interrupts_ignored():
+        with handled(
+            signal.SIG_IGN, signal.SIGINT, signal.SIGTERM
+        ):  # a second Ctrl-C would leave a run that says it runs
             if (record.run_dir / "run.json").exists():
                 with suppress(OSError):  # no room even for this: the run then reads as killed
                     record.update(status=status, reason=sentence or _reason(error), ended=now())
@@ -65,21 +67,6 @@ def _sentence(record: RunRecord, error: BaseException) -> str:
 
 def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-
-
-@contextmanager
-def _further_interrupts_ignored() -> Iterator[None]:
-    """A second Ctrl-C would leave a run that says it is running. Signals reach the main thread only."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            if handler is not None:  # one that was not installed from Python cannot be put back
-                signal.signal(number, handler)
 
 
 # Numbers that are not finite -------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ the same with torchrun's flags.
 from __future__ import annotations
 
 import gc
+import importlib
 import logging
 import multiprocessing
 import os
@@ -16,11 +17,9 @@ import sys
 import tempfile
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -33,6 +32,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from atft_pipeline.config import PipelineConfig
 from atft_pipeline.errors import InputError, RunFailure, unusable_path
 from atft_pipeline.failures import early_end_recorded
+from atft_pipeline.interrupts import handled, kept
 from atft_pipeline.lineage import RunRecord, is_held, read_run
 from atft_pipeline.processes import PeerLost, joined
 from atft_pipeline.run_plan import claim_directory, plan_run
@@ -143,7 +143,8 @@ def launch(layout: Layout, work: Callable[..., Any], *arguments: Any, threads: i
     Raises InputError or RunFailure of the process that ended first, KeyboardInterrupt when this one is asked to end; no
     process is left in either case.
     """
-    with _elastic_quiet(), _signals_kept():
+    # torchrun's launcher installs its own handlers and leaves them.
+    with _elastic_quiet(), kept(signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
         results, problem = _launched(layout, (threads, work, arguments), log)
     gc.collect()  # semaphores of its queues, which a process that ends by `os._exit` would leave to be complained of
     if problem is not None:
@@ -155,8 +156,9 @@ def _launched(layout: Layout, task: tuple[Any, ...], log: Log) -> tuple[dict[int
     """Rank -> result, or what went wrong; nothing it made outlives it."""
     processes = multiprocessing.get_context(START_METHOD)
     processes.set_forkserver_preload(["atft_pipeline.training"])
-    with _interrupts_ignored():
-        forkserver.ensure_running()  # imports for seconds: Ctrl-C reaches it too, and it has nothing to say about it
+    with handled(signal.SIG_IGN, signal.SIGINT):
+        # It imports for seconds: Ctrl-C reaches it too, and it has nothing to say about it.
+        importlib.import_module("multiprocessing.forkserver").ensure_running()
     lines = processes.SimpleQueue()
     with tempfile.TemporaryDirectory(prefix="atft-") as folder, _forwarded(lines, log):
         try:
@@ -200,9 +202,6 @@ def _started(lines: Any, threads: int, work: Callable[..., Any], arguments: tupl
         raise unusable_path(error) from error
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
-    except Exception:
-        traceback.print_exc()  # a fault of the code: the launcher passes on its last line alone
-        raise
 
 
 def _interrupted_once(number: int, _: Any) -> None:
@@ -240,7 +239,10 @@ def _explained(layout: Layout, rank: int, failure: ProcessFailure) -> InputError
     expected = kind in (RunFailure.__name__, PeerLost.__name__)
     if expected and rank == 0:
         return RunFailure(sentence)
-    return RunFailure(f"{who}: {sentence if expected else said['message']}")
+    if expected:
+        return RunFailure(f"{who}: {sentence}")
+    print(said["extraInfo"]["py_callstack"], file=sys.stderr, flush=True)  # a fault of the code: where it is
+    return RunFailure(f"{who}: {said['message']}")
 
 
 @contextmanager
@@ -258,35 +260,6 @@ def _forwarded(lines: Any, log: Log) -> Iterator[None]:
     finally:
         lines.put(None)
         thread.join(timeout=5)  # a process killed within a line leaves half of it
-
-
-@contextmanager
-def _signals_kept() -> Iterator[None]:
-    """torchrun's launcher installs its own handlers and leaves them."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-    handlers = {number: signal.getsignal(number) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            with suppress(TypeError):  # one that was not installed from Python cannot be put back
-                signal.signal(number, handler)
-
-
-@contextmanager
-def _interrupts_ignored() -> Iterator[None]:
-    """For a process that is started inside: it inherits this."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
 
 
 @contextmanager

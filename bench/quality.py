@@ -14,21 +14,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
+import torch
+from harness import command, put_between, trained
 from numpy.typing import NDArray
 
 from atft_pipeline.baselines import fit_baselines
-from atft_pipeline.blocks import Panel, load_panel
+from atft_pipeline.blocks import BlockDataset, Panel, load_panel
 from atft_pipeline.config import with_overrides
-from atft_pipeline.dataset import sha256_of
 from atft_pipeline.graph import StockGraph, load_graph
-from atft_pipeline.lineage import code_revision, read_run
+from atft_pipeline.lineage import read_run
 from atft_pipeline.presets import preset
 from atft_pipeline.splits import make_split
 
@@ -64,15 +63,6 @@ ABLATIONS: dict[str, dict[str, object]] = {
     "all horizons weighted 1": {"train.loss.horizon_weights": [1.0, 1.0, 1.0, 1.0]},
 }
 """The network with its parts and its loss changed one at a time."""
-MARKERS = ("<!-- quality -->", "<!-- /quality -->")
-
-
-def command(*arguments: object) -> None:
-    """One `atft` command; what it prints goes nowhere, a failure ends the bench with its sentence."""
-    line = [sys.executable, "-m", "atft_pipeline.cli", *map(str, arguments), "--json"]
-    done = subprocess.run(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
-    if done.returncode not in (0, 1):
-        sys.exit(done.stderr.strip().splitlines()[-1])
 
 
 def prepared(folder: Path) -> tuple[Path, Path, Path]:
@@ -116,10 +106,7 @@ def network(
     folder: Path, dataset: Path, graph: Path, changes: dict[str, object], seed: int, panel: Panel
 ) -> NDArray[Any]:
     """Scores [T, N] of the last epoch on the test sessions, NaN elsewhere."""
-    settings = COMMON | changes | {"train.seed": seed}
-    run = folder / f"run_{sha256_of(settings | {'code': code_revision()})[:16]}"
-    assignments = [part for field, value in settings.items() for part in ("--set", f"{field}={json.dumps(value)}")]
-    command("train", dataset, graph, run, "--preset", "cpu", *assignments)
+    run = trained(folder, dataset, graph, COMMON | changes | {"train.seed": seed})
     epochs = read_run(run)["epochs_done"]
     table = pl.read_parquet(run / "predictions" / f"epoch_{epochs:03d}.parquet").filter(pl.col("split") == "test")
     return placed(table, "score_1d", panel)
@@ -128,21 +115,14 @@ def network(
 def with_neighbours(panel: Panel, graph: StockGraph) -> Panel:
     """The panel with the mean of each feature over a stock's neighbours as further features."""
     T, N, F = panel.features.shape
-    place = np.searchsorted(panel.codes, graph.codes)
-    own = np.nan_to_num(panel.features)
     joined = np.zeros((T, N, 2 * F), np.float32)
-    joined[:, :, :F] = own
-    refresh = np.searchsorted(graph.refreshes, panel.sessions, side="right") - 1
-    for t in np.flatnonzero(refresh >= 0):
-        rows = slice(graph.offsets[refresh[t]], graph.offsets[refresh[t] + 1])
-        source, target = place[graph.source[rows]], place[graph.target[rows]]
-        members = panel.member[t, source] & panel.member[t, target]
-        source, target = source[members], target[members]
-        order = np.argsort(target, kind="stable")
-        targets, starts = np.unique(target[order], return_index=True)
-        sums = np.add.reduceat(own[t, source[order]], starts, axis=0)
-        counts = np.diff([*starts, len(order)])
-        joined[t, targets, F:] = sums / counts[:, None]
+    data = BlockDataset(panel, graph, receptive_field=1)
+    for t in np.flatnonzero(panel.member.any(axis=1)):
+        block = data.block(np.array([t]))
+        own, table = block.x[:, 0], block.neighbours  # [n, F]
+        known = table.known[0].unsqueeze(-1)  # [n, K, 1]
+        sums = (own[table.place[0]] * known).sum(dim=1)
+        joined[t, block.stock_index] = torch.cat((own, sums / known.sum(dim=1).clamp(min=1)), dim=1)
     names = [*panel.feature_names, *(f"neighbours_{name}" for name in panel.feature_names)]
     return Panel(**{**vars(panel), "features": joined, "feature_names": names})
 
@@ -184,10 +164,7 @@ def main() -> None:
     for name, changes in ABLATIONS.items():
         report(f"ablation: {name}", [network(folder, dataset, graph, changes, SEEDS[0], panel)])
     if options.readme is not None:
-        text = options.readme.read_text(encoding="utf-8")
-        (before, rest), (first, last) = text.split(MARKERS[0]), MARKERS
-        after = rest.split(last)[1]
-        options.readme.write_text(f"{before}{first}\n{table_of(lines)}\n{last}{after}", encoding="utf-8")
+        put_between(options.readme, "quality", table_of(lines))
 
 
 if __name__ == "__main__":

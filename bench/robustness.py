@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,19 +21,18 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+from harness import command, put_between, trained
 
 from atft_pipeline.baselines import fit_baselines
 from atft_pipeline.blocks import load_panel
 from atft_pipeline.config import from_dict
-from atft_pipeline.dataset import sha256_of
 from atft_pipeline.delivery import Delivery, deliver, paired_difference, sharpe_by_cost
 from atft_pipeline.evaluation import Evaluation, evaluate
-from atft_pipeline.lineage import code_revision, read_run
+from atft_pipeline.lineage import read_run
 from atft_pipeline.scoring import slice_mask
 from atft_pipeline.splits import make_split
 
 EPOCHS = 8
-MARKERS = ("<!-- robustness -->", "<!-- /robustness -->")
 THIN_SHARE = 3
 """The thin market has one code in so many."""
 
@@ -74,14 +71,6 @@ CASES: dict[str, Case] = {
 }
 
 
-def command(*arguments: object) -> None:
-    """One `atft` command; what it prints goes nowhere, a failure ends the bench with its sentence."""
-    line = [sys.executable, "-m", "atft_pipeline.cli", *map(str, arguments), "--json"]
-    done = subprocess.run(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
-    if done.returncode not in (0, 1):
-        sys.exit(done.stderr.strip().splitlines()[-1])
-
-
 def thinned(source: Path, out: Path) -> Path:
     """The source with one code in `THIN_SHARE`."""
     if not out.exists():
@@ -118,23 +107,10 @@ def folds(dataset: Path, train_years: int) -> Iterator[dict[str, object]]:
         }
 
 
-def trained(case: Case, split: dict[str, object], dataset: Path, graph: Path, folder: Path) -> list[Path]:
-    """Run directories of the fold, one per seed."""
-    runs = []
-    for seed in case.seeds:
-        settings = {
-            "train.epochs": EPOCHS,
-            "train.universe": case.universe,
-            "evaluation.universe": case.universe,
-            **case.settings,
-            **split,
-            "train.seed": seed,
-        }
-        run = folder / f"run_{sha256_of(settings | {'code': code_revision(), 'thin': case.thin})[:16]}"
-        assignments = [f"{name}={json.dumps(value)}" for name, value in settings.items()]
-        command("train", dataset, graph, run, "--preset", "cpu", *(part for a in assignments for part in ("--set", a)))
-        runs.append(run)
-    return runs
+def settings_of(case: Case, split: dict[str, object]) -> dict[str, object]:
+    """What differs from the preset `cpu` in the fold, but for the seed."""
+    universes = dict.fromkeys(("train.universe", "evaluation.universe"), case.universe)
+    return {"train.epochs": EPOCHS, **universes, **case.settings, **split}
 
 
 def simple_models(run: Path) -> dict[str, Evaluation]:
@@ -255,16 +231,15 @@ def main() -> None:
         case, lines = CASES[name], []
         dataset, graph = prepared(options.source, options.work_dir, case)
         for split in folds(dataset, case.train_years):
-            line = fold_line(case, split, trained(case, split, dataset, graph, options.work_dir))
+            fixed = settings_of(case, split)
+            runs = [trained(options.work_dir, dataset, graph, {**fixed, "train.seed": seed}) for seed in case.seeds]
+            line = fold_line(case, split, runs)
             print(json.dumps({"case": name, **line}), flush=True)
             lines.append(line)
         summaries.append(summary(name, lines))
         print(json.dumps(summaries[-1]), flush=True)
     if options.readme is not None:
-        text = options.readme.read_text(encoding="utf-8")
-        before, rest = text.split(MARKERS[0])
-        after = rest.split(MARKERS[1])[1]
-        options.readme.write_text(f"{before}{MARKERS[0]}\n{table_of(summaries)}\n{MARKERS[1]}{after}", encoding="utf-8")
+        put_between(options.readme, "robustness", table_of(summaries))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Fixtures shared by the tests of the training engine: one small market, and runs on it that are trained once."""
+"""Fixtures shared by tests: one small market with runs on it that are trained once, and a Dagster instance."""
 
 from __future__ import annotations
 
@@ -53,3 +53,12 @@ def trained(data: Data, tmp_path_factory: pytest.TempPathFactory) -> Trained:
         return runs[name]
 
     return run
+
+
+@pytest.fixture
+def instance() -> Iterator[Any]:
+    """A Dagster instance that remembers nothing between tests."""
+    import dagster as dg  # seconds, which most tests need not wait for
+
+    with dg.DagsterInstance.ephemeral() as ephemeral:
+        yield ephemeral

@@ -23,7 +23,7 @@ from atft_process import (
 )
 
 LAYERS: tuple[str, ...] = (
-    "errors", "files", "config", "presets",
+    "errors", "interrupts", "files", "config", "presets",
     "sources", "contracts", "trading_calendar", "price_panel", "adjustment", "universe", "point_in_time",
     "dataset", "targets", "provenance", "month_parts", "price_parts",
     "features.trace", "features.expressions", "features.market", "features.registry", "features.panel",

@@ -58,12 +58,6 @@ def work(
     return folder
 
 
-@pytest.fixture
-def instance() -> Iterator[dg.DagsterInstance]:
-    with dg.DagsterInstance.ephemeral() as ephemeral:
-        yield ephemeral
-
-
 def linked(work: Path) -> dict[str, str]:
     """The products that the links name."""
     return {path.name: str(path.readlink()) for path in (work / "output" / "datasets").iterdir() if path.is_symlink()}

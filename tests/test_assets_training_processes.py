@@ -38,12 +38,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield path
 
 
-@pytest.fixture
-def instance() -> Iterator[dg.DagsterInstance]:
-    with dg.DagsterInstance.ephemeral() as ephemeral:
-        yield ephemeral
-
-
 def run_of(seed: int) -> dict[str, object]:
     runs = [json.loads(path.read_text()) for path in Path().glob(f"output/runs/{MODEL}-*/run.json")]
     (run,) = [run for run in runs if run["seed"] == seed]

@@ -211,7 +211,13 @@ def undisturbed(data: Data, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     ],
 )
 def test_a_dying_process_fails_the_run_with_its_own_error(
-    work: Any, kind: type[Exception], sentence: str, data: Data, tmp_path: Path, undisturbed: Any
+    work: Any,
+    kind: type[Exception],
+    sentence: str,
+    data: Data,
+    tmp_path: Path,
+    undisturbed: Any,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     run_dir = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch:
@@ -219,6 +225,8 @@ def test_a_dying_process_fails_the_run_with_its_own_error(
         with pytest.raises(kind) as failure:
             train_two(data, run_dir)
     assert str(failure.value) == sentence
+    # Only a fault of the code is shown where it is.
+    assert ("in _raise\n" in capfd.readouterr().err) is (work is process_work.faulty)
     assert_none_left(run_dir)
     stopped = header(run_dir)
     assert (stopped["status"], stopped["reason"], stopped["epochs_done"]) == (

@@ -47,16 +47,18 @@ class GraphAttention(nn.Module):
         sources, targets = self.attention.lin_l(nodes), self.attention.lin_r(nodes)
         # Session by session: what lies between stays in the cache.
         sessions = zip(sources, targets, neighbours.place, neighbours.known, neighbours.attributes, strict=True)
-        return h + torch.stack([self._messages(*session) for session in sessions], dim=1)
+        by_head = torch.block_diag(*self.attention.att[0].unsqueeze(-1))  # [D, A]
+        return h + torch.stack([self._messages(by_head, *session) for session in sessions], dim=1)
 
-    def _messages(self, sources: Tensor, targets: Tensor, place: Tensor, known: Tensor, attributes: Tensor) -> Tensor:
+    def _messages(
+        self, by_head: Tensor, sources: Tensor, targets: Tensor, place: Tensor, known: Tensor, attributes: Tensor
+    ) -> Tensor:
         """`[N, D]`, 0 without neighbours, of `sources, targets: [N, D]` and a session's `[N, K]` table."""
         layer, (N, K) = self.attention, place.shape
         read = sources.index_select(0, place.reshape(-1)).view(N, K, -1)  # [N, K, D]
         corr = (attributes[..., :1] - CORR_MIDDLE) / CORR_UNIT
         edge = layer.lin_edge(torch.cat((corr, attributes[..., 1:]), dim=-1))
         joined = functional.leaky_relu(read + targets.unsqueeze(1) + edge, layer.negative_slope)
-        by_head = torch.block_diag(*layer.att[0].unsqueeze(-1))  # [D, A]
         scores = joined @ by_head  # [N, K, A]
         absent = ~known.unsqueeze(-1)
         weights = scores.masked_fill(absent, torch.finfo(scores.dtype).min).softmax(dim=1).masked_fill(absent, 0.0)

@@ -1,0 +1,36 @@
+"""Signals of whoever runs this process, handled otherwise for a while. Python lets the main thread alone do so."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+Handler = Callable[[int, Any], Any] | signal.Handlers
+
+
+@contextmanager
+def kept(*numbers: signal.Signals) -> Iterator[None]:
+    """Puts back the handlers of `numbers`, whatever is installed inside; nothing in another thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            if handler is not None:  # one that was not installed from Python cannot be put back
+                signal.signal(number, handler)
+
+
+@contextmanager
+def handled(handler: Handler, *numbers: signal.Signals) -> Iterator[None]:
+    """Lets `handler` have `numbers`, and puts back who had them; nothing in another thread."""
+    with kept(*numbers):
+        if threading.current_thread() is threading.main_thread():
+            for number in numbers:
+                signal.signal(number, handler)
+        yield

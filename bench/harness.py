@@ -1,0 +1,37 @@
+"""What the benches of quality share: commands whose failure ends the bench, runs by settings, tables of the README."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from atft_pipeline.dataset import sha256_of
+from atft_pipeline.lineage import code_revision
+
+
+def command(*arguments: object) -> None:
+    """One `atft` command; what it prints goes nowhere, a failure ends the bench with its sentence."""
+    line = [sys.executable, "-m", "atft_pipeline.cli", *map(str, arguments), "--json"]
+    done = subprocess.run(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
+    if done.returncode not in (0, 1):
+        sys.exit(done.stderr.strip().splitlines()[-1])
+
+
+def trained(folder: Path, dataset: Path, graph: Path, settings: Mapping[str, object]) -> Path:
+    """Run directory in `folder` of preset `cpu` with `settings`; a finished run of the same code is not repeated."""
+    named = {**settings, "code": code_revision(), "dataset": dataset.name}
+    run = folder / f"run_{sha256_of(named)[:16]}"
+    assignments = [part for name, value in settings.items() for part in ("--set", f"{name}={json.dumps(value)}")]
+    command("train", dataset, graph, run, "--preset", "cpu", *assignments)
+    return run
+
+
+def put_between(readme: Path, name: str, table: str) -> None:
+    """Puts `table` between the markers `<!-- NAME -->` and `<!-- /NAME -->` of a file."""
+    first, last = f"<!-- {name} -->", f"<!-- /{name} -->"
+    before, rest = readme.read_text(encoding="utf-8").split(first)
+    after = rest.split(last)[1]
+    readme.write_text(f"{before}{first}\n{table}\n{last}{after}", encoding="utf-8")
