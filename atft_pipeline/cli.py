@@ -116,7 +116,8 @@ def _market(options: argparse.Namespace) -> Result:
 
     if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
         raise InputError(f"{options.out}: exists and is not an empty folder; choose another name")
-    arguments = {name: getattr(options, name) for name in ("stocks", "sessions", "seed", "hard")}
+    names = ("stocks", "sessions", "seed", "hard", "strength", "tail_freedom")
+    arguments = {name: getattr(options, name) for name in names}
     market = generate_market(**arguments)
     with replacing(options.out) as temporary:
         write_tables(market, temporary)
@@ -374,6 +375,8 @@ def _parser() -> argparse.ArgumentParser:
     market.add_argument("--sessions", type=int, default=750)
     market.add_argument("--seed", type=int, default=0)
     market.add_argument("--hard", action="store_true", help="add neighbour, interaction and regime terms")
+    market.add_argument("--strength", type=float, default=1.0, help="of the expected returns; 0: nothing to learn")
+    market.add_argument("--tail-freedom", type=float, default=5.0, help="degrees of freedom of the returns' Student t")
 
     features = command("features", _features, "Source folder to the dataset of 82 features and targets.")
     features.add_argument("source", type=Path, metavar="SOURCE")

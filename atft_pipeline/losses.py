@@ -10,6 +10,7 @@ Scores are compared as they are, not standardised: the dispersion of the predict
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -145,6 +146,14 @@ SESSION_TERMS = {
 }
 
 
+def averaged(term: str, batch: Batch, horizon_weights: Sequence[float]) -> Tensor:
+    """Mean of a term over the usable sessions of each horizon, then the horizons by their weights."""
+    by_session = torch.where(batch.usable, SESSION_TERMS[term](batch), 0.0)  # [S, H]
+    by_horizon = by_session.sum(dim=0) / batch.usable.sum(dim=0).clamp(min=1)
+    weights = torch.tensor(horizon_weights)
+    return (by_horizon * (weights / weights.sum()).to(by_horizon)).sum()
+
+
 class CompositeLoss:
     """Weighted sum of the terms, with the weights of the epoch's phase.
 
@@ -156,8 +165,6 @@ class CompositeLoss:
 
     def __init__(self, config: LossConfig) -> None:
         self.config = config
-        weights = torch.tensor(config.horizon_weights)
-        self._horizon_weights = weights / weights.sum()
         self._memory: dict[bool, Tensor] = {}
         self._memory_epoch = 0
 
@@ -177,18 +184,15 @@ class CompositeLoss:
             if weights[term] == 0.0 and term in SESSION_TERMS and not with_idle:
                 continue
             with torch.set_grad_enabled(torch.is_grad_enabled() and weights[term] > 0.0):
-                value = self._sharpe(batch, epoch) if term == "sharpe" else self._averaged(term, batch)
+                if term == "sharpe":
+                    value = self._sharpe(batch, epoch)
+                else:
+                    value = averaged(term, batch, self.config.horizon_weights)
             if weights[term] > 0.0:
                 total = total + weights[term] * value
             raw[term] = value.detach()
             weighted[term] = weights[term] * value.detach()
         return LossTerms(total, raw, weighted)
-
-    def _averaged(self, term: str, batch: Batch) -> Tensor:
-        """Mean over usable sessions per horizon, then the horizons by their weights."""
-        by_session = torch.where(batch.usable, SESSION_TERMS[term](batch), 0.0)  # [S, H]
-        by_horizon = by_session.sum(dim=0) / batch.usable.sum(dim=0).clamp(min=1)
-        return (by_horizon * self._horizon_weights.to(by_horizon)).sum()
 
     def _sharpe(self, batch: Batch, epoch: int) -> Tensor:
         if epoch != self._memory_epoch:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from atft_pipeline.criterion import GRADIENT_FLOOR_L2
 from atft_pipeline.lineage import RunRecord
+from atft_pipeline.loss_gradients import LossGradients
 
 Components = Mapping[str, Sequence[Tensor]]
 """Named component of the model -> its parameters."""
@@ -74,8 +75,8 @@ def log_epoch(
     sessions = np.array([s.sessions for s in steps], np.float64)
 
     for metric, terms in (("loss_raw", [s.raw for s in steps]), ("loss_weighted", [s.weighted for s in steps])):
-        for term in terms[-1]:
-            # A term of weight 0 is measured in the last step alone.
+        for term in max(terms, key=len):
+            # A term of weight 0 is measured in one step alone.
             having = [i for i, values in enumerate(terms) if term in values]
             mean = np.average(_numbers([terms[i][term] for i in having]), weights=sessions[having])
             record.log(metric, float(mean), epoch=epoch, component="loss", term=term)
@@ -84,6 +85,7 @@ def log_epoch(
     for term, weight in loss_weights.items():
         record.log("loss_weight", weight, epoch=epoch, component="loss", term=term)
     record.log("lr", steps[-1].lr, epoch=epoch, component="all")
+    record.log("sessions", float(sessions.sum()), epoch=epoch)
 
     norms = _numbers([s.grad_norm for s in steps])
     grad_norm = float(norms.mean())
@@ -99,13 +101,42 @@ def log_epoch(
 
 
 @torch.no_grad()
-def log_update(record: RunRecord, epoch: int, components: Components, before: Components) -> None:
-    """Weight l2 and update-to-weight ratio of one step per component; `before` holds copies of the weights."""
+def log_update(
+    record: RunRecord, epoch: int, components: Components, before: Components, optimizer: torch.optim.Optimizer
+) -> None:
+    """What one step did to the weights of each component; `before` holds copies of them.
+
+    `weight_l2` and `update_to_weight`; `unchanged_share`: of the elements, those that the step left as they were;
+    `trainable_share` and `optimized_share`: of the elements, those that ask for a gradient and those that the optimizer
+    has; `parameter_bits`: of the narrowest parameter.
+    """
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for name, parameters in components.items():
         weight = float(l2_norm(before[name]))
         update = float(l2_norm([new - old for new, old in zip(parameters, before[name], strict=True)]))
-        record.log("weight_l2", weight, epoch=epoch, component=name)
-        record.log("update_to_weight", update / max(weight, 1e-12), epoch=epoch, component=name)
+        same = sum(int((new == old).sum()) for new, old in zip(parameters, before[name], strict=True))
+        elements = sum(p.numel() for p in parameters)
+        figures = {
+            "weight_l2": weight,
+            "update_to_weight": update / max(weight, 1e-12),
+            "unchanged_share": same / elements,
+            "trainable_share": sum(p.numel() for p in parameters if p.requires_grad) / elements,
+            "optimized_share": sum(p.numel() for p in parameters if id(p) in held) / elements,
+            "parameter_bits": min(8 * p.element_size() for p in parameters),
+        }
+        for metric, value in figures.items():
+            record.log(metric, value, epoch=epoch, component=name)
+
+
+def log_loss_gradients(record: RunRecord, epoch: int, found: LossGradients | None) -> None:
+    """What the loss of one block really pulls at; nothing where it could not be told."""
+    if found is None:
+        return
+    parts = {"effective_weight": found.effective_weight, "gradient_share": found.share, "gradient_cosine": found.cosine}
+    for metric, by_term in parts.items():
+        for term, value in by_term.items():
+            record.log(metric, value, epoch=epoch, component="loss", term=term)
+    record.log("gradient_residual", found.residual, epoch=epoch, component="loss", term="total")
 
 
 def log_machine(record: RunRecord, epoch: int, device: torch.device) -> None:

@@ -71,6 +71,8 @@ MARKET_VOL_SPLIT = 0.0085
 """Trailing 20-session std of the index return that parts the regimes of the hard market's regime term."""
 PEER_SLOPE = 0.4
 """Measured slope of the peers' mean return on the stock's own: without it the own return would tell half of theirs."""
+TAIL_FREEDOM = 5.0
+"""Degrees of freedom of daily returns' Student t: between the 3 to 4 of single stocks and the 6 of indices."""
 STATEMENT_HALF_LIFE_SESSIONS = 15.0
 WARMUP_QUARTERS = 9
 WARMUP_WEEKS = 65
@@ -128,16 +130,24 @@ class _Days:
 
 
 def write_market(
-    out_dir: Path, *, stocks: int = 200, sessions: int = 750, seed: int = 0, hard: bool = False
+    out_dir: Path,
+    *,
+    stocks: int = 200,
+    sessions: int = 750,
+    seed: int = 0,
+    hard: bool = False,
+    strength: float = 1.0,
+    tail_freedom: float = TAIL_FREEDOM,
 ) -> dict[str, Any]:
     """Write the five raw tables and truth.parquet into `out_dir`; returns rows per table and the market's arguments."""
-    market = generate_market(stocks=stocks, sessions=sessions, seed=seed, hard=hard)
+    arguments: dict[str, Any] = {
+        "stocks": stocks, "sessions": sessions, "seed": seed, "hard": hard, "strength": strength,
+        "tail_freedom": tail_freedom,
+    }  # fmt: skip
+    market = generate_market(**arguments)
     write_tables(market, Path(out_dir))
     rows = {name: table.height for name, table in market.tables.items()}
-    return {
-        "path": str(out_dir), "stocks": stocks, "sessions": sessions, "seed": seed, "hard": hard,
-        "rows": rows, "truth_rows": market.truth.height,
-    }  # fmt: skip
+    return {"path": str(out_dir), **arguments, "rows": rows, "truth_rows": market.truth.height}
 
 
 def write_tables(market: SyntheticMarket, out_dir: Path) -> None:
@@ -154,24 +164,34 @@ def generate_market(
     sessions: int = 750,
     seed: int = 0,
     hard: bool = False,
+    strength: float = 1.0,
+    tail_freedom: float = TAIL_FREEDOM,
     first_session: dt.date = FIRST_SESSION,
 ) -> SyntheticMarket:
     """The market in memory, decided by its arguments alone.
 
     `hard` adds a term that only a stock's peers carry, a product of two signals, and a term whose sign follows the
-    market's volatility regime, at the same overall strength.
+    market's volatility regime, at the same overall strength. `strength` multiplies the expected returns: the truth has
+    a daily IC of about 0.11 times it, and at 0 there is nothing to learn. `tail_freedom`: degrees of freedom of the
+    returns' Student t.
 
-    Raises: InputError for fewer than 4 or too many stocks, fewer than 2 or too many sessions, or a negative seed.
+    Raises: InputError for fewer than 4 or too many stocks, fewer than 2 or too many sessions, a negative seed or
+    strength, and for tails without a variance.
     """
     if not (4 <= stocks <= 7000 and 2 <= sessions <= MAX_SESSIONS and seed >= 0):
         raise InputError(
             f"synthetic market: expected 4 to 7000 stocks, at least 2 sessions (at most {MAX_SESSIONS}) and a seed of"
             f" at least 0, found {stocks} stocks, {sessions} sessions, seed {seed}"
         )
+    if strength < 0 or tail_freedom <= 2:
+        raise InputError(
+            f"synthetic market: expected a strength of at least 0 and tails of more than 2 degrees of freedom, found"
+            f" {strength} and {tail_freedom}"
+        )
     days = _sessions(first_session, sessions)
     listed = _draw_stocks(stocks, _rng(seed, _STATIC, 0))
     statements, surprise = _statements(listed, days, seed)
-    prices, truth, market_close = _simulate(listed, days, surprise, seed, hard)
+    prices, truth, market_close = _simulate(listed, days, surprise, seed, hard, strength, tail_freedom)
     index = _index_table(market_close, days)
     funds = _fund_prices(index, prices, listed.codes[0], seed)
     return SyntheticMarket(
@@ -225,16 +245,22 @@ def _draw_stocks(N: int, rng: np.random.Generator) -> _Stocks:
     )
 
 
-def _heavy(rng: np.random.Generator, size: int) -> Array:
-    """Student t with 5 degrees of freedom, scaled to unit variance; clipped symmetrically, so its mean stays 0."""
-    return np.clip(rng.standard_t(5, size) / np.sqrt(5 / 3), -6.0, 6.0)
+def _heavy(rng: np.random.Generator, size: int, freedom: float) -> Array:
+    """Student t of `freedom` degrees, scaled to unit variance; clipped symmetrically, so its mean stays 0."""
+    return np.clip(rng.standard_t(freedom, size) / np.sqrt(freedom / (freedom - 2)), -6.0, 6.0)
 
 
 # --- prices -----------------------------------------------------------------------------------------------------------
 
 
 def _simulate(
-    listed: _Stocks, days: NDArray[np.datetime64], surprise: Array, seed: int, hard: bool
+    listed: _Stocks,
+    days: NDArray[np.datetime64],
+    surprise: Array,
+    seed: int,
+    hard: bool,
+    strength: float,
+    tail_freedom: float,
 ) -> tuple[pl.DataFrame, pl.DataFrame, dict[str, Array]]:
     """Prices table, truth and the index; `surprise` [T, N] is what statements known at the close of t tell."""
     N, T = len(listed.codes), len(days)
@@ -247,7 +273,7 @@ def _simulate(
     for t in range(T):
         rng = _rng(seed, _SESSION, t)
         regime = 1 - regime if rng.random() < REGIME_LEAVE[regime] else regime
-        shocks = _Shocks.draw(listed, rng, REGIME_SCALE[regime])
+        shocks = _Shocks.draw(listed, rng, REGIME_SCALE[regime], tail_freedom)
         open_ = close * (1 + shocks.overnight)
         new_close = open_ * (1 + drift + shocks.intraday)
         wick = np.abs(rng.standard_normal((2, N))) * 0.004 * listed.vol * REGIME_SCALE[regime]
@@ -284,7 +310,7 @@ def _simulate(
             new_close / close - 1, open_ / close - 1, level_close / level - 1, volume_shock, listed.first <= t
         )
         close, level = new_close, level_close
-        drift = DRIFT_STD * signals.combine(surprise[t], hard)
+        drift = strength * DRIFT_STD * signals.combine(surprise[t], hard)
         truths.append(drift)
 
     frame = table.frame(days, listed.codes).with_columns(expected_target_1d=np.concatenate(truths))
@@ -303,14 +329,14 @@ class _Shocks:
     intraday: Array
 
     @staticmethod
-    def draw(listed: _Stocks, rng: np.random.Generator, scale: float) -> _Shocks:
+    def draw(listed: _Stocks, rng: np.random.Generator, scale: float, freedom: float) -> _Shocks:
         # Daily std in percent of the overnight and the intraday leg, by source of risk.
         legs = []
         for market_std, sector_std, group_std, own_std in ((0.40, 0.40, 0.45, 0.40), (0.65, 0.70, 0.75, 0.70)):
-            market = 0.01 * scale * market_std * _heavy(rng, 1)[0]
-            sector = 0.01 * scale * sector_std * _heavy(rng, len(SECTORS))[listed.sector]
-            group = 0.01 * scale * group_std * _heavy(rng, len(listed.codes))[listed.group]
-            own = 0.01 * scale * own_std * listed.vol * _heavy(rng, len(listed.codes))
+            market = 0.01 * scale * market_std * _heavy(rng, 1, freedom)[0]
+            sector = 0.01 * scale * sector_std * _heavy(rng, len(SECTORS), freedom)[listed.sector]
+            group = 0.01 * scale * group_std * _heavy(rng, len(listed.codes), freedom)[listed.group]
+            own = 0.01 * scale * own_std * listed.vol * _heavy(rng, len(listed.codes), freedom)
             legs.append((market, listed.beta * market + sector + group + own))
         return _Shocks((legs[0][0], legs[1][0]), legs[0][1], legs[1][1])
 

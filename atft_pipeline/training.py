@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from atft_pipeline.activations import activation_figures
 from atft_pipeline.blocks import Block, BlockDataset, Panel, load_panel
 from atft_pipeline.checkpoints import packed, read_checkpoint, unpacked, write_checkpoint
 from atft_pipeline.config import PipelineConfig
@@ -36,7 +37,9 @@ from atft_pipeline.failures import (
 )
 from atft_pipeline.files import remove_remnants
 from atft_pipeline.graph import load_graph
+from atft_pipeline.inputs_seen import write_inputs
 from atft_pipeline.lineage import TABLES, RunRecord, UnwrittenRecord, exclusive, now, read_run, read_table
+from atft_pipeline.loss_gradients import loss_gradients
 from atft_pipeline.losses import CompositeLoss, LossTerms
 from atft_pipeline.model.atft_gat_fan import ATFTGATFAN
 from atft_pipeline.panel_storage import PanelStorage, prefetched
@@ -60,6 +63,7 @@ from atft_pipeline.step_figures import (
     StepFigures,
     l2_norm,
     log_epoch,
+    log_loss_gradients,
     log_machine,
     log_steps,
     log_update,
@@ -69,6 +73,8 @@ from atft_pipeline.weight_average import WeightAverage
 
 SCORING_BATCH_RATIO = 4
 """Samples per block when scoring, over those when training: the warm-up sessions of a longer block weigh less."""
+OBSERVED_SESSIONS = 4
+"""Sessions on which an epoch's activations are looked at."""
 
 
 @dataclass(frozen=True)
@@ -202,6 +208,7 @@ class Trainer:
     def _run(self) -> None:
         done = self.processes.from_leader(self._resume() if self.processes.leads else 0)
         self.record.update(
+            splits={name: self._span(getattr(self.split, name)) for name in ("train", "validation", "test")},
             train_sessions=len(self.split.train),
             validation_sessions=len(self.split.validation),
             test_sessions=len(self.split.test),
@@ -212,9 +219,14 @@ class Trainer:
             epochs_done=done,
         )
         if done == 0 and self.processes.leads:
+            write_inputs(self.record.run_dir / "inputs.parquet", self.data, self.split)
             self._save_start()
         for epoch in range(done + 1, self.config.train.epochs + 1):
             self._epoch(epoch)
+
+    def _span(self, sessions: NDArray[np.int64]) -> dict[str, Any]:
+        first, last = (str(self.panel.sessions[sessions[end]]) for end in (0, -1))
+        return {"first": first, "last": last, "sessions": len(sessions)}
 
     # One epoch -------------------------------------------------------------------------------------------------
 
@@ -236,6 +248,7 @@ class Trainer:
         if epoch in (self.config.evaluation.criterion_epoch, self.config.train.epochs):
             self._run_battery(epoch, validation, trained.largest_lr)
         self._save_evaluated(epoch)
+        self._log_activations(epoch)
         self._guard(epoch, validation)
         self.schedule.epoch_end(validation.loss_weighted["total"])
 
@@ -266,11 +279,13 @@ class Trainer:
         waited = 0.0
         quiet = None if self.processes.leads else True
         try:
-            for number in tqdm(range(1, len(sessions) + 1), desc=f"epoch {epoch}", leave=False, disable=quiet):
+            # Of the blocks with the most sessions, which alone tell the Sharpe term's pull, the last.
+            measured = max(range(len(sessions)), key=lambda number: (len(sessions[number]), number))
+            for number in tqdm(range(len(sessions)), desc=f"epoch {epoch}", leave=False, disable=quiet):
                 asked = time.perf_counter()
                 block = to_device(next(blocks), self.device)
                 waited += time.perf_counter() - asked
-                steps.append(self._step(block, epoch, measure_update=number == len(sessions)))
+                steps.append(self._step(block, epoch, measured=number == measured))
         except RunFailure:
             # The way to the failure is evidence; the epoch has nothing else to record.
             log_steps(self.record, epoch, steps, first_step=first_step, clip_norm=clip_norm)
@@ -296,10 +311,12 @@ class Trainer:
         blocks = [block for part in parts for block in self.data.sessions_per_block(part, batch)]
         return [blocks[i] for i in rng.permutation(len(blocks))]
 
-    def _step(self, block: Block, epoch: int, *, measure_update: bool) -> StepFigures:
+    def _step(self, block: Block, epoch: int, *, measured: bool) -> StepFigures:
         with self._autocast():
             scores = self.processes.shared(self.model)(block)  # [n, S, H]
-        terms = self.loss(scores, block.target, block.member, epoch, with_idle=measure_update)
+        if measured and self.processes.size == 1:  # of several, each holds the gradient of its own stocks alone
+            scores.retain_grad()
+        terms = self.loss(scores, block.target, block.member, epoch, with_idle=measured)
         self._require_finite("loss", terms.total, epoch, lambda: self._why_loss(terms, block, epoch))
         self.optimizer.zero_grad(set_to_none=True)
         terms.total.backward()
@@ -311,14 +328,16 @@ class Trainer:
         grad_norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         self._require_finite("gradient", grad_norm, epoch, lambda: non_finite_gradient(self.model))
         nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.train.optimizer.clip_norm, grad_norm)
-        before = {name: [p.detach().clone() for p in ps] for name, ps in self.components.items() if measure_update}
+        before = {name: [p.detach().clone() for p in ps] for name, ps in self.components.items() if measured}
         lr = self.schedule.lr
         self.optimizer.step()
         self.schedule.step()
         self.average.update(self.model, self.step)
         self.step += 1
-        if measure_update:
-            log_update(self.record, epoch, self.components, before)
+        if measured:
+            log_update(self.record, epoch, self.components, before, self.optimizer)
+            if self.processes.size == 1:
+                self._log_pulls(block, scores, epoch)
         return StepFigures(
             terms.total.detach(),
             terms.raw,
@@ -329,6 +348,11 @@ class Trainer:
             int(block.member.sum()),
             len(block.session_index),
         )
+
+    def _log_pulls(self, block: Block, scores: Tensor, epoch: int) -> None:
+        gradient = torch.zeros_like(scores) if scores.grad is None else scores.grad
+        pulls = loss_gradients(gradient, scores, block.target, block.member, self.config.train.loss, epoch)
+        log_loss_gradients(self.record, epoch, pulls)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16-mixed")
@@ -424,6 +448,15 @@ class Trainer:
             for term, value in terms.items():
                 self.record.log(metric, value, epoch=epoch, split="validation", component="loss", term=term)
         return evaluations["validation", config.universe]
+
+    def _log_activations(self, epoch: int) -> None:
+        """Of the weights that were evaluated, on some sessions in the middle of validation."""
+        middle = len(self.split.validation) // 2
+        sessions = self.data.sessions_per_block(self.split.validation[middle:], self.config.train.batch_size)[0]
+        block = to_device(self.data.block(sessions[:OBSERVED_SESSIONS]), self.device)
+        for component, figures in activation_figures(self.average.model, block).items():
+            for metric, value in figures.items():
+                self.record.log(metric, value, epoch=epoch, split="validation", component=component)
 
     def _run_battery(self, epoch: int, trained: Scores, largest_lr: float) -> None:
         """The validity battery on this epoch's scores, kept for the verdict."""

@@ -39,6 +39,7 @@ class GraphAttention(nn.Module):
             add_self_loops=False,
             bias=False,
         )
+        self.attention_map = nn.Identity()
 
     def forward(self, h: Tensor, neighbours: Neighbours) -> Tensor:
         if neighbours.place.shape[-1] == 0:
@@ -62,5 +63,6 @@ class GraphAttention(nn.Module):
         scores = joined @ by_head  # [N, K, A]
         absent = ~known.unsqueeze(-1)
         weights = scores.masked_fill(absent, torch.finfo(scores.dtype).min).softmax(dim=1).masked_fill(absent, 0.0)
+        weights = self.attention_map(weights.transpose(1, 2)).transpose(1, 2)
         weights = functional.dropout(weights, layer.dropout, self.training)
         return (weights.unsqueeze(-1) * read.view(N, K, layer.heads, -1)).sum(dim=1).flatten(1)

@@ -37,6 +37,7 @@ class BandedAttention(nn.Module):
         self.key_value = nn.Linear(hidden, 2 * hidden)
         self.lag_bias = nn.Parameter(torch.zeros(heads, band))
         self.output = nn.Linear(hidden, hidden)
+        self.attention_map = nn.Identity()
 
     def forward(self, h: Tensor, observed: Tensor) -> Tensor:
         """`h: [N, T, D]`, `observed: [N, T]` sessions that hold any value -> `[N, T - B + 1, D]`.
@@ -54,7 +55,7 @@ class BandedAttention(nn.Module):
             keys = slice(first, min(first + chunk, queries) + self.band - 1)
             bias, mask = self._band(keys.stop - first - self.band + 1, observed[:, keys])
             scores = torch.matmul(q[:, :, first : first + chunk], k[:, :, keys].transpose(-1, -2)) + bias
-            weights = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1)  # [N, A, Q, K]
+            weights = self.attention_map(scores.masked_fill(~mask, -torch.inf).softmax(dim=-1))  # [N, A, Q, K]
             mixed.append(torch.matmul(weights.to(v.dtype), v[:, :, keys]))  # [N, A, Q, D/A]
         return self.output(torch.cat(mixed, dim=2).transpose(1, 2).reshape(N, queries, D))
 

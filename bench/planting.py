@@ -1,0 +1,167 @@
+"""Markets, tasks and child processes of the diagnostics bench: which runs there are, and making them two at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from faults import FAULTS
+from harness import command
+
+STOCKS, SESSIONS = 150, 500
+AT_ONCE = 2
+Settings = dict[str, object]
+
+
+@dataclass(frozen=True)
+class Market:
+    """Arguments of the generator; `name` is its folder."""
+
+    name: str
+    arguments: dict[str, object]
+    generate: str = ""
+    """Id of a fault whose change of the generator is in force."""
+
+
+def market(
+    seed: int, strength: float = 1.0, tail_freedom: float = 5.0, hard: bool = False, generate: str = ""
+) -> Market:
+    arguments: dict[str, object] = {
+        "stocks": STOCKS, "sessions": SESSIONS, "seed": seed, "strength": strength, "tail_freedom": tail_freedom,
+        "hard": hard,
+    }  # fmt: skip
+    parts = [f"seed{seed}", f"strength{strength:g}", f"tails{tail_freedom:g}", "hard" if hard else "", generate]
+    return Market("_".join(part for part in parts if part), arguments, generate)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One run: `fault` None is a healthy one."""
+
+    name: str
+    market: Market
+    seed: int
+    fault: str | None = None
+    second: str | None = None
+    """A further fault, for runs with two."""
+    settings: Settings = field(default_factory=dict)
+
+    @property
+    def causes(self) -> list[str]:
+        return [FAULTS[fault].cause for fault in (self.fault, self.second) if fault]
+
+
+HEALTHY: dict[str, Settings] = {
+    "base": {},
+    "wide": {"model.hidden_size": 32},
+    "dropout": {"model.dropout": 0.1},
+    "no_graph": {"model.graph": False},
+    "no_norm": {"model.normalisation": "none"},
+    "constant": {"train.schedule.name": "constant", "train.optimizer.lr": 5e-4},
+    "plateau": {"train.schedule.name": "plateau", "train.schedule.patience": 2},
+    "ic": {"train.loss.ic": 0.5},
+    "sharpe": {"train.loss.sharpe": 0.1},
+    "rank_ic": {"train.loss.rank_ic": 0.3, "train.loss.variance_penalty": 0.1},
+    "slow": {"train.optimizer.lr": 5e-4},
+    "long_window": {"model.window_sessions": 30, "model.encoder_layers": 2},
+    "fan": {"model.normalisation": "fan"},
+    "decay": {"train.optimizer.weight_decay": 0.01, "train.optimizer.lr": 5e-4},
+    "raw_weights": {"train.weight_ema": 0.0, "train.optimizer.lr": 5e-4},
+    "liquid": {"train.universe": "liquid", "evaluation.universe": "liquid"},
+}
+"""Settings of runs with which nothing is wrong."""
+
+
+def markets_of(first: int) -> dict[str, Market]:
+    """The markets of a set, whose seeds begin with `first`."""
+    return {
+        "strong": market(first),
+        "heavy": market(first + 1, 0.8, 3.5),
+        "low": market(first + 2, 0.6),
+        "hard": market(first + 3, 1.0, 5.0, hard=True),
+    }
+
+
+def tasks(name: str, first: int, rounds: Sequence[int] = (1, 2)) -> list[Task]:
+    """Runs of one set, healthy ones and every fault once a round; sets with other `first` share nothing."""
+    by_kind = markets_of(first)
+    found = [
+        Task(f"{name}-healthy-{variant}-{kind}", by_kind[kind], first + number, settings=settings)
+        for kinds in (("strong", "heavy"),)
+        for number, (variant, settings) in enumerate(HEALTHY.items())
+        for kind in (kinds[number % 2], ("low", "hard")[number % 2])
+    ]
+    for number in rounds:
+        kind = ("strong", "heavy")[(number - 1) % 2]
+        for fault in FAULTS.values():
+            place = by_kind[kind]
+            if fault.market or fault.generate:
+                place = market(
+                    first + 10 + number,
+                    float(fault.market.get("strength", 1.0)),  # type: ignore[arg-type]
+                    generate=fault.id if fault.generate else "",
+                )
+            found.append(Task(f"{name}-{fault.id}-{number}", place, first + 50 + number, fault.id))
+    return found
+
+
+def prepare(folder: Path, place: Market) -> Path:
+    """Source, dataset and graph of a market, made where they are missing."""
+    home = folder / "markets" / place.name
+    dataset, graph = home / "dataset.parquet", home / "graph.parquet"
+    if not (home / "source").exists():
+        home.mkdir(parents=True, exist_ok=True)
+        content = json.dumps({"out": str(home / "source"), "arguments": place.arguments, "fault": place.generate})
+        _child("planted_market.py", content)
+    if not graph.exists():
+        command("features", home / "source", dataset)
+        command("graph", dataset, graph, "--set", "graph.universe=all", "--set", "graph.lookback_sessions=60")
+    return home
+
+
+def make_runs(folder: Path, wanted: Iterable[Task]) -> None:
+    """Trains what is not there yet, `AT_ONCE` at a time; a task that leaves no run ends the bench with its sentence."""
+    wanted = list(wanted)
+    for place in {task.market.name: task.market for task in wanted}.values():
+        prepare(folder, place)
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        list(pool.map(lambda task: make_run(folder, task), wanted))
+
+
+def make_run(folder: Path, task: Task) -> Path:
+    run_dir = folder / "runs" / task.name
+    done = folder / "runs" / f"{task.name}.done"
+    if done.exists():
+        return run_dir
+    run_dir.parent.mkdir(parents=True, exist_ok=True)
+    faults = [fault for fault in (task.fault, task.second) if fault]
+    other = None
+    if any(FAULTS[fault].record for fault in faults):
+        twin = Task(f"{task.name}-other", task.market, task.seed + 1000)
+        other = str(make_run(folder, twin))
+    content: dict[str, Any] = {
+        "run": str(run_dir), "market": str(folder / "markets" / task.market.name), "faults": faults,
+        "settings": {"train.seed": task.seed, **task.settings}, "other": other,
+    }  # fmt: skip
+    said = _child("planted_run.py", json.dumps(content))
+    done.write_text(said)
+    return run_dir
+
+
+def _child(script: str, content: str) -> str:
+    here = Path(__file__).parent
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "POLARS_MAX_THREADS"), "1")
+    done = subprocess.run(
+        [sys.executable, str(here / script), content],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False, env=os.environ | threads,
+    )  # fmt: skip
+    if done.returncode != 0:
+        sys.exit(f"{script} {content}:\n{done.stderr[-2000:]}")
+    return done.stderr
