@@ -95,6 +95,17 @@ def fit_baselines(panel: Panel, split: Split, seed: int) -> dict[str, NDArray[np
     return scores
 
 
+def fit_ridge(panel: Panel, split: Split, asked: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Scores [T, N] of `ridge` on the sessions `asked`, those of the training too where they are asked for.
+
+    NaN elsewhere and outside the universe. Raises InputError where no training row has a target.
+    """
+    X, y, _, _ = _rows(panel, split, horizon_sessions=1)
+    cells = np.zeros(panel.member.shape, bool)
+    cells[asked] = panel.member[asked]
+    return _placed(ridge(X, y, _filled(panel.features[cells])), cells)
+
+
 def fit_lightgbm(panel: Panel, split: Split, seed: int, *, horizon_sessions: int) -> NDArray[np.float64]:
     """Scores [T, N] of `lightgbm` fitted to the targets of one horizon, NaN but for members in validation and test.
 

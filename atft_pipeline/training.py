@@ -216,6 +216,7 @@ class Trainer:
             panel_place=self.panel_place,
             panel_bytes=self.panel.nbytes,
             parameters=sum(p.numel() for p in self.model.parameters()),
+            optimizer=type(self.optimizer).__name__,
             epochs_done=done,
         )
         if done == 0 and self.processes.leads:
@@ -232,9 +233,8 @@ class Trainer:
 
     def _epoch(self, epoch: int) -> None:
         self._take_leaders_state()
-        torch.manual_seed(_mix(self.config.train.seed, epoch) + self.processes.rank)
         started = time.perf_counter()
-        trained = self._train_epoch(epoch)
+        trained = self.train_epoch(epoch)
         epoch_s = time.perf_counter() - started
 
         scores = self._score_splits(epoch)
@@ -268,8 +268,9 @@ class Trainer:
             f"  grad {trained.grad_norm:.3f}  {trained.samples / epoch_s:,.0f} samples/s"
         )
 
-    def _train_epoch(self, epoch: int) -> EpochFigures:
-        """Every training session once, in blocks of random order and offset."""
+    def train_epoch(self, epoch: int) -> EpochFigures:
+        """Every training session once, in blocks of random order and offset, which the seed and the epoch decide."""
+        torch.manual_seed(_mix(self.config.train.seed, epoch) + self.processes.rank)
         self.model.train()
         settings = self.config.train
         sessions = self._shuffled_blocks(epoch)

@@ -30,7 +30,7 @@ BASE: dict[str, object] = {
     "model.dropout": 0.0,
     "train.batch_size": 4800,
     "train.epochs": 24,
-    "train.optimizer.lr": 1e-3,
+    "train.optimizer.lr": 5e-4,
     "train.optimizer.weight_decay": 2.0,
 }
 """What differs from the preset `quick`: blocks of 32 sessions of 150 stocks."""

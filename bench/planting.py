@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from harness import command
 
 STOCKS, SESSIONS = 150, 500
 AT_ONCE = 2
+OTHERS = threading.Lock()
 Settings = dict[str, object]
 
 
@@ -60,20 +62,20 @@ class Task:
 
 HEALTHY: dict[str, Settings] = {
     "base": {},
-    "wide": {"model.hidden_size": 32},
+    "wide": {"model.hidden_size": 32, "train.optimizer.lr": 3e-4},
     "dropout": {"model.dropout": 0.1},
     "no_graph": {"model.graph": False},
     "no_norm": {"model.normalisation": "none"},
-    "constant": {"train.schedule.name": "constant", "train.optimizer.lr": 5e-4},
+    "constant": {"train.schedule.name": "constant", "train.optimizer.lr": 3e-4},
     "plateau": {"train.schedule.name": "plateau", "train.schedule.patience": 2},
     "ic": {"train.loss.ic": 0.5},
     "sharpe": {"train.loss.sharpe": 0.1},
     "rank_ic": {"train.loss.rank_ic": 0.3, "train.loss.variance_penalty": 0.1},
-    "slow": {"train.optimizer.lr": 5e-4},
+    "slow": {"train.optimizer.lr": 3e-4},
     "long_window": {"model.window_sessions": 30, "model.encoder_layers": 2},
     "fan": {"model.normalisation": "fan"},
-    "decay": {"train.optimizer.weight_decay": 0.01, "train.optimizer.lr": 5e-4},
-    "raw_weights": {"train.weight_ema": 0.0, "train.optimizer.lr": 5e-4},
+    "decay": {"train.optimizer.weight_decay": 0.01},
+    "raw_weights": {"train.weight_ema": 0.0},
     "liquid": {"train.universe": "liquid", "evaluation.universe": "liquid"},
 }
 """Settings of runs with which nothing is wrong."""
@@ -144,8 +146,9 @@ def make_run(folder: Path, task: Task) -> Path:
     faults = [fault for fault in (task.fault, task.second) if fault]
     other = None
     if any(FAULTS[fault].record for fault in faults):
-        twin = Task(f"{task.name}-other", task.market, task.seed + 1000)
-        other = str(make_run(folder, twin))
+        twin = Task(f"other-{task.market.name}", task.market, 1000)
+        with OTHERS:  # one run for all plants of the market
+            other = str(make_run(folder, twin))
     content: dict[str, Any] = {
         "run": str(run_dir), "market": str(folder / "markets" / task.market.name), "faults": faults,
         "settings": {"train.seed": task.seed, **task.settings}, "other": other,

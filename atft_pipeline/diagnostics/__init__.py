@@ -8,28 +8,43 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 from atft_pipeline.attribution import SPLITS, Attribution, Missing, attribute_predictions
 from atft_pipeline.config import from_dict
+from atft_pipeline.diagnostics.evidence import gather
 from atft_pipeline.diagnostics.experiments import ExperimentAdvice, advise, commands
+from atft_pipeline.diagnostics.probes import PROBES, run_probes
+from atft_pipeline.diagnostics.ranking import Ranking, rank
 from atft_pipeline.diagnostics.record import Record, open_record
 from atft_pipeline.diagnostics.report import Diagnosis, ReportPaths, headline, write_report
 from atft_pipeline.diagnostics.rules import Finding, assess
-from atft_pipeline.diagnostics.signals import measure
+from atft_pipeline.diagnostics.signals import Value
 from atft_pipeline.errors import InputError
+
+Probes = Literal["none", "leading", "all"]
 
 __all__ = ["Diagnosis", "ExperimentAdvice", "Finding", "ReportPaths", "attributions", "diagnose", "write_report"]
 
 
-def diagnose(run_dir: Path) -> Diagnosis:
-    """Every rule held against the record of one run, whatever state it is in.
+PROBED_CAUSES = 3
+
+
+def diagnose(run_dir: Path, probes: Probes = "none") -> Diagnosis:
+    """Every rule held against the record of one run, whatever state it is in, and the causes ranked.
+
+    `probes`: `leading` makes those of the three most probable causes, which take from seconds to an epoch, and ranks
+    again with what they measured; `all` makes every one. Probes made earlier are read in any case.
 
     Raises InputError where `run_dir` holds nothing readable of a run.
     """
     record = open_record(Path(run_dir))
     try:
-        signals = measure(record)
-        findings = assess(signals, commands(record))
+        signals, findings, ranking = _assessed(record)
+        if probes != "none":
+            leading = [cause.probe for cause in ranking.causes[:PROBED_CAUSES]]
+            run_probes(record, PROBES if probes == "all" else [name for name in leading if name in PROBES])
+            signals, findings, ranking = _assessed(record)
         final = record.verdict.get("final")
         return Diagnosis(
             run_dir=record.run_dir,
@@ -41,13 +56,20 @@ def diagnose(run_dir: Path) -> Diagnosis:
             criterion_epoch=record.criterion_epoch,
             signals=signals,
             findings=findings,
+            ranking=ranking,
             experiments=advise(record, findings),
             attributions=attributions(record),
             missing=list(record.missing),
-            headline=headline(record, signals, findings),
+            headline=headline(record, signals, findings, ranking),
         )
     finally:
         record.connection.close()
+
+
+def _assessed(record: Record) -> tuple[dict[str, Value], list[Finding], Ranking]:
+    signals = gather(record)
+    findings = assess(signals, commands(record))
+    return signals, findings, rank(findings)
 
 
 def attributions(record: Record) -> Mapping[str, Attribution | Missing]:

@@ -21,6 +21,7 @@ from atft_pipeline.diagnostics.attribution_plots import ATTRIBUTION_PLOTS, draw_
 from atft_pipeline.diagnostics.attribution_tables import attribution_tables, not_assessable
 from atft_pipeline.diagnostics.experiments import ExperimentAdvice
 from atft_pipeline.diagnostics.plots import draw
+from atft_pipeline.diagnostics.ranking import Ranking
 from atft_pipeline.diagnostics.record import Record, open_record
 from atft_pipeline.diagnostics.rules import RULES, Finding, Group
 from atft_pipeline.diagnostics.signals import Signals
@@ -57,6 +58,7 @@ class Diagnosis:
     criterion_epoch: int
     signals: Signals
     findings: list[Finding]
+    ranking: Ranking
     experiments: list[ExperimentAdvice]
     attributions: Mapping[str, Attribution | Missing]
     """Split -> what its return is made of and would cost."""
@@ -129,7 +131,7 @@ class Diagnosis:
 # Headline --------------------------------------------------------------------------------------------------------
 
 
-def headline(record: Record, signals: Signals, findings: Sequence[Finding]) -> str:
+def headline(record: Record, signals: Signals, findings: Sequence[Finding], ranking: Ranking) -> str:
     """The most important thing about the run in one or two sentences, with its figures."""
     fired = [f for f in findings if f.status == "fired"]
     causes = [f for f in fired if f.decisive and f.severity != "observation"]

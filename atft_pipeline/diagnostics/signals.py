@@ -35,10 +35,11 @@ WARM_START_EPOCHS = 2
 
 def measure(record: Record) -> dict[str, Value]:
     """Every signal of SIGNALS, measured on `record`."""
-    return {name: _plain(function(record)) for name, function in SIGNALS.items()}
+    return {name: plain(function(record)) for name, function in SIGNALS.items()}
 
 
-def _plain(value: Value) -> Value:
+def plain(value: Value) -> Value:
+    """The value, None for NaN."""
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
@@ -91,6 +92,15 @@ def verdict_sharpe_gap(record: Record) -> float | None:
         int(as_number(criterion.get("epoch"), -1))
     )
     return None if claimed is None or own is None else abs(claimed - own[0])
+
+
+def verdict_maximum_gap(record: Record) -> float | None:
+    """|Sharpe of the verdict - the largest over all evaluated epochs|; infinite where its own epoch has the largest."""
+    claimed, values = verdict_sharpe(record), record.evaluation("sharpe_daily")
+    if claimed is None or not values:
+        return None
+    best = max(values, key=lambda epoch: values[epoch][0])
+    return math.inf if best == int(as_number(record.criterion.get("epoch"), -1)) else abs(claimed - values[best][0])
 
 
 def daily_sharpe_gap(record: Record) -> float | None:
@@ -187,6 +197,29 @@ def _hash_repeats(record: Record, column: str, initial: str | None) -> float | N
     return float(sum(now in (earlier, initial) for earlier, now in pairs)) if pairs else None
 
 
+def _hashes(record: Record) -> dict[int, str]:
+    return dict(
+        record.rows(
+            """SELECT epoch, min(weights_hash) FROM evals
+               WHERE weights_hash IS NOT NULL AND split = 'validation' GROUP BY epoch ORDER BY epoch"""
+        )
+    )
+
+
+def weights_hash_returns(record: Record) -> float | None:
+    """Evaluations whose weights_hash was seen before, with another one between."""
+    hashes = list(_hashes(record).values())
+    if len(hashes) < 3:
+        return None
+    return float(sum(h in hashes[:i] and hashes[i - 1] != h for i, h in enumerate(hashes)))
+
+
+def initial_hash_share(record: Record) -> float | None:
+    """Share of the evaluations whose weights are the initial ones."""
+    initial, hashes = record.run.get("initial_weights_hash"), list(_hashes(record).values())
+    return float(np.mean([h == initial for h in hashes])) if initial and hashes else None
+
+
 def sharpe_repeat_span(record: Record) -> float | None:
     """Epochs between the first and the last evaluation with one and the same Sharpe, to 12 digits, at a moving rate."""
     moving, values = _moving_epochs(record), record.evaluation("sharpe_daily")
@@ -232,6 +265,13 @@ def invalid_evaluations(record: Record) -> float | None:
 def _validity_items(record: Record) -> list[dict[str, object]]:
     items = record.verdict.get("validity")
     return [item for item in items if isinstance(item, dict)] if isinstance(items, list) else []
+
+
+def battery_evaluating_twice(record: Record) -> float | None:
+    """1 where evaluating the same weights in other batches gave other scores."""
+    results = [i.get("passed") for i in _validity_items(record) if "evaluating_twice" in str(i.get("name"))]
+    known = [passed for passed in results if passed is not None]
+    return float(not all(known)) if known else None
 
 
 def validity_failed(record: Record) -> float | None:
@@ -350,6 +390,16 @@ def ic_last_t(record: Record) -> float | None:
         record.slice,
     )
     return max((float(t) for t in row if t is not None), default=None)
+
+
+def ic_last_t_signed(record: Record) -> float | None:
+    """t of the mean IC over the validation sessions of the last evaluated epoch, with its sign."""
+    return record.scalar(
+        """SELECT avg(ic) / nullif(stddev_samp(ic), 0) * sqrt(count(ic)) FROM daily
+           WHERE split = 'validation' AND slice = $1 AND isfinite(ic)
+             AND epoch = (SELECT max(epoch) FROM daily WHERE split = 'validation' AND slice = $1)""",
+        record.slice,
+    )
 
 
 # Curves ----------------------------------------------------------------------------------------------------------
@@ -754,14 +804,18 @@ _ALL: tuple[Callable[[Record], Value], ...] = (
     verdict_keys_elsewhere,
     verdict_sharpe,
     verdict_sharpe_gap,
+    verdict_maximum_gap,
     daily_sharpe_gap,
     predictions_sharpe_gap,
     weights_hash_repeats,
     predictions_hash_repeats,
+    weights_hash_returns,
+    initial_hash_share,
     sharpe_repeat_span,
     sharpe_by_epoch,
     score_dispersion,
     invalid_evaluations,
+    battery_evaluating_twice,
     validity_failed,
     validity_failed_names,
     sharpe_epoch,
@@ -775,6 +829,7 @@ _ALL: tuple[Callable[[Record], Value], ...] = (
     ic_last,
     rank_ic_last,
     ic_last_t,
+    ic_last_t_signed,
     train_loss_fall,
     validation_loss_fall,
     validation_best_share,

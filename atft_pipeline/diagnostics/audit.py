@@ -1,0 +1,314 @@
+"""Signals from holding a run's files against its dataset and against each other: what a false figure cannot keep up.
+
+Everything is recomputed here by other code than wrote it, from the predictions stored, the inputs sampled
+(`inputs.parquet`) and the dataset that the run names. None where one of them cannot be read, or where the dataset is
+not the one the run was made on. Shapes: T sessions, N stocks, H horizons.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from atft_pipeline.config import HORIZONS, PipelineConfig, from_dict
+from atft_pipeline.dataset import membership_path, read_manifest, resolved
+from atft_pipeline.diagnostics.record import Record
+from atft_pipeline.diagnostics.signals import Value, plain
+from atft_pipeline.errors import InputError
+from atft_pipeline.inputs_seen import SCHEMA as INPUTS
+from atft_pipeline.splits import make_split
+
+TARGET_TOLERANCE = 1e-6
+INPUT_TOLERANCE = 1e-3
+"""Relative: sums over float32 in another order."""
+OF_SESSIONS = 0.5
+"""A feature differs where more than this share of its sampled sessions does: one odd session is a revised dataset."""
+SCALED = 5.0
+DRIFTED = 10.0
+TARGET_CLIP = 5.0
+
+
+def audit(record: Record) -> dict[str, Value]:
+    """Every signal of SIGNALS."""
+    return {name: plain(value) for part in (_evaluated, _inputs) for name, value in part(record).items()}
+
+
+SIGNALS: tuple[str, ...] = (
+    "validation_elsewhere", "validation_in_training", "targets_unlike_dataset", "rows_not_scored",
+    "predicted_ic_correlation", "ic_gap", "sharpe_ratio_to_daily", "annualised_gap", "squared_error_gap",
+    "squared_error_gap_negated", "tied_scores",
+    "inputs_unlike_dataset", "inputs_constant", "inputs_scaled", "inputs_drifted", "labels_unlike_dataset",
+    "stocks_not_given", "feature_ic", "feature_ic_name",
+)  # fmt: skip
+
+
+class _Dataset:
+    """What the run says it was made on, while it is that."""
+
+    def __init__(self, record: Record) -> None:
+        self.path = Path(str(record.run.get("dataset_path")))
+        self.manifest = read_manifest(self.path, "ml_dataset")
+        if self.manifest["fingerprint"] != record.run.get("dataset_fingerprint"):
+            raise InputError(f"{self.path}: not the dataset that the run was made on")
+        self.config: PipelineConfig = from_dict(record.run["config"])
+        file = resolved(self.path)
+        self.files = str(file / "*.parquet") if file.is_dir() else str(file)
+        members = membership_path(self.path)
+        self.members = str(members / "*.parquet") if members.is_dir() else str(members)
+        self.sessions = np.array(self.manifest["session_dates"], "datetime64[D]")
+        self.universe = "is_liquid" if self.config.train.universe == "liquid" else "is_investable"
+
+
+def _dataset(record: Record) -> _Dataset | None:
+    with suppress(InputError, KeyError, TypeError, OSError, ValueError):
+        return _Dataset(record)
+    return None
+
+
+# Evaluation ------------------------------------------------------------------------------------------------------
+
+
+def _evaluated(record: Record) -> dict[str, Value]:
+    found: dict[str, Value] = dict.fromkeys(SIGNALS[:11])
+    found |= _figures_agree(record)
+    scores = _scores(record)
+    if scores is None:
+        return found
+    epoch, table = scores
+    record.connection.register("scored", table)
+    try:
+        found |= _scores_agree(record, epoch, table)
+        data = _dataset(record)
+        if data is not None:
+            found |= _in_split(record, data) | _targets_agree(record, data)
+    finally:
+        record.connection.unregister("scored")
+    return found
+
+
+def _scores(record: Record) -> tuple[int, pa.Table] | None:
+    """The validation rows of the newest predictions."""
+    wanted = ["Date", "Code", "split", "is_liquid", *(f"{kind}_{h}d" for kind in ("score", "target") for h in HORIZONS)]
+    for epoch in sorted(record.predictions, reverse=True):
+        with suppress(OSError, pa.ArrowException, KeyError):
+            table = pq.read_table(record.predictions[epoch], columns=wanted, filters=[("split", "=", "validation")])
+            if table.num_rows:
+                return epoch, table
+    return None
+
+
+def _figures_agree(record: Record) -> dict[str, Value]:
+    """Whether the statistics follow from the daily rows: the IC as the Sharpe."""
+    gaps = record.rows(
+        """WITH own AS (SELECT epoch, split, slice, avg(ic) AS ic, avg(gross) / nullif(stddev_samp(gross), 0) AS sharpe
+                        FROM daily WHERE isfinite(gross) GROUP BY ALL)
+           SELECT max(abs(e.value - own.ic)) FILTER (e.metric = 'ic_mean'),
+                  median(e.value / nullif(own.sharpe, 0)) FILTER (e.metric = 'sharpe_daily')
+           FROM evals e JOIN own USING (epoch, split, slice) WHERE isfinite(e.value)"""
+    )[0]
+    ratio = None if gaps[1] is None else float(gaps[1])
+    days = record.run.get("days_per_year")
+    annualised = (
+        abs(ratio / math.sqrt(days) - 1.0) if ratio is not None and isinstance(days, int | float) and days > 0 else None
+    )
+    return {
+        "ic_gap": None if gaps[0] is None else float(gaps[0]),
+        "sharpe_ratio_to_daily": ratio,
+        "annualised_gap": annualised,
+    }
+
+
+def _scores_agree(record: Record, epoch: int, table: pa.Table) -> dict[str, Value]:
+    """The stored scores against what the record says of them."""
+    correlated = record.rows(
+        """WITH own AS (SELECT Date AS date, corr(score_1d::DOUBLE, target_1d::DOUBLE) AS ic FROM scored
+                        WHERE isfinite(target_1d) AND (is_liquid OR $1 = 'all') GROUP BY Date)
+           SELECT corr(own.ic, d.ic), count(*) FROM own JOIN daily d USING (date)
+           WHERE d.split = 'validation' AND d.slice = $1 AND d.epoch = $2 AND isfinite(d.ic) AND isfinite(own.ic)""",
+        record.slice,
+        epoch,
+    )[0]
+    ties = record.scalar(
+        """SELECT avg((n > 1)::INT) FROM (SELECT count(*) OVER (PARTITION BY Date, score_1d) AS n FROM scored)"""
+    )
+    gaps = _squared_error_gaps(record, epoch, table)
+    return {
+        "predicted_ic_correlation": float(correlated[0]) if correlated[0] is not None and correlated[1] > 2 else None,
+        "tied_scores": ties,
+        "squared_error_gap": gaps[0],
+        "squared_error_gap_negated": gaps[1],
+    }
+
+
+def _squared_error_gaps(record: Record, epoch: int, table: pa.Table) -> tuple[float | None, float | None]:
+    """|recorded - recomputed| mean squared error of the validation scores, as stored and with the sign turned."""
+    recorded = record.curve("loss_raw", split="validation", term="mse").get(epoch)
+    weights = record.config("train.loss.horizon_weights")
+    if recorded is None or not isinstance(weights, list) or len(weights) != len(HORIZONS):
+        return None, None
+    session = np.unique(table["Date"].to_numpy(), return_inverse=True)[1]
+    errors = [_squared_error(session, table, horizon) for horizon in HORIZONS]
+    share = np.array(weights, float) / sum(weights)
+    plain, negated = (float(share @ np.array([error[side] for error in errors])) for side in (0, 1))
+    return abs(plain - recorded), abs(negated - recorded)
+
+
+def _squared_error(session: NDArray[np.int64], table: pa.Table, horizon: int) -> tuple[float, float]:
+    """Mean over sessions of the mean over stocks, for score and for minus score."""
+    score = table[f"score_{horizon}d"].to_numpy().astype(np.float64)
+    target = table[f"target_{horizon}d"].to_numpy().astype(np.float64)
+    there = np.isfinite(target) & np.isfinite(score)
+    session, score, target = session[there], score[there], target[there]
+    count = np.maximum(np.bincount(session), 1)
+    centred = target - (np.bincount(session, target) / count)[session]
+    std = np.sqrt(np.bincount(session, centred**2) / count)
+    usable = (std > 0) & (np.bincount(session) >= 2)
+    z = np.clip(centred / np.where(std > 0, std, 1.0)[session], -TARGET_CLIP, TARGET_CLIP)
+
+    def mean(values: NDArray[np.float64]) -> float:
+        by_session = np.bincount(session, values) / count
+        return float(by_session[usable].mean()) if usable.any() else 0.0
+
+    return mean((score - z) ** 2), mean((score + z) ** 2)
+
+
+def _in_split(record: Record, data: _Dataset) -> dict[str, Value]:
+    """Sessions evaluated as validation, against the split that the configuration gives on the dataset's sessions."""
+    split = make_split(data.sessions, data.config.split)
+    dates = record.connection.execute("SELECT DISTINCT Date FROM scored").fetchnumpy()["Date"]
+    evaluated = np.unique(np.asarray(dates, "datetime64[D]"))
+    expected, trained = data.sessions[split.validation], data.sessions[split.train]
+    return {
+        "validation_elsewhere": float(np.mean(~np.isin(evaluated, expected))),
+        "validation_in_training": float(np.mean(np.isin(evaluated, trained))),
+    }
+
+
+def _targets_agree(record: Record, data: _Dataset) -> dict[str, Value]:
+    """The targets evaluated, row by row, and the rows of the universe that have no score."""
+    split = make_split(data.sessions, data.config.split)
+    first, last = (data.sessions[split.validation[end]].item() for end in (0, -1))
+    unlike = record.scalar(
+        f"""SELECT avg((abs(s.target_1d - d.target_1d) > {TARGET_TOLERANCE}
+                        OR isfinite(s.target_1d) != coalesce(isfinite(d.target_1d), false))::INT)
+            FROM scored s JOIN (SELECT Date, Code, target_1d FROM read_parquet(?)) d USING (Date, Code)
+            WHERE isfinite(s.target_1d) OR d.target_1d IS NOT NULL""",
+        data.files,
+    )
+    missing = record.scalar(
+        f"""SELECT avg((s.Code IS NULL)::INT)
+            FROM (SELECT Date, Code FROM read_parquet(?) WHERE {data.universe} AND Date BETWEEN ? AND ?) m
+            LEFT JOIN scored s USING (Date, Code)""",
+        data.members,
+        first,
+        last,
+    )
+    return {"targets_unlike_dataset": unlike, "rows_not_scored": missing}
+
+
+# Inputs ----------------------------------------------------------------------------------------------------------
+
+
+def _inputs(record: Record) -> dict[str, Value]:
+    found: dict[str, Value] = dict.fromkeys(SIGNALS[11:])
+    given = _given(record)
+    if given is None:
+        return found
+    record.connection.register("given", given)
+    try:
+        found |= _feature_ic(record) | _drift(record)
+        data = _dataset(record)
+        if data is not None:
+            found |= _inputs_agree(record, data)
+    finally:
+        record.connection.unregister("given")
+    return found
+
+
+def _given(record: Record) -> pa.Table | None:
+    with suppress(OSError, pa.ArrowException, KeyError):
+        table = pq.read_table(record.run_dir / "inputs.parquet").select(INPUTS.names)
+        return table if table.num_rows else None
+    return None
+
+
+def _feature_ic(record: Record) -> dict[str, Value]:
+    """The largest mean correlation of an input with the coming return, over the sampled sessions."""
+    rows = record.rows(
+        """SELECT name, abs(avg(ic)) AS size FROM given WHERE name NOT LIKE 'target\\_%' ESCAPE '\\' AND ic IS NOT NULL
+           GROUP BY name HAVING count(*) >= 8 ORDER BY size DESC LIMIT 1"""
+    )
+    return {"feature_ic": float(rows[0][1]), "feature_ic_name": str(rows[0][0])} if rows else {}
+
+
+def _drift(record: Record) -> dict[str, Value]:
+    """Features whose cross-sectional spread in validation is another order of magnitude than in training."""
+    rows = record.rows(
+        """SELECT name, median(std) FILTER (split = 'train'), median(std) FILTER (split = 'validation')
+           FROM given WHERE name NOT LIKE 'target\\_%' ESCAPE '\\' GROUP BY name"""
+    )
+    known = [(before, after) for _, before, after in rows if before and after]
+    drifted = sum(max(after / before, before / after) > DRIFTED for before, after in known)
+    return {"inputs_drifted": float(drifted)} if known else {}
+
+
+def _inputs_agree(record: Record, data: _Dataset) -> dict[str, Value]:
+    """Sampled blocks against the dataset's rows of the same sessions and universe."""
+    features = [
+        str(row[0])
+        for row in record.rows("SELECT DISTINCT name FROM given ORDER BY name")
+        if row[0] in data.manifest["features"] or str(row[0]).startswith("target_")
+    ]
+    columns = ", ".join(
+        f"""struct_pack(name := '{name}', present := count("{name}"), mean := avg("{name}"),
+            std := stddev_pop("{name}"), ic := corr("{name}", target_1d))"""
+        for name in features
+    )
+    record.connection.execute(
+        f"""CREATE OR REPLACE TEMP TABLE expected AS
+            SELECT Date AS date, stocks, unnest(figures, recursive := true) FROM (
+              SELECT Date, count(*) AS stocks, [{columns}] AS figures
+              FROM (SELECT * FROM read_parquet(?) WHERE Date IN (SELECT DISTINCT date FROM given))
+              JOIN (SELECT Date, Code FROM read_parquet(?) WHERE {data.universe}) USING (Date, Code)
+              GROUP BY Date)""",
+        [data.files, data.members],
+    )
+    rows = record.rows(
+        f"""SELECT g.name, g.split,
+              avg((g.present != e.present OR abs(g.mean - e.mean) > {INPUT_TOLERANCE} * (abs(e.mean) + e.std)
+                   OR abs(g.std - e.std) > {INPUT_TOLERANCE} * (abs(e.mean) + e.std))::INT),
+              avg((coalesce(g.std, 0) = 0 AND e.std > 0)::INT),
+              median(g.std / nullif(e.std, 0)),
+              avg((abs(g.ic - e.ic) > 0.02)::INT),
+              avg((g.stocks != e.stocks)::INT)
+            FROM given g JOIN expected e USING (date, name) GROUP BY g.name, g.split"""
+    )
+    if not rows:
+        return {}
+
+    def features_where(condition: Callable[[Any], bool]) -> float:
+        return float(len({row[0] for row in rows if not row[0].startswith("target_") and condition(row)}))
+
+    train = [row for row in rows if row[1] == "train" and not row[0].startswith("target_") and row[5] is not None]
+    return {
+        "inputs_unlike_dataset": features_where(lambda row: (row[2] or 0.0) > OF_SESSIONS),
+        "inputs_constant": features_where(lambda row: row[3] > OF_SESSIONS),
+        "inputs_scaled": features_where(
+            lambda row: bool(row[4]) and not 1 / SCALED <= row[4] <= SCALED and row[3] <= OF_SESSIONS
+        ),
+        "labels_unlike_dataset": float(np.mean([row[5] for row in train])) if train else None,
+        "stocks_not_given": max(_shares(rows, 6)),
+    }
+
+
+def _shares(rows: list[tuple[Any, ...]], column: int) -> Iterator[float]:
+    for split in {row[1] for row in rows}:
+        yield float(np.mean([row[column] for row in rows if row[1] == split]))

@@ -1,0 +1,437 @@
+"""Short experiments that confirm or refute a cause: from seconds to two epochs, on the run's own inputs and seed.
+
+A probe computes again, with the code at hand, what the run claims: scores from its checkpoints, its data from the
+source, its graph, its first epoch. Its figures are stored in the run's `probes/NAME.json` and read as signals like the
+rest; a probe that cannot be made says why, and its figures stay not measured.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from atft_pipeline.config import from_dict
+from atft_pipeline.dataset import read_manifest, read_membership, read_table, resolved
+from atft_pipeline.diagnostics.record import Record
+from atft_pipeline.errors import InputError, RunFailure
+from atft_pipeline.files import write_json
+from atft_pipeline.metrics import information_coefficient, mean_and_error
+
+Figures = dict[str, float | str | None]
+
+PROBE_EPOCHS = 2
+REPRODUCES = 1e-3
+"""Largest difference over the spread of the scores at which predictions count as those of a checkpoint."""
+RECOMPUTED_SESSIONS = 4
+"""Sessions before the end of the validation whose features are computed again without any later data."""
+VALUE_TOLERANCE = 1e-5
+"""Relative: a feature is float32, and sums run over fewer sessions."""
+
+
+def rescore(record: Record) -> Figures:
+    """Scores the validation sessions anew from the run's checkpoints and holds them against the stored predictions.
+
+    `rescored_gap`: largest difference over the spread of the scores, of the checkpoint of the predictions' own epoch;
+    `rescored_correlation`: of the two; `rescored_epoch`: the epoch whose checkpoint gives the predictions, -1 none.
+    """
+    import torch
+
+    from atft_pipeline.blocks import BlockDataset, load_panel
+    from atft_pipeline.checkpoints import read_checkpoint
+    from atft_pipeline.graph import load_graph
+    from atft_pipeline.model.atft_gat_fan import ATFTGATFAN
+    from atft_pipeline.scoring import score_sessions
+    from atft_pipeline.splits import make_split
+
+    config, dataset = _config(record), _dataset(record)
+    epoch = max(record.predictions, default=0)
+    if not epoch:
+        raise InputError("no readable predictions")
+    checkpoints = {
+        int(path.stem.removeprefix("epoch_")): path for path in (record.run_dir / "checkpoints").glob("epoch_*.pt")
+    }
+    if epoch not in checkpoints:
+        raise InputError(f"no checkpoint of epoch {epoch}, whose predictions are stored")
+    panel = load_panel(dataset, config.train.universe)
+    sessions = make_split(panel.sessions, config.split).validation
+    model = ATFTGATFAN(config.model, len(panel.feature_names))
+    graph = load_graph(Path(record.run["graph_path"])) if config.model.graph else None
+    data = BlockDataset(panel, graph, model.receptive_field)
+    stored = _placed(record.predictions[epoch], panel.sessions[sessions], panel.codes)
+
+    def scores_of(path: Path) -> NDArray[np.float64]:
+        model.load_state_dict(read_checkpoint(path, {"run_key": record.run.get("key")})["weights"])
+        return score_sessions(
+            model, data, sessions, batch_size=config.train.batch_size, device=torch.device("cpu")
+        ).values[:, :, 0].astype(np.float64)  # fmt: skip
+
+    own = scores_of(checkpoints[epoch])
+    both = np.isfinite(own) & np.isfinite(stored)
+    if not both.any():
+        raise InputError("the predictions hold none of the validation rows")
+    gap = _gap(own, stored)
+    epochs = [epoch, *sorted(set(checkpoints) - {epoch})] if gap > REPRODUCES else [epoch]
+    match = next((e for e in epochs if _gap(scores_of(checkpoints[e]), stored) <= REPRODUCES), -1)
+    varies = np.ptp(own[both]) > 0 and np.ptp(stored[both]) > 0
+    targets = panel.targets[sessions, :, 0].astype(np.float64)
+    return {
+        "rescored_gap": gap,
+        "rescored_correlation": float(np.corrcoef(own[both], stored[both])[0, 1]) if varies else None,
+        "rescored_epoch": float(match),
+        "rescored_ic": mean_and_error(information_coefficient(own, targets))[0],
+    }
+
+
+def _gap(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
+    both = np.isfinite(a) & np.isfinite(b)
+    spread = float(np.std(a[both])) if both.any() else 0.0
+    largest = float(np.abs(a - b)[both].max()) if both.any() else math.inf
+    return largest / spread if spread > 0 else (0.0 if largest == 0 else math.inf)
+
+
+def _placed(file: Path, sessions: NDArray[np.datetime64], codes: NDArray[np.str_]) -> NDArray[np.float64]:
+    """Stored validation scores of horizon 1 as `[T, N]`, NaN where there is none."""
+    table = pq.read_table(file, columns=["Date", "Code", "score_1d"], filters=[("split", "=", "validation")])
+    cells = np.full((len(sessions), len(codes)), np.nan)
+    dates, names = table["Date"].to_numpy().astype("datetime64[D]"), np.array(table["Code"].to_pylist(), np.str_)
+    t, n = np.searchsorted(sessions, dates), np.searchsorted(codes, names)
+    known = (t < len(sessions)) & (n < len(codes))
+    t, n, value = t[known], n[known], table["score_1d"].to_numpy()[known]
+    here = (sessions[t] == dates[known]) & (codes[n] == names[known])
+    cells[t[here], n[here]] = value[here]
+    return cells
+
+
+def data(record: Record) -> Figures:
+    """Holds the dataset's files against its manifest, and its rows against a dataset made anew from the source.
+
+    `parts_unlike_manifest`: months whose content is not the one described. The rows of the last sessions before the end
+    of the validation are computed without any later quote: `features_know_later`, features that come out otherwise;
+    `rows_unlike_source`: share of rows that only one of the two has; `targets_unlike_source`: share of the targets
+    known by then that differ.
+    """
+    from atft_pipeline.splits import make_split
+
+    config, dataset = _config(record), _dataset(record)
+    manifest = read_manifest(dataset, "ml_dataset")
+    sessions = np.array(manifest["session_dates"], "datetime64[D]")
+    last = sessions[make_split(sessions, config.split).validation[-1]]
+    found: Figures = {"parts_unlike_manifest": float(_unlike_manifest(dataset, manifest))}
+    source = Path(manifest["source"]["path"])
+    if not source.is_dir():
+        return found
+    made = _made_until(source, last, config.dataset)
+    return found | _differences(dataset, manifest, made, sessions[sessions <= last])
+
+
+def _unlike_manifest(dataset: Path, manifest: dict[str, Any]) -> int:
+    from atft_pipeline.dataset_rows import part_record
+
+    table, membership = read_table(dataset), read_membership(dataset)
+    months = [np.datetime_as_string(t["Date"].to_numpy().astype("datetime64[M]")) for t in (table, membership)]
+    return sum(
+        part_record(table.filter(pa.array(months[0] == name)), membership.filter(pa.array(months[1] == name))) != part
+        for name, part in manifest["parts"].items()
+        if part["rows"]
+    )
+
+
+def _made_until(source: Path, last: np.datetime64, config: Any) -> pa.Table:
+    """Features and targets of the source's rows up to the session `last`."""
+    from atft_pipeline.contracts import read_checked
+    from atft_pipeline.dataset_rows import build_dataset
+    from atft_pipeline.sources import RAW_TABLES, open_source
+    from atft_pipeline.universe import build_prices
+
+    tables = dict(read_checked(open_source(source)).tables)
+    for name, table in tables.items():
+        day = RAW_TABLES[name].date
+        # Snapshots of the listing may follow the quotes by years, and then describe all before them.
+        tables[name] = table if name == "listed" else table.filter(table[day] <= last.item())
+    prices = build_prices(tables, config)
+    return build_dataset(prices.panel, prices.quarantine, tables, config, {"path": str(source)})[0]
+
+
+def _differences(dataset: Path, manifest: dict[str, Any], made: pa.Table, sessions: NDArray[np.datetime64]) -> Figures:
+    import polars as pl
+
+    days = sessions[-RECOMPUTED_SESSIONS:].astype("datetime64[D]").tolist()
+    until = sessions[-1].item()
+    file = resolved(dataset)
+    stored = pl.scan_parquet(str(file / "*.parquet") if file.is_dir() else str(file))
+    theirs = stored.filter(pl.col("Date").is_in(days)).collect()
+    ours = pl.from_arrow(made)
+    assert isinstance(ours, pl.DataFrame)
+    recent = ours.filter(pl.col("Date").is_in(days))
+    joined = theirs.join(recent, on=["Date", "Code"], suffix="_made")
+    keys = ["Date", "Code"]
+    all_theirs, all_ours = stored.filter(pl.col("Date") <= until).select(keys).collect(), ours.select(keys)
+    alone = (
+        all_theirs.join(all_ours, on=keys, how="anti").height + all_ours.join(all_theirs, on=keys, how="anti").height
+    )
+    differing = [name for name in manifest["features"] if _unlike(joined[name], joined[f"{name}_made"])]
+    # A target reaches past the cut: those of the sessions a month before it are known on both sides.
+    known = stored.filter(pl.col("Date") <= until).select([*keys, "target_1d"]).collect()
+    both = known.join(ours.select([*keys, "target_1d"]), on=keys, suffix="_made").drop_nulls("target_1d_made")
+    wrong = (both["target_1d"].fill_null(float("inf")) - both["target_1d_made"]).abs() > VALUE_TOLERANCE
+    return {
+        "features_know_later": float(len(differing)),
+        "features_know_later_names": ", ".join(differing[:5]) or "none",
+        "rows_unlike_source": alone / max(all_theirs.height + all_ours.height, 1),
+        "targets_unlike_source": float(wrong.mean() or 0.0) if both.height else None,  # type: ignore[arg-type]
+    }
+
+
+def _unlike(stored: Any, made: Any) -> bool:
+    a, b = (column.cast(float).fill_null(np.nan).to_numpy() for column in (stored, made))
+    same = np.isclose(a, b, rtol=VALUE_TOLERANCE, atol=VALUE_TOLERANCE * float(np.nanstd(a) or 0.0), equal_nan=True)
+    return not bool(same.all())
+
+
+def graph(record: Record) -> Figures:
+    """Builds the graph again from the run's dataset. `edges_unlike_dataset`: share of edges that only one has."""
+    from atft_pipeline.graph import build_graph_file, load_graph
+
+    config, dataset = _config(record), _dataset(record)
+    if not config.model.graph:
+        raise InputError("the run has no graph")
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder) / "graph.parquet"
+        build_graph_file(dataset, made, config.graph)
+        ours, theirs = load_graph(made), load_graph(Path(record.run["graph_path"]))
+    edges = [_edges(g) for g in (ours, theirs)]
+    return {"edges_unlike_dataset": len(edges[0] ^ edges[1]) / max(len(edges[0] | edges[1]), 1)}
+
+
+def _edges(of: Any) -> set[tuple[Any, ...]]:
+    refresh = np.repeat(of.refreshes.astype("datetime64[D]").astype(int), np.diff(of.offsets))
+    return set(zip(refresh.tolist(), of.codes[of.source].tolist(), of.codes[of.target].tolist(), strict=True))
+
+
+def baseline(record: Record) -> Figures:
+    """Ridge on the run's training sessions, judged on its validation sessions: is there anything to learn?
+
+    `baseline_ic` and its t; `over_baseline_t`: of the run's daily IC minus ridge's; `baseline_train_ic`: in sample.
+    """
+    from atft_pipeline.baselines import fit_ridge
+    from atft_pipeline.blocks import load_panel
+    from atft_pipeline.splits import make_split
+
+    config, dataset = _config(record), _dataset(record)
+    panel = load_panel(dataset, config.train.universe)
+    split = make_split(panel.sessions, config.split)
+    scores = fit_ridge(panel, split, np.concatenate([split.train, split.validation]))
+    targets = panel.targets[:, :, 0].astype(np.float64)
+    ic = information_coefficient(scores[split.validation], targets[split.validation])
+    mean, error = mean_and_error(ic)
+    inside = mean_and_error(information_coefficient(scores[split.train], targets[split.train]))[0]
+    own = _daily_ic(record, panel.sessions[split.validation])
+    difference = mean_and_error(own - ic)
+    return {
+        "baseline_ic": mean,
+        "baseline_ic_t": mean / error if error else None,
+        "baseline_train_ic": inside,
+        "over_baseline_t": difference[0] / difference[1] if difference[1] else None,
+    }
+
+
+def _daily_ic(record: Record, sessions: NDArray[np.datetime64]) -> NDArray[np.float64]:
+    rows = record.rows(
+        """SELECT date, ic FROM daily WHERE split = 'validation' AND slice = ?
+           AND epoch = (SELECT max(epoch) FROM daily) AND isfinite(ic)""",
+        record.slice,
+    )
+    values = dict(rows)
+    return np.array([values.get(day, math.nan) for day in sessions.astype("datetime64[D]").tolist()], float)
+
+
+def ablate(record: Record) -> Figures:
+    """Permutes the output of each component over the stocks of every session and measures what the IC loses.
+
+    `drop_t_NAME`: t of the paired daily difference; `idle_components`: those whose permutation costs nothing (t under
+    1), of the last checkpoint's weights on the validation sessions.
+    """
+    import torch
+
+    from atft_pipeline.blocks import BlockDataset, load_panel
+    from atft_pipeline.checkpoints import read_checkpoint
+    from atft_pipeline.graph import load_graph
+    from atft_pipeline.model.atft_gat_fan import ATFTGATFAN
+    from atft_pipeline.scoring import score_sessions
+    from atft_pipeline.splits import make_split
+
+    config, dataset = _config(record), _dataset(record)
+    checkpoints = sorted((record.run_dir / "checkpoints").glob("epoch_*.pt"))
+    if not checkpoints:
+        raise InputError("no checkpoint")
+    panel = load_panel(dataset, config.train.universe)
+    sessions = make_split(panel.sessions, config.split).validation
+    model = ATFTGATFAN(config.model, len(panel.feature_names))
+    model.load_state_dict(read_checkpoint(checkpoints[-1], {"run_key": record.run.get("key")})["weights"])
+    edges = load_graph(Path(record.run["graph_path"])) if config.model.graph else None
+    blocks = BlockDataset(panel, edges, model.receptive_field)
+    targets = panel.targets[sessions, :, 0].astype(np.float64)
+
+    def daily() -> NDArray[np.float64]:
+        found = score_sessions(model, blocks, sessions, batch_size=config.train.batch_size, device=torch.device("cpu"))
+        return information_coefficient(found.values[:, :, 0].astype(np.float64), targets)
+
+    def permuted(module: Any, inputs: Any, output: Any) -> Any:  # noqa: ARG001
+        if not isinstance(output, torch.Tensor) or output.ndim != 3:
+            return output
+        order = torch.randperm(output.shape[0], generator=torch.Generator().manual_seed(config.train.seed))
+        return output[order]
+
+    whole, found, idle = daily(), {}, []
+    for name, child in model.named_children():
+        if name in ("adaptive_norm", "prediction_head") or not any(True for _ in child.parameters()):
+            continue
+        handle = child.register_forward_hook(permuted)
+        mean, error = mean_and_error(whole - daily())
+        handle.remove()
+        found[f"drop_t_{name}"] = mean / error if error else 0.0
+        if found[f"drop_t_{name}"] < 1.0:
+            idle.append(name)
+    return {**found, "idle_components": float(len(idle)), "idle_component_names": ", ".join(idle) or "none"}
+
+
+def replay(record: Record) -> Figures:
+    """Trains the first epoch again, same code, data and seed. `replay_differs`: 1 where its weights are others.
+
+    Needs the code that the run was trained with and a CPU run of one process: nothing else promises the same bits.
+    """
+    import torch
+
+    from atft_pipeline.lineage import RunRecord, code_revision
+    from atft_pipeline.run_plan import plan_run, resolve_device, run_header
+    from atft_pipeline.scoring import weights_hash
+    from atft_pipeline.training import Trainer
+
+    config, dataset = _config(record), _dataset(record)
+    if record.run.get("code_revision") != code_revision():
+        raise InputError("the code has changed since the run")
+    if record.run.get("device") != "cpu" or record.run.get("processes") != 1:
+        raise InputError("only runs of one process on a CPU promise the same bits")
+    hashes = record.rows("SELECT min(weights_hash) FROM evals WHERE epoch = 1 AND weights_hash IS NOT NULL")
+    if not hashes or hashes[0][0] is None:
+        raise InputError("no evaluation of epoch 1")
+    plan = plan_run(config, dataset, Path(record.run["graph_path"]))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(int(record.run.get("threads") or threads))  # sums of several threads run in another order
+    with tempfile.TemporaryDirectory() as folder:
+        run_dir = Path(folder)
+        fresh = RunRecord(run_dir, run_header(plan, run_dir, resolve_device("cpu"), {}))
+        trainer = Trainer(plan, fresh, resolve_device("cpu"), lambda _: None)
+        trainer.train_epoch(1)
+        found = weights_hash(trainer.average.model)
+    torch.set_num_threads(threads)
+    return {"replay_differs": float(found != hashes[0][0])}
+
+
+def remedy(record: Record, overrides: dict[str, Any] | None = None) -> Figures:
+    """Two epochs as the run was set and two with `overrides`, same seed and batches, paired by session."""
+    from atft_pipeline.config import with_overrides
+    from atft_pipeline.training import train
+
+    if not overrides:
+        raise InputError("no remedy of this cause can be tried by settings alone")
+    config, dataset = _config(record), _dataset(record)
+    short = replace(config, train=replace(config.train, epochs=PROBE_EPOCHS))
+    ics = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name, settings in (("as_it_was", short), ("changed", with_overrides(short, overrides))):
+            run_dir = Path(folder) / name
+            train(settings, dataset, Path(record.run["graph_path"]), run_dir, device="cpu", log=lambda _: None)
+            rows = pq.read_table(run_dir / "daily").to_pylist()
+            ics.append(
+                {
+                    row["date"]: row["ic"]
+                    for row in rows
+                    if (row["epoch"], row["split"], row["slice"]) == (PROBE_EPOCHS, "validation", record.slice)
+                }
+            )
+    days = sorted(set(ics[0]) & set(ics[1]))
+    mean, error = mean_and_error(np.array([(ics[1][d] or 0.0) - (ics[0][d] or 0.0) for d in days], float))
+    return {"remedy_ic_gain": mean, "remedy_ic_gain_t": mean / error if error else None}
+
+
+PROBES: dict[str, Callable[[Record], Figures]] = {
+    "rescore": rescore,
+    "data": data,
+    "graph": graph,
+    "baseline": baseline,
+    "ablate": ablate,
+    "replay": replay,
+}
+"""Probes that need nothing but the run. `remedy` needs the settings to try."""
+
+
+PROBE_SIGNALS: dict[str, tuple[str, ...]] = {
+    "rescore": ("rescored_gap", "rescored_correlation", "rescored_epoch", "rescored_ic"),
+    "data": (
+        "parts_unlike_manifest", "features_know_later", "features_know_later_names", "rows_unlike_source",
+        "targets_unlike_source",
+    ),
+    "graph": ("edges_unlike_dataset",),
+    "baseline": ("baseline_ic", "baseline_ic_t", "baseline_train_ic", "over_baseline_t"),
+    "ablate": ("idle_components", "idle_component_names"),
+    "replay": ("replay_differs",),
+}  # fmt: skip
+"""Signals that rules may ask for, by the probe that measures them."""
+
+
+def run_probes(record: Record, names: Iterable[str]) -> None:
+    """Makes the named probes and stores their figures; those of an earlier call are made again."""
+    for name in dict.fromkeys(names):
+        started = time.perf_counter()
+        try:
+            content: dict[str, Any] = {"figures": PROBES[name](record)}
+        except (InputError, RunFailure, OSError, KeyError, RuntimeError, pa.ArrowException) as error:
+            content = {"figures": {}, "not_made": str(error).splitlines()[0] if str(error) else type(error).__name__}
+        content |= {"probe": name, "run_key": record.run.get("key"), "seconds": time.perf_counter() - started}
+        content["figures"] = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in content["figures"].items()
+        }
+        write_json(record.run_dir / "probes" / f"{name}.json", content)
+
+
+def probe_figures(record: Record) -> dict[str, float | str | None]:
+    """What the stored probes of this very run measured."""
+    found: dict[str, float | str | None] = {}
+    for name in PROBES:
+        path = record.run_dir / "probes" / f"{name}.json"
+        if not path.is_file():
+            continue
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(content, dict) and content.get("run_key") == record.run.get("key"):
+            found |= content.get("figures") or {}
+    return found
+
+
+def _config(record: Record) -> Any:
+    config = record.run.get("config")
+    if not isinstance(config, dict):
+        raise InputError("run.json does not hold the configuration")
+    return from_dict(config)
+
+
+def _dataset(record: Record) -> Path:
+    path = Path(str(record.run.get("dataset_path")))
+    if read_manifest(path, "ml_dataset")["fingerprint"] != record.run.get("dataset_fingerprint"):
+        raise InputError(f"{path}: not the dataset that the run was made on")
+    return path
