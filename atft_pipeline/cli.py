@@ -284,7 +284,7 @@ def _deliver(options: argparse.Namespace) -> Result:
 def _diagnose(options: argparse.Namespace) -> Result:
     from atft_pipeline.diagnostics import diagnose, write_report
 
-    diagnosis = diagnose(options.run_dir)
+    diagnosis = diagnose(options.run_dir, options.probes)
     paths = write_report(options.run_dir, diagnosis)
     content = diagnosis.to_dict() | {"report_html": str(paths.html), "report_markdown": str(paths.markdown)}
     if not options.json:  # what did not fire, and the numbers behind it, are in the report
@@ -422,6 +422,12 @@ def _parser() -> argparse.ArgumentParser:
 
     diagnose = command("diagnose", _diagnose, "Explain a run from its record and write its report.")
     diagnose.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    diagnose.add_argument(
+        "--probes",
+        choices=("none", "leading", "all"),
+        default="none",
+        help="short experiments on the run's own inputs: of the three most probable causes, or all (default: none)",
+    )
 
     compare = command("compare", _compare, "Finished runs side by side; exits 1 when figures are suspiciously equal.")
     compare.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN_DIR")

@@ -654,6 +654,58 @@ def crash_at_epoch_8() -> None:
     replace(training.Trainer, "_epoch", make)
 
 
+# Faults without a rule -------------------------------------------------------------------------------------------
+
+
+def noisy_gradients() -> None:
+    """Noise as large as the gradient is added before every step."""
+
+    def make(original: Any) -> Any:
+        def step(self: Any, *arguments: Any, **options: Any) -> Any:
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        size = parameter.grad.norm() / max(parameter.numel(), 1) ** 0.5
+                        parameter.grad += 20.0 * size * torch.randn_like(parameter.grad)
+            return original(self, *arguments, **options)
+
+        return step
+
+    replace(torch.optim.AdamW, "step", make)
+
+
+def ascent_every_third_step() -> None:
+    """Every third step goes up the loss."""
+    count = {"steps": 0}
+
+    def make(original: Any) -> Any:
+        def step(self: Any, *arguments: Any, **options: Any) -> Any:
+            count["steps"] += 1
+            if count["steps"] % 3 == 0:
+                for group in self.param_groups:
+                    for parameter in group["params"]:
+                        if parameter.grad is not None:
+                            parameter.grad.neg_()
+            return original(self, *arguments, **options)
+
+        return step
+
+    replace(torch.optim.AdamW, "step", make)
+
+
+def weights_forgotten_every_epoch() -> None:
+    """At the end of every epoch the weights are drawn anew."""
+
+    def make(original: Any) -> Any:
+        def epoch(self: Any, number: int) -> None:
+            original(self, number)
+            self.model.load_state_dict(self._new_model(number).state_dict())
+
+        return epoch
+
+    replace(training.Trainer, "_epoch", make)
+
+
 SHARPE_TERM: Settings = {"train.loss.sharpe": 0.3}
 IC_TERM: Settings = {"train.loss.ic": 0.5}
 
@@ -735,5 +787,13 @@ _ALL: tuple[Fault, ...] = (
     Fault("crash", "crashed", code=crash_at_epoch_8, only_report=True),
 )  # fmt: skip
 
-FAULTS: dict[str, Fault] = {fault.id: fault for fault in _ALL}
+_STRANGE: tuple[Fault, ...] = (
+    Fault("noisy_gradients", "unknown", code=noisy_gradients),
+    Fault("ascent_every_third_step", "unknown", code=ascent_every_third_step),
+    Fault("weights_forgotten", "unknown", code=weights_forgotten_every_epoch),
+)
+
+FAULTS: dict[str, Fault] = {fault.id: fault for fault in (*_ALL, *_STRANGE)}
 """Plants by their own id."""
+UNKNOWN_FAULTS: frozenset[str] = frozenset(fault.id for fault in _STRANGE)
+"""Plants of which no rule and no cause was written: the diagnosis must not name another with confidence."""

@@ -7,18 +7,18 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from faults import FAULTS
+from faults import FAULTS, Fault
 from harness import command
 
 STOCKS, SESSIONS = 150, 500
 AT_ONCE = 2
-OTHERS = threading.Lock()
+LOCKS: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
 Settings = dict[str, object]
 
 
@@ -45,19 +45,17 @@ def market(
 
 @dataclass(frozen=True)
 class Task:
-    """One run: `fault` None is a healthy one."""
+    """One run: a healthy one, or with one fault or two."""
 
     name: str
     market: Market
     seed: int
-    fault: str | None = None
-    second: str | None = None
-    """A further fault, for runs with two."""
+    faults: tuple[str, ...] = ()
     settings: Settings = field(default_factory=dict)
 
     @property
     def causes(self) -> list[str]:
-        return [FAULTS[fault].cause for fault in (self.fault, self.second) if fault]
+        return [FAULTS[fault].cause for fault in self.faults]
 
 
 HEALTHY: dict[str, Settings] = {
@@ -91,27 +89,49 @@ def markets_of(first: int) -> dict[str, Market]:
     }
 
 
+DOUBLES: tuple[tuple[str, str], ...] = (
+    ("metric_of_other_run", "frozen"),
+    ("maximum_over_history", "overfit"),
+    ("cached_predictions", "lr_too_low"),
+    ("sign_inverted", "unit_error"),
+    ("look_ahead", "dead_units"),
+    ("features_not_found", "lr_decayed_early"),
+    ("sharpe_swallowed", "scheduler_never_steps"),
+    ("zeros_reach_head", "slow_loader"),
+)
+
+
 def tasks(name: str, first: int, rounds: Sequence[int] = (1, 2)) -> list[Task]:
-    """Runs of one set, healthy ones and every fault once a round; sets with other `first` share nothing."""
+    """Runs of one set: healthy ones, every fault once a round, and pairs of faults; other `first`, other seeds."""
     by_kind = markets_of(first)
     found = [
         Task(f"{name}-healthy-{variant}-{kind}", by_kind[kind], first + number, settings=settings)
-        for kinds in (("strong", "heavy"),)
         for number, (variant, settings) in enumerate(HEALTHY.items())
-        for kind in (kinds[number % 2], ("low", "hard")[number % 2])
+        for kind in (("strong", "heavy")[number % 2], ("low", "hard")[number // 2 % 2])
     ]
     for number in rounds:
-        kind = ("strong", "heavy")[(number - 1) % 2]
+        place = by_kind[("strong", "heavy")[(number - 1) % 2]]
         for fault in FAULTS.values():
-            place = by_kind[kind]
-            if fault.market or fault.generate:
-                place = market(
-                    first + 10 + number,
-                    float(fault.market.get("strength", 1.0)),  # type: ignore[arg-type]
-                    generate=fault.id if fault.generate else "",
-                )
-            found.append(Task(f"{name}-{fault.id}-{number}", place, first + 50 + number, fault.id))
+            found.append(Task(f"{name}-{fault.id}-{number}", _market_of(fault, place, first + 10 + number),
+                              first + 50 + number, (fault.id,)))  # fmt: skip
+    for pair in DOUBLES:
+        found.append(Task(f"{name}-{'+'.join(pair)}", by_kind["strong"], first + 60, pair))
     return found
+
+
+def _market_of(fault: Fault, usual: Market, seed: int) -> Market:
+    if fault.generate:
+        return market(seed, generate=fault.id)
+    return market(seed, float(str(fault.market["strength"]))) if fault.market else usual
+
+
+def twin_of(task: Task) -> Task:
+    """The same run without its faults."""
+    usual = Market(task.market.name.replace(f"_{task.market.generate}", ""), task.market.arguments)
+    place = usual if task.market.generate else task.market
+    if task.market.arguments["strength"] == 0.0:
+        place = market(int(str(place.arguments["seed"])))
+    return Task(f"twin-{place.name}-{task.seed}", place, task.seed)
 
 
 def prepare(folder: Path, place: Market) -> Path:
@@ -121,44 +141,38 @@ def prepare(folder: Path, place: Market) -> Path:
     if not (home / "source").exists():
         home.mkdir(parents=True, exist_ok=True)
         content = json.dumps({"out": str(home / "source"), "arguments": place.arguments, "fault": place.generate})
-        _child("planted_market.py", content)
+        child("planted_market.py", content)
     if not graph.exists():
         command("features", home / "source", dataset)
         command("graph", dataset, graph, "--set", "graph.universe=all", "--set", "graph.lookback_sessions=60")
     return home
 
 
-def make_runs(folder: Path, wanted: Iterable[Task]) -> None:
-    """Trains what is not there yet, `AT_ONCE` at a time; a task that leaves no run ends the bench with its sentence."""
-    wanted = list(wanted)
-    for place in {task.market.name: task.market for task in wanted}.values():
-        prepare(folder, place)
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        list(pool.map(lambda task: make_run(folder, task), wanted))
-
-
 def make_run(folder: Path, task: Task) -> Path:
+    """The run directory of the task, trained where it is not there yet; a failed child ends the bench."""
+    prepare(folder, task.market)
     run_dir = folder / "runs" / task.name
     done = folder / "runs" / f"{task.name}.done"
-    if done.exists():
-        return run_dir
-    run_dir.parent.mkdir(parents=True, exist_ok=True)
-    faults = [fault for fault in (task.fault, task.second) if fault]
-    other = None
-    if any(FAULTS[fault].record for fault in faults):
-        twin = Task(f"other-{task.market.name}", task.market, 1000)
-        with OTHERS:  # one run for all plants of the market
-            other = str(make_run(folder, twin))
-    content: dict[str, Any] = {
-        "run": str(run_dir), "market": str(folder / "markets" / task.market.name), "faults": faults,
-        "settings": {"train.seed": task.seed, **task.settings}, "other": other,
-    }  # fmt: skip
-    said = _child("planted_run.py", json.dumps(content))
-    done.write_text(said)
+    with LOCKS[task.name]:  # several plants share a twin
+        if not done.exists():
+            done.write_text(_trained(folder, task, run_dir))
     return run_dir
 
 
-def _child(script: str, content: str) -> str:
+def _trained(folder: Path, task: Task, run_dir: Path) -> str:
+    run_dir.parent.mkdir(parents=True, exist_ok=True)
+    other = None
+    if any(FAULTS[fault].record for fault in task.faults):
+        twin = Task(f"other-{task.market.name}", task.market, 1000)
+        other = str(make_run(folder, twin))
+    content: dict[str, Any] = {
+        "run": str(run_dir), "market": str(folder / "markets" / task.market.name), "faults": task.faults,
+        "settings": {"train.seed": task.seed, **task.settings}, "other": other,
+    }  # fmt: skip
+    return child("planted_run.py", json.dumps(content))
+
+
+def child(script: str, content: str) -> str:
     here = Path(__file__).parent
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "POLARS_MAX_THREADS"), "1")
     done = subprocess.run(

@@ -38,7 +38,7 @@ LAYERS: tuple[str, ...] = (
     "baselines", "score_panels", "delivery", "attribution",
     "diagnostics.record", "diagnostics.signals", "diagnostics.inside", "diagnostics.audit", "diagnostics.probes",
     "diagnostics.evidence", "diagnostics.causes", "diagnostics.rules", "diagnostics.ranking",
-    "diagnostics.experiments", "diagnostics.plots",
+    "diagnostics.neighbours", "diagnostics.experiments", "diagnostics.plots",
     "diagnostics.attribution_tables", "diagnostics.attribution_plots", "diagnostics.report", "diagnostics",
     "comparison",
     "synthetic",

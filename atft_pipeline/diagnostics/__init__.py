@@ -14,7 +14,8 @@ from atft_pipeline.attribution import SPLITS, Attribution, Missing, attribute_pr
 from atft_pipeline.config import from_dict
 from atft_pipeline.diagnostics.evidence import gather
 from atft_pipeline.diagnostics.experiments import ExperimentAdvice, advise, commands
-from atft_pipeline.diagnostics.probes import PROBES, run_probes
+from atft_pipeline.diagnostics.neighbours import runs_beside
+from atft_pipeline.diagnostics.probes import PROBES, run_probes, stored_probes
 from atft_pipeline.diagnostics.ranking import Ranking, rank
 from atft_pipeline.diagnostics.record import Record, open_record
 from atft_pipeline.diagnostics.report import Diagnosis, ReportPaths, headline, write_report
@@ -57,6 +58,8 @@ def diagnose(run_dir: Path, probes: Probes = "none") -> Diagnosis:
             signals=signals,
             findings=findings,
             ranking=ranking,
+            probes=stored_probes(record),
+            earlier=runs_beside(record),
             experiments=advise(record, findings),
             attributions=attributions(record),
             missing=list(record.missing),

@@ -12,6 +12,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -407,20 +408,22 @@ def run_probes(record: Record, names: Iterable[str]) -> None:
         write_json(record.run_dir / "probes" / f"{name}.json", content)
 
 
-def probe_figures(record: Record) -> dict[str, float | str | None]:
-    """What the stored probes of this very run measured."""
-    found: dict[str, float | str | None] = {}
+def stored_probes(record: Record) -> list[dict[str, Any]]:
+    """Contents of the `probes/NAME.json` of this very run, readable ones alone."""
+    found = []
     for name in PROBES:
         path = record.run_dir / "probes" / f"{name}.json"
-        if not path.is_file():
-            continue
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        if isinstance(content, dict) and content.get("run_key") == record.run.get("key"):
-            found |= content.get("figures") or {}
+        if path.is_file():
+            with suppress(OSError, ValueError):
+                content = json.loads(path.read_text(encoding="utf-8"))
+                if isinstance(content, dict) and content.get("run_key") == record.run.get("key"):
+                    found.append(content)
     return found
+
+
+def probe_figures(record: Record) -> dict[str, float | str | None]:
+    """What the stored probes measured."""
+    return {name: value for probe in stored_probes(record) for name, value in (probe.get("figures") or {}).items()}
 
 
 def _config(record: Record) -> Any:

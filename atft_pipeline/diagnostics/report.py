@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import html
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,6 +33,8 @@ FINAL_FIGURES = (
     "sharpe_daily", "sharpe_se", "sharpe_daily_net", "sharpe_annualised", "ic_mean", "rank_ic_mean", "rank_icir",
     "max_drawdown", "turnover_mean", "psr_0", "sessions",
 )  # fmt: skip
+
+SHOWN_CAUSES, SHOWN_PROBABILITY = 3, 0.02
 
 Section = tuple[str, str]
 """Title and markdown body."""
@@ -60,6 +63,10 @@ class Diagnosis:
     findings: list[Finding]
     ranking: Ranking
     experiments: list[ExperimentAdvice]
+    probes: list[dict[str, Any]]
+    """What the probes made of this run measured, or why one could not be made."""
+    earlier: list[dict[str, str]]
+    """Other runs beside this one, a row each; read for comparison alone, no figure of them enters anything."""
     attributions: Mapping[str, Attribution | Missing]
     """Split -> what its return is made of and would cost."""
     missing: list[str]
@@ -91,7 +98,14 @@ class Diagnosis:
             "run_dir": str(self.run_dir),
             "headline": self.headline,
             "verdict": self.verdict_line,
-            "causes": [finding.rule for finding in self.causes],
+            "conclusion": self.ranking.conclusion,
+            "conclusion_sentence": self.ranking.sentence,
+            "causes": [asdict(cause) for cause in self.ranking.causes if cause.probability >= SHOWN_PROBABILITY],
+            "healthy": self.ranking.healthy,
+            "unknown": self.ranking.unknown,
+            "would_decide": list(self.ranking.missing),
+            "probes": self.probes,
+            "fired": [finding.rule for finding in self.causes],
             "findings": [asdict(finding) for finding in self.findings],
             "experiments": [asdict(advice) for advice in self.experiments],
             "signals": {
@@ -121,9 +135,11 @@ class Diagnosis:
             ),
             ("Plateau analysis", _rules_of(self, ("curves", "learning rate"))),
             ("Causes with evidence", _causes(self)),
+            ("Probes", _probes(self.probes)),
             ("Decision points answered", _decision_points(self)),
             ("Recommended next steps", _next_steps(self)),
             ("Experiments", _experiments(self.experiments)),
+            ("Comparison with earlier runs", _compared(self.earlier)),
             ("What was validated and what was not", _coverage(self)),
         ]
 
@@ -133,23 +149,16 @@ class Diagnosis:
 
 def headline(record: Record, signals: Signals, findings: Sequence[Finding], ranking: Ranking) -> str:
     """The most important thing about the run in one or two sentences, with its figures."""
-    fired = [f for f in findings if f.status == "fired"]
-    causes = [f for f in fired if f.decisive and f.severity != "observation"]
-    invalid = [f for f in causes if f.severity == "invalid"]
-    state = _state(record)
-    if invalid:
-        others = f" Also: {'; '.join(f.cause for f in invalid[1:])}." if invalid[1:] else ""
-        return f"{state}Invalid: {invalid[0].cause} ({invalid[0].evidence}).{others}"
-    figures = _figures(signals, record.slice)
-    if causes:
-        also = f" Also: {'; '.join(f.cause for f in causes[1:4])}." if causes[1:] else ""
-        return f"{state}{figures} First cause: {causes[0].cause} ({causes[0].evidence}).{also}"
-    blind = sum(f.status == "not_assessable" for f in findings)
-    shortfall = signals.get("sharpe_shortfall")
-    if isinstance(shortfall, float) and shortfall <= 0:
-        noted = f" {len(fired)} observation{'s' if len(fired) > 1 else ''}." if fired else ""
-        return f"{state}No cause found. {figures}{noted}{_blind(blind)}"
-    return f"{state}{figures} No rule explains it.{_blind(blind)}"
+    state, figures = _state(record), _figures(signals, record.slice)
+    proven = [f for f in findings if f.decisive and f.status == "fired" and f.severity == "invalid"]
+    evidence = {f.rule: f.evidence for f in findings}
+    said = ranking.sentence
+    if ranking.conclusion == "cause" and ranking.causes[0].evidence:
+        said = f"{said} Evidence: {evidence[ranking.causes[0].evidence[0]]}."
+    blind = _blind(sum(f.status == "not_assessable" for f in findings))
+    if proven:
+        return f"{state}Invalid: the Sharpe must not be read: {proven[0].cause} ({proven[0].evidence}). {said}{blind}"
+    return f"{state}{figures} {said}{blind}"
 
 
 def _state(record: Record) -> str:
@@ -232,8 +241,22 @@ def _rules_of(diagnosis: Diagnosis, groups: Sequence[Group]) -> str:
 
 
 def _causes(diagnosis: Diagnosis) -> str:
+    ranking, evidence = diagnosis.ranking, {f.rule: f for f in diagnosis.findings}
+    rows = [
+        [f"{ranking.healthy:.2f}", "nothing is wrong", "", ""],
+        [f"{ranking.unknown:.2f}", "a cause not known", "", ""],
+    ]
+    for cause in ranking.causes:
+        if cause.probability >= SHOWN_PROBABILITY or cause in ranking.causes[:SHOWN_CAUSES]:
+            told = "; ".join(evidence[rule].evidence for rule in cause.evidence[:3])
+            rows.append([f"{cause.probability:.2f}", cause.name, told or "none", cause.probe])
+    ranked = _table(["probability", "cause", "evidence", "probe"], sorted(rows, key=lambda row: row[0], reverse=True))
+    return f"{ranking.sentence}\n\n{ranked}\n\n### Rules that fired\n\n{_fired(diagnosis)}"
+
+
+def _fired(diagnosis: Diagnosis) -> str:
     if not diagnosis.causes:
-        return "None fired."
+        return "None."
     lines = []
     for number, cause in enumerate(diagnosis.causes, start=1):
         note = "" if cause.decisive else " (not decisive: the evaluation is invalid)"
@@ -241,6 +264,28 @@ def _causes(diagnosis: Diagnosis) -> str:
             f"{number}. **{cause.cause}** [{cause.severity}]{note}: {cause.evidence}. Fired on: `{cause.condition}`."
         )
     return "\n".join(lines)
+
+
+def _probes(probes: Sequence[Mapping[str, Any]]) -> str:
+    if not probes:
+        return "None were made: `atft diagnose RUN_DIR --probes leading` makes those of the three most probable causes."
+    rows = []
+    for probe in probes:
+        measured = ", ".join(f"{name} {_figure(value)}" for name, value in (probe.get("figures") or {}).items())
+        rows.append(
+            [str(probe.get("probe")), measured or f"not made: {probe.get('not_made')}", _number(probe.get("seconds"))]
+        )
+    return _table(["probe", "measured", "seconds"], rows)
+
+
+def _figure(value: object) -> str:
+    return value if isinstance(value, str) else _number(value)
+
+
+def _compared(earlier: Sequence[Mapping[str, str]]) -> str:
+    if not earlier:
+        return "No other run lies beside this one."
+    return _table(list(earlier[0]), [list(row.values()) for row in earlier])
 
 
 def _decision_points(diagnosis: Diagnosis) -> str:
@@ -272,11 +317,15 @@ def _answer(question: str, findings: Sequence[Finding]) -> tuple[str, str]:
 
 
 def _next_steps(diagnosis: Diagnosis) -> str:
+    """What the leading cause's rules ask for first, then the others'."""
+    leading = diagnosis.ranking.causes[0].evidence if diagnosis.ranking.conclusion == "cause" else ()
     by_command: dict[str, str] = {}
-    for cause in diagnosis.causes:
-        if cause.decisive:
-            by_command.setdefault(cause.next_step.partition(": atft ")[2] or cause.next_step, cause.next_step)
+    for finding in sorted(diagnosis.causes, key=lambda f: leading.index(f.rule) if f.rule in leading else len(leading)):
+        if finding.decisive:
+            by_command.setdefault(finding.next_step.partition(": atft ")[2] or finding.next_step, finding.next_step)
     steps = list(by_command.values())
+    if diagnosis.ranking.conclusion == "inconclusive" and not diagnosis.probes:
+        steps.append(f"measure what would decide: atft diagnose {shlex.quote(str(diagnosis.run_dir))} --probes leading")
     if not steps:
         return "None that the record asks for."
     return "\n".join(f"{number}. {_as_code(step)}" for number, step in enumerate(steps, start=1))
@@ -305,9 +354,8 @@ def _coverage(diagnosis: Diagnosis) -> str:
     return (
         f"Assessed and not seen: {listed('not_fired')}.\n\nSeen: {listed('fired')}.\n\nNot assessable, which does"
         f" not mean fine: {listed('not_assessable')}.\n\nFiles that could not be used:\n\n{files}\n\n"
-        "Causes that leave no trace in the record (a look-ahead in a feature, a target shifted by a session) are the"
-        " validity battery's and the tests' business. Gradients alone do not decide whether a component contributes:"
-        " only an ablation does."
+        "Gradients alone do not decide whether a component contributes: the probe `ablate` does, which permutes its"
+        " output over the stocks and measures the IC."
     )
 
 
