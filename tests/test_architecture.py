@@ -34,11 +34,12 @@ LAYERS: tuple[str, ...] = (
     "losses", "schedule",
     "portfolio", "metrics", "evaluation", "validity", "criterion",
     "lineage", "checkpoints", "scoring", "degeneracy", "weight_average", "step_figures", "processes", "run_plan",
-    "verdict", "status", "failures", "training", "launch",
+    "verdict", "status", "progress", "failures", "training", "launch",
     "baselines", "score_panels", "delivery", "attribution",
-    "diagnostics.record", "diagnostics.signals", "diagnostics.rules", "diagnostics.experiments", "diagnostics.plots",
+    "diagnostics.record", "diagnostics.signals", "diagnostics.rules", "diagnostics.experiments",
+    "diagnostics.standing", "diagnostics.plots",
     "diagnostics.attribution_tables", "diagnostics.attribution_plots", "diagnostics.report", "diagnostics",
-    "comparison",
+    "comparison", "monitor", "dashboard",
     "synthetic",
     "cli",
 )  # fmt: skip
@@ -52,7 +53,7 @@ THIRD_PARTY_OF_TRAINING = {"numpy", "pyarrow", "torch", "torch_geometric", "tqdm
 
 BLOCKED = (
     "polars", "duckdb", "pandera", "dagster", "sklearn", "lightgbm", "arch", "matplotlib", "exchange_calendars",
-    "skfolio", "threadpoolctl",
+    "skfolio", "threadpoolctl", "rich",
 )  # fmt: skip
 
 
