@@ -140,12 +140,10 @@ def _gradients(curves: Mapping[str, Curve]) -> RenderableType:
 
 
 def _machine(run: Progress) -> str:
-    speed = "not measured" if run.samples_per_s is None else f"{run.samples_per_s:,.0f} samples/s"
+    speed = "samples/s not measured" if run.samples_per_s is None else f"{run.samples_per_s:,.0f} samples/s"
     used = "not measured" if run.gpu_utilisation is None else f"{run.gpu_utilisation:.0%}"
-    return (
-        f"{speed if run.samples_per_s is not None else 'samples/s ' + speed}   GPU utilisation {used}   "
-        f"GPU memory {_gibibytes(run.gpu_memory_bytes)}   peak RSS {_gibibytes(run.peak_rss_bytes)}"
-    )
+    memory, rss = _gibibytes(run.gpu_memory_bytes), _gibibytes(run.peak_rss_bytes)
+    return f"{speed}   GPU {used}, its memory {memory}   peak RSS {rss}"
 
 
 # Rows and sentences -----------------------------------------------------------------------------------------------
@@ -193,7 +191,8 @@ def _warnings(frame: Frame) -> list[RenderableType]:
             lines.append(Text(_clean(text), style="bold red"))
         if run.warnings:
             lines.append(Text(f"  what to do: atft diagnose {_clean(run.progress.run_dir)}", style="red"))
-    if any(run.progress.goes_on for run in frame.runs) and not lines:
+    judged = [run for run in frame.runs if run.progress.goes_on and run.unassessed is None]
+    if judged and not lines:
         lines.append(Text("no warning: no rule has fired for three epochs in a row", style="dim"))
     return lines
 

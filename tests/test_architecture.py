@@ -196,6 +196,9 @@ def test_training_runs_where_nothing_else_is_installed(
     status = on_a_bare_machine("status", "--runs", "runs")
     assert status.returncode == 0, status.stderr
     assert "state finished" in status.stdout
+    monitored = on_a_bare_machine("monitor", "--runs", "runs", "--once")
+    assert monitored.returncode == 2
+    assert "which is not installed here; install it" in monitored.stderr
 
 
 # --- tracked files ------------------------------------------------------------------------------------------

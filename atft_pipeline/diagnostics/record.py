@@ -78,8 +78,8 @@ class Record:
     def curve(self, metric: str, *, split: str | None = None, component: str | None = None, term: str = "") -> Curve:
         """A per-epoch series; `split` and `component` None accept any."""
         rows = self.rows(
-            """SELECT epoch, value FROM series
-               WHERE step IS NULL AND metric = ? AND coalesce(term, '') = ?
+            """SELECT epoch, value FROM epoch_series
+               WHERE metric = ? AND coalesce(term, '') = ?
                  AND (?::VARCHAR IS NULL OR split = ?) AND (?::VARCHAR IS NULL OR component = ?)
                  AND isfinite(value)
                ORDER BY epoch""",
@@ -93,7 +93,7 @@ class Record:
         return {int(epoch): float(value) for epoch, value in rows}
 
     def components(self, metric: str) -> list[str]:
-        rows = self.rows("SELECT DISTINCT component FROM series WHERE step IS NULL AND metric = ? ORDER BY 1", metric)
+        rows = self.rows("SELECT DISTINCT component FROM epoch_series WHERE metric = ? ORDER BY 1", metric)
         return [str(row[0]) for row in rows if row[0]]
 
     def evaluation(self, metric: str, split: str = "validation") -> dict[int, tuple[float, float | None]]:
@@ -173,6 +173,8 @@ def open_record(run_dir: Path, until_epoch: int | None = None) -> Record:
         verdict = _read_json(run_dir, "verdict.json", missing)
     connection = duckdb.connect(":memory:", config={"threads": 1})
     rows = sum(_load_table(connection, run_dir, name, until_epoch, missing) for name in TABLES)
+    # Nearly all rows are of steps, and nearly all questions about epochs.
+    connection.execute("CREATE TABLE epoch_series AS SELECT * FROM series WHERE step IS NULL")
     predictions = _find_predictions(run_dir, until_epoch, missing)
     if not (run or verdict or rows or predictions):
         connection.close()

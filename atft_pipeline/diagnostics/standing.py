@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache, partial
 from itertools import takewhile
 from pathlib import Path
 
@@ -17,21 +17,21 @@ from atft_pipeline.lineage import TABLES, read_run
 STANDING_EPOCHS = 3
 """A rule that fires at this many newest complete epochs is a warning; fewer may be the noise of one evaluation."""
 
-LOOKBACK_EPOCHS = 10
-"""How far back the first epoch of a warning is looked for: each epoch not held before is a record to open."""
-
-Stamp = tuple[tuple[str, int, int], ...]
-"""Name, time of change and size of every file that an epoch's assessment reads."""
-
 Files = Mapping[Path, tuple[int, int, int]]
 """Part or predictions file -> its epoch, time of change in ns and size."""
+
+Fired = Mapping[str, Finding]
+"""Rule -> finding of what had fired by the end of an epoch, observations left out."""
+
+_ASSESSED: dict[tuple[Path, int, str], Fired] = {}
+"""(run directory, epoch, stamp of its files) -> what an earlier look of this process found."""
 
 
 @dataclass(frozen=True)
 class StandingWarning:
     """A rule that has fired at every epoch from `since_epoch` to the newest complete one.
 
-    `or_earlier`: `since_epoch` is the last epoch looked at, and the rule may have fired before it too. Cause and
+    `or_earlier`: `since_epoch` is the oldest epoch looked at, and the rule may have fired before it too. Cause and
     evidence are those of the newest epoch.
     """
 
@@ -50,16 +50,16 @@ def standing_warnings(run_dir: Path) -> tuple[StandingWarning, ...]:
 
     Raises InputError where the run cannot be read.
     """
-    files, epochs = _files(run_dir), complete_epochs(run_dir)
-    looked_at = epochs[::-1][:LOOKBACK_EPOCHS]
-    if len(looked_at) < STANDING_EPOCHS:
+    epochs = complete_epochs(run_dir)[::-1]
+    if len(epochs) < STANDING_EPOCHS:
         return ()
+    fired = _fired_newest_first(run_dir, epochs)
     warnings = []
-    for rule, finding in _fired_at(run_dir, looked_at[0], files).items():
-        stretch = list(takewhile(partial(_has_fired, run_dir, files, rule), looked_at))
-        if len(stretch) >= STANDING_EPOCHS:
-            or_earlier = stretch[-1] == looked_at[-1] and len(epochs) > len(looked_at)
-            warnings.append(StandingWarning(rule, finding.cause, finding.evidence, stretch[-1], or_earlier))
+    for rule, finding in fired[0].items():
+        length = sum(1 for _ in takewhile(lambda at, rule=rule: rule in at, fired))  # type: ignore[misc]
+        if length >= STANDING_EPOCHS:
+            or_earlier = length == len(fired) < len(epochs)
+            warnings.append(StandingWarning(rule, finding.cause, finding.evidence, epochs[length - 1], or_earlier))
     return tuple(warnings)
 
 
@@ -70,18 +70,25 @@ def complete_epochs(run_dir: Path) -> list[int]:
     return sorted(epoch for epoch in named if isinstance(done, int) and epoch is not None and epoch <= done)
 
 
-def _has_fired(run_dir: Path, files: Files, rule: str, epoch: int) -> bool:
-    return rule in _fired_at(run_dir, epoch, files)
+def _fired_newest_first(run_dir: Path, epochs: list[int]) -> list[Fired]:
+    """What had fired at the epochs that make a warning, and before them at those that an earlier look assessed.
+
+    Older ones are not assessed for their own sake: a record of 120 epochs takes a second, beside a run that trains.
+    """
+    files, fired = _files(run_dir), list[Fired]()
+    for epoch in epochs:
+        key = (run_dir, epoch, _stamp(files, epoch))
+        if key not in _ASSESSED:
+            if len(fired) >= STANDING_EPOCHS:
+                break
+            _ASSESSED[key] = _assess(run_dir, epoch)
+        fired.append(_ASSESSED[key])
+        if not set.intersection(*map(set, fired)):
+            break
+    return fired
 
 
-def _fired_at(run_dir: Path, epoch: int, files: Files) -> Mapping[str, Finding]:
-    stamp = tuple((str(path), changed, size) for path, (of, changed, size) in files.items() if of <= epoch)
-    return _assessed(run_dir, epoch, stamp)
-
-
-@lru_cache(maxsize=512)
-def _assessed(run_dir: Path, epoch: int, stamp: Stamp) -> Mapping[str, Finding]:  # noqa: ARG001
-    """Rule -> finding of what had fired by the end of `epoch`; the stamp tells a changed record from a known one."""
+def _assess(run_dir: Path, epoch: int) -> Fired:
     record = open_record(run_dir, until_epoch=epoch)
     try:
         findings = assess(measure(record), commands(record))
@@ -91,9 +98,12 @@ def _assessed(run_dir: Path, epoch: int, stamp: Stamp) -> Mapping[str, Finding]:
 
 
 def _files(run_dir: Path) -> Files:
-    found = {}
-    for folder in (*TABLES, "predictions"):
-        for path in sorted((run_dir / folder).glob("epoch_*.parquet")):
-            state = path.stat()
-            found[path] = (part_epoch(path) or 0, state.st_mtime_ns, state.st_size)
-    return found
+    paths = [path for folder in (*TABLES, "predictions") for path in (run_dir / folder).glob("epoch_*.parquet")]
+    states = {path: path.stat() for path in sorted(paths)}
+    return {path: (part_epoch(path) or 0, state.st_mtime_ns, state.st_size) for path, state in states.items()}
+
+
+def _stamp(files: Files, epoch: int) -> str:
+    """Changes with every file that an assessment of `epoch` reads."""
+    read = [(str(path), changed_ns, size) for path, (of, changed_ns, size) in files.items() if of <= epoch]
+    return hashlib.sha256(repr(read).encode()).hexdigest()
