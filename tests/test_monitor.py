@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from atft_process import ATFT, atft_here, content, environment
@@ -24,7 +25,6 @@ from atft_pipeline.dashboard import duration, plain, sparkline
 from atft_pipeline.diagnostics import standing
 from atft_pipeline.diagnostics.record import open_record
 from atft_pipeline.diagnostics.standing import StandingWarning, complete_epochs, standing_warnings
-from atft_pipeline.errors import InputError
 from atft_pipeline.lineage import exclusive
 from atft_pipeline.progress import Progress, read_progress
 
@@ -291,14 +291,18 @@ def test_durations_read_like_a_clock() -> None:
     ]  # fmt: skip
 
 
-def test_a_run_that_cannot_be_judged_is_not_called_free_of_warnings(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def unreadable(run_dir: Path) -> None:
-        raise InputError(f"{run_dir}: torn")
-
+def test_a_run_that_cannot_be_judged_is_not_called_free_of_warnings(tmp_path: Path) -> None:
+    """A version that kept its slices as text."""
     run = going_on(healthy(), tmp_path / "run")
-    monkeypatch.setattr(monitor, "standing_warnings", unreadable)
+    scores = {
+        "Date": ["d"],
+        "Code": ["c"],
+        "split": ["validation"],
+        "is_liquid": ["yes"],
+        "score_1d": [0.2],
+        "target_1d": [0.1],
+    }
+    pq.write_table(pa.table(scores), run / "predictions" / "epoch_020.parquet")
     with held(run):
         text = plain(frame_of(run))
     assert "no rule could be held against it" in text

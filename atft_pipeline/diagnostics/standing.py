@@ -8,10 +8,14 @@ from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 
+import duckdb
+import pyarrow as pa
+
 from atft_pipeline.diagnostics.experiments import commands
 from atft_pipeline.diagnostics.record import open_record, part_epoch
 from atft_pipeline.diagnostics.rules import Finding, assess
 from atft_pipeline.diagnostics.signals import measure
+from atft_pipeline.errors import InputError
 from atft_pipeline.lineage import TABLES, read_run
 
 STANDING_EPOCHS = 3
@@ -48,7 +52,7 @@ def standing_warnings(run_dir: Path) -> tuple[StandingWarning, ...]:
     Each epoch is judged by the record as it stood at its end, once per process while its files stay the same. An
     observation is no warning.
 
-    Raises InputError where the run cannot be read.
+    Raises InputError where the run cannot be read, or holds columns of other types.
     """
     epochs = complete_epochs(run_dir)[::-1]
     if len(epochs) < STANDING_EPOCHS:
@@ -92,6 +96,9 @@ def _assess(run_dir: Path, epoch: int) -> Fired:
     record = open_record(run_dir, until_epoch=epoch)
     try:
         findings = assess(measure(record), commands(record))
+    except (duckdb.Error, pa.ArrowException) as error:
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{run_dir}: its record until epoch {epoch} is of another version ({why})") from error
     finally:
         record.connection.close()
     return {f.rule: f for f in findings if f.status == "fired" and f.severity != "observation"}
