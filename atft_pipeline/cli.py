@@ -53,10 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         print(json.dumps(content, allow_nan=False) if options.json else _text(content), flush=True)
     except BrokenPipeError:
-        # The reader of a pipe went away; Python would complain again when it closes stdout.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         return _refuse(options.name, f"its output cannot be written ({error.strerror}); the work itself is done", 2)
     return code
 
@@ -70,6 +69,11 @@ def script() -> None:
     if "multiprocessing.forkserver" in sys.modules:
         sys.exit(code)  # several processes trained: what they met at is taken down on the usual way out
     os._exit(code)
+
+
+def _discard_output() -> None:
+    """After the reader of a pipe went away: Python would complain again when it closes stdout."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _refuse(name: str, reason: object, code: int) -> int:
@@ -326,6 +330,26 @@ def _status(options: argparse.Namespace) -> Result:
     return {"runs": run_snapshots(options.runs)}, 0
 
 
+def _monitor(options: argparse.Namespace) -> Result:
+    """Prints by itself, a frame after every look, and leaves nothing to print."""
+    from atft_pipeline.monitor import watch_folder, watch_run
+
+    def watch(show: Callable[[Any], None]) -> int:
+        how: dict[str, Any] = {"every_s": options.every, "once": options.once}
+        return watch_run(options.run, show, **how) if options.run else watch_folder(options.runs, show, **how)
+
+    try:
+        if options.json:
+            return {}, watch(lambda frame: print(json.dumps(frame.as_dict(), allow_nan=False), flush=True))
+        from atft_pipeline.dashboard import screen
+
+        with screen() as show:
+            return {}, watch(show)
+    except BrokenPipeError:
+        _discard_output()
+        return {}, 0
+
+
 def _configuration(options: argparse.Namespace, *, sections: tuple[str, ...]) -> tuple[Any, dict[str, Any]]:
     """Preset, the report's variables and `--set`, in this order; a field outside `sections` is refused."""
     from atft_pipeline.config import parse_assignments, report_overrides, with_overrides
@@ -435,6 +459,20 @@ def _parser() -> argparse.ArgumentParser:
 
     status = command("status", _status, "One snapshot of the runs: state, epoch, ETA, losses, gradients, GPU.")
     status.add_argument("--runs", type=Path, default=Path("output/runs"), help="folder of runs (default: %(default)s)")
+
+    monitor = command(
+        "monitor",
+        _monitor,
+        "The runs, live: progress, losses, gradients, degeneracy, GPU, and the rules that have fired for three epochs."
+        " Ctrl-C ends the watching, not the runs (exit 130).",
+    )
+    watched = monitor.add_mutually_exclusive_group()
+    watched.add_argument("--runs", type=Path, default=Path("output/runs"), help="folder of runs (default: %(default)s)")
+    watched.add_argument(
+        "--run", type=Path, metavar="RUN_DIR", help="this run only, until it has ended; exits 1 when it did not succeed"
+    )
+    monitor.add_argument("--every", type=float, default=5.0, metavar="SECONDS", help="pause (default: %(default)s)")
+    monitor.add_argument("--once", action="store_true", help="one frame, then exit")
     return parser
 
 

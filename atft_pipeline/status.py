@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,10 @@ def run_snapshot(run_dir: Path) -> dict[str, Any]:
         series = read_table(run_dir, "series")
     except InputError as error:
         return {"run": run_dir.name, "state": "unreadable", "started": None, "reason": str(error)}
-    state = header["status"]
-    if state == "running" and not is_held(run_dir):
-        state = "killed"
+    state = run_state(run_dir, header)
     left = int(header.get("epochs_planned", 0)) - int(header.get("epochs_done", 0))
-    length = _epoch_length(series) if state == "running" else None
+    times = series_values(series, "epoch_s"), series_values(series, "validation_s")
+    length = epoch_length_s(*times) if state == "running" else None
     return {
         "run": run_dir.name,
         "state": state,
@@ -56,10 +56,18 @@ def run_snapshot(run_dir: Path) -> dict[str, Any]:
     }
 
 
-def _epoch_length(series: pa.Table) -> float | None:
+def run_state(run_dir: Path, header: Mapping[str, Any]) -> str:
+    """What the header says, or `killed` where it says running and no process holds the run."""
+    if header["status"] != "running" or is_held(run_dir):
+        return str(header["status"])
+    # It may have ended between the two looks.
+    ended = read_run(run_dir)["status"]
+    return "killed" if ended == "running" else str(ended)
+
+
+def epoch_length_s(trained_s: Mapping[int, float], validated_s: Mapping[int, float]) -> float | None:
     """Mean seconds of the newest epochs, training and validation; None before the first is complete."""
-    trained, validated = series_values(series, "epoch_s"), series_values(series, "validation_s")
-    newest = [trained[epoch] + validated.get(epoch, 0.0) for epoch in sorted(trained)[-ETA_EPOCHS:]]
+    newest = [trained_s[epoch] + validated_s.get(epoch, 0.0) for epoch in sorted(trained_s)[-ETA_EPOCHS:]]
     return statistics.mean(newest) if newest else None
 
 

@@ -34,13 +34,13 @@ LAYERS: tuple[str, ...] = (
     "losses", "loss_gradients", "activations", "schedule",
     "portfolio", "metrics", "evaluation", "validity", "criterion",
     "lineage", "checkpoints", "scoring", "degeneracy", "weight_average", "step_figures", "inputs_seen",
-    "processes", "run_plan", "verdict", "status", "failures", "training", "launch",
+    "processes", "run_plan", "verdict", "status", "progress", "failures", "training", "launch",
     "baselines", "score_panels", "delivery", "attribution",
     "diagnostics.record", "diagnostics.signals", "diagnostics.inside", "diagnostics.audit", "diagnostics.probes",
     "diagnostics.evidence", "diagnostics.causes", "diagnostics.rules", "diagnostics.ranking",
-    "diagnostics.neighbours", "diagnostics.experiments", "diagnostics.plots",
+    "diagnostics.neighbours", "diagnostics.experiments", "diagnostics.standing", "diagnostics.plots",
     "diagnostics.attribution_tables", "diagnostics.attribution_plots", "diagnostics.report", "diagnostics",
-    "comparison",
+    "comparison", "monitor", "dashboard",
     "synthetic",
     "cli",
 )  # fmt: skip
@@ -54,7 +54,7 @@ THIRD_PARTY_OF_TRAINING = {"numpy", "pyarrow", "torch", "torch_geometric", "tqdm
 
 BLOCKED = (
     "polars", "duckdb", "pandera", "dagster", "sklearn", "lightgbm", "arch", "matplotlib", "exchange_calendars",
-    "skfolio", "threadpoolctl",
+    "skfolio", "threadpoolctl", "rich",
 )  # fmt: skip
 
 
@@ -197,6 +197,9 @@ def test_training_runs_where_nothing_else_is_installed(
     status = on_a_bare_machine("status", "--runs", "runs")
     assert status.returncode == 0, status.stderr
     assert "state finished" in status.stdout
+    monitored = on_a_bare_machine("monitor", "--runs", "runs", "--once")
+    assert monitored.returncode == 2
+    assert "which is not installed here; install it" in monitored.stderr
 
 
 # --- tracked files ------------------------------------------------------------------------------------------

@@ -296,7 +296,18 @@ def test_the_module_is_the_command() -> None:
 def test_help_names_every_command() -> None:
     done = atft("--help")
     assert done.returncode == 0
-    commands = {"market", "features", "graph", "train", "evaluate", "deliver", "diagnose", "compare", "status"}
+    commands = {
+        "market",
+        "features",
+        "graph",
+        "train",
+        "evaluate",
+        "deliver",
+        "diagnose",
+        "compare",
+        "status",
+        "monitor",
+    }
     assert commands <= set(done.stdout.split())
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from atft_pipeline.errors import InputError
 from atft_pipeline.lineage import RunRecord, exclusive
-from atft_pipeline.status import run_snapshot, run_snapshots
+from atft_pipeline.status import run_snapshot, run_snapshots, run_state
 
 
 def started_run(path, epochs=5, status="running", started="2024-01-01", validation_s=True):
@@ -47,6 +47,12 @@ def test_the_time_left_needs_no_more_than_training_times(tmp_path):
 def test_a_run_that_says_running_and_is_held_by_no_process_was_killed(tmp_path):
     snapshot = run_snapshot(started_run(tmp_path / "run"))
     assert (snapshot["state"], snapshot["eta_s"]) == ("killed", None)
+
+
+def test_a_run_that_ends_between_two_looks_was_not_killed(tmp_path):
+    """run.json still said running when it was read, and the lock was gone when it was asked for."""
+    run = started_run(tmp_path / "run", status="finished")
+    assert run_state(run, {"status": "running"}) == "finished"
 
 
 @pytest.mark.parametrize("status", ["finished", "failed"])

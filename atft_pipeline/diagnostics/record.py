@@ -27,13 +27,20 @@ KEYS: dict[str, str] = {
 }
 """What names a row: of two rows with the same key (an epoch repeated after a restart) the later part counts."""
 
+EpochRows = dict[tuple[str, str], list[tuple[str, str, int, float]]]
+"""(metric, term) -> (split, component, epoch, value) of the rows of whole epochs whose value is finite: nearly all rows
+are of steps, and nearly all questions about epochs."""
+
 Curve = dict[int, float]
 """Epoch -> value, ascending, NaN and null left out."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """A run's own record. `missing` names every file that was expected and could not be used, and why."""
+    """A run's own record. `missing` names every file that was expected and could not be used, and why.
+
+    `is_past`: the record as it stood at an earlier epoch, after which the run went on.
+    """
 
     run_dir: Path
     run: dict[str, Any]
@@ -41,6 +48,8 @@ class Record:
     predictions: dict[int, Path]
     missing: tuple[str, ...]
     connection: duckdb.DuckDBPyConnection
+    epoch_rows: EpochRows
+    is_past: bool = False
 
     def rows(self, query: str, *parameters: object) -> list[tuple[Any, ...]]:
         return self.connection.execute(query, list(parameters)).fetchall()
@@ -73,24 +82,16 @@ class Record:
 
     def curve(self, metric: str, *, split: str | None = None, component: str | None = None, term: str = "") -> Curve:
         """A per-epoch series; `split` and `component` None accept any."""
-        rows = self.rows(
-            """SELECT epoch, value FROM series
-               WHERE step IS NULL AND metric = ? AND coalesce(term, '') = ?
-                 AND (?::VARCHAR IS NULL OR split = ?) AND (?::VARCHAR IS NULL OR component = ?)
-                 AND isfinite(value)
-               ORDER BY epoch""",
-            metric,
-            term,
-            split,
-            split,
-            component,
-            component,
-        )
-        return {int(epoch): float(value) for epoch, value in rows}
+        found = {
+            epoch: value
+            for its_split, its_component, epoch, value in self.epoch_rows.get((metric, term), ())
+            if split in (None, its_split) and component in (None, its_component)
+        }
+        return dict(sorted(found.items()))
 
     def components(self, metric: str) -> list[str]:
-        rows = self.rows("SELECT DISTINCT component FROM series WHERE step IS NULL AND metric = ? ORDER BY 1", metric)
-        return [str(row[0]) for row in rows if row[0]]
+        found = {row[1] for (name, _), rows in self.epoch_rows.items() if name == metric for row in rows}
+        return sorted(str(component) for component in found if component)
 
     def evaluation(self, metric: str, split: str = "validation") -> dict[int, tuple[float, float | None]]:
         """Epoch -> (value, standard error or None) of a statistic in the criterion's slice."""
@@ -119,7 +120,12 @@ class Record:
 
     @property
     def is_locked(self) -> bool:
-        """Whether a process is writing this run right now: it holds `.lock`, which dies with it."""
+        """Whether a process is writing this run right now: it holds `.lock`, which dies with it.
+
+        At an epoch after which the run went on one was.
+        """
+        if self.is_past:
+            return True
         try:
             with (self.run_dir / ".lock").open() as handle:
                 fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -142,8 +148,11 @@ class Record:
         return int(planned) if planned > 0 else None
 
 
-def open_record(run_dir: Path) -> Record:
+def open_record(run_dir: Path, until_epoch: int | None = None) -> Record:
     """Everything of `run_dir` that can be read, and nothing from outside it.
+
+    With `until_epoch` as it stood at the end of that epoch: rows and predictions of later epochs are left out, and
+    where the run has gone on since, so is the verdict, and run.json says `running`.
 
     Raises InputError where the folder does not exist or holds nothing readable of a run.
     """
@@ -152,17 +161,51 @@ def open_record(run_dir: Path) -> Record:
         raise InputError(f"{run_dir}: no such run directory; give the folder that holds run.json, series/ and evals/")
     missing: list[str] = []
     run = _read_json(run_dir, "run.json", missing)
-    verdict = _read_json(run_dir, "verdict.json", missing)
+    is_past = until_epoch is not None and _newest_epoch(run_dir, run) > until_epoch
+    if is_past:
+        verdict = {}
+        run |= {"status": "running", "ended": None, "reason": None, "epochs_done": until_epoch} if run else {}
+        missing.append(f"verdict.json: later than epoch {until_epoch}")
+    else:
+        verdict = _read_json(run_dir, "verdict.json", missing)
     connection = duckdb.connect(":memory:", config={"threads": 1})
-    rows = sum(_load_table(connection, run_dir, name, missing) for name in TABLES)
-    predictions = _find_predictions(run_dir, missing)
+    rows = sum(_load_table(connection, run_dir, name, until_epoch, missing) for name in TABLES)
+    predictions = _find_predictions(run_dir, until_epoch, missing)
     if not (run or verdict or rows or predictions):
         connection.close()
         raise InputError(
             f"{run_dir}: nothing readable of a run (no run.json, verdict.json, series/, evals/, daily/ or predictions/"
             " with content); give a directory written by `atft train` or by a training asset"
         )
-    return Record(run_dir, run, verdict, predictions, tuple(missing), connection)
+    return Record(run_dir, run, verdict, predictions, tuple(missing), connection, _epoch_rows(connection), is_past)
+
+
+def _epoch_rows(connection: duckdb.DuckDBPyConnection) -> EpochRows:
+    found: EpochRows = {}
+    rows = connection.execute(
+        """SELECT metric, coalesce(term, ''), split, component, epoch, value FROM series
+           WHERE step IS NULL AND epoch IS NOT NULL AND isfinite(value)"""
+    ).fetchall()
+    for metric, term, split, component, epoch, value in rows:
+        found.setdefault((metric, term), []).append((split, component, int(epoch), float(value)))
+    return found
+
+
+def part_epoch(path: Path) -> int | None:
+    """The epoch that the name of a part or of a predictions file says; None where it says none."""
+    match = re.fullmatch(r"epoch_(\d+)", path.stem)
+    return int(match.group(1)) if match else None
+
+
+def _newest_epoch(run_dir: Path, run: dict[str, Any]) -> float:
+    named = [part_epoch(path) or 0 for name in TABLES for path in (run_dir / name).glob("epoch_*.parquet")]
+    return max([as_number(run.get("epochs_done"), 0), *named])
+
+
+def _parts(folder: Path, pattern: str, until_epoch: int | None) -> list[Path]:
+    """Files of `folder` by name, without those of epochs after `until_epoch`."""
+    paths = sorted(folder.glob(pattern))
+    return [path for path in paths if until_epoch is None or (part_epoch(path) or 0) <= until_epoch]
 
 
 def as_number(value: object, default: float) -> float:
@@ -192,10 +235,12 @@ def _read_json(run_dir: Path, name: str, missing: list[str]) -> dict[str, Any]:
     return {}
 
 
-def _load_table(connection: duckdb.DuckDBPyConnection, run_dir: Path, name: str, missing: list[str]) -> int:
+def _load_table(
+    connection: duckdb.DuckDBPyConnection, run_dir: Path, name: str, until_epoch: int | None, missing: list[str]
+) -> int:
     """Creates table `name` from its readable parts; returns the number of rows."""
     parts = []
-    paths = sorted((run_dir / name).glob("*.parquet"))
+    paths = _parts(run_dir / name, "*.parquet", until_epoch)
     for number, path in enumerate(paths):
         part = _read_part(path, run_dir, TABLES[name], missing)
         if part is not None:
@@ -209,7 +254,9 @@ def _load_table(connection: duckdb.DuckDBPyConnection, run_dir: Path, name: str,
     connection.register("loaded", loaded)
     connection.execute(
         f"""CREATE TABLE {name} AS SELECT * EXCLUDE (part) FROM loaded
-            QUALIFY row_number() OVER (PARTITION BY {KEYS[name]} ORDER BY part DESC) = 1"""
+            WHERE coalesce(epoch <= ?, true)
+            QUALIFY row_number() OVER (PARTITION BY {KEYS[name]} ORDER BY part DESC) = 1""",
+        [until_epoch],
     )
     connection.unregister("loaded")
     return loaded.num_rows
@@ -230,10 +277,10 @@ def _read_part(path: Path, run_dir: Path, schema: pa.Schema, missing: list[str])
     return None
 
 
-def _find_predictions(run_dir: Path, missing: list[str]) -> dict[int, Path]:
+def _find_predictions(run_dir: Path, until_epoch: int | None, missing: list[str]) -> dict[int, Path]:
     found: dict[int, Path] = {}
-    for path in sorted((run_dir / "predictions").glob("epoch_*.parquet")):
-        match = re.fullmatch(r"epoch_(\d+)", path.stem)
+    for path in _parts(run_dir / "predictions", "epoch_*.parquet", until_epoch):
+        epoch = part_epoch(path)
         problem = _outside(path, run_dir)
         if problem is None:
             try:
@@ -242,8 +289,8 @@ def _find_predictions(run_dir: Path, missing: list[str]) -> dict[int, Path]:
                 problem = f"torn or unreadable ({_first_line(error)})"
         if problem is not None:
             missing.append(f"predictions/{path.name}: {problem}")
-        elif match:
-            found[int(match.group(1))] = path
+        elif epoch is not None:
+            found[epoch] = path
     if not found:
         missing.append("predictions/: none readable")
     return found
