@@ -33,10 +33,15 @@ class Market:
 
 
 def market(
-    seed: int, strength: float = 1.0, tail_freedom: float = 5.0, hard: bool = False, generate: str = ""
+    seed: int,
+    strength: float = 1.0,
+    tail_freedom: float = 5.0,
+    hard: bool = False,
+    generate: str = "",
+    size: tuple[int, int] = (STOCKS, SESSIONS),
 ) -> Market:
     arguments: dict[str, object] = {
-        "stocks": STOCKS, "sessions": SESSIONS, "seed": seed, "strength": strength, "tail_freedom": tail_freedom,
+        "stocks": size[0], "sessions": size[1], "seed": seed, "strength": strength, "tail_freedom": tail_freedom,
         "hard": hard,
     }  # fmt: skip
     parts = [f"seed{seed}", f"strength{strength:g}", f"tails{tail_freedom:g}", "hard" if hard else "", generate]
