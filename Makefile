@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help run test ui lint bench-quality constraints
+.PHONY: help run test ui lint bench-quality bench-diagnostics constraints
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -29,6 +29,9 @@ ui: $(STAMP)  ## the Dagster UI on http://localhost:3000
 
 bench-quality: $(STAMP)  ## what the network learns of a market whose answer is known: the table in README.md
 	$(BIN)/python bench/quality.py output/quality --readme README.md
+
+bench-diagnostics: $(STAMP)  ## faults planted into real runs, and whether the diagnosis names them: the table in README.md
+	$(BIN)/python bench/diagnostics.py output/diagnostics --readme README.md
 
 constraints: $(STAMP)  ## write what is installed back to constraints.txt
 	{ head -1 constraints.txt; $(BIN)/pip freeze --exclude-editable | sed 's/+cpu//'; } > .constraints.new

@@ -13,9 +13,14 @@ from pathlib import Path
 import torch
 
 from atft_pipeline.diagnostics import diagnose
+from atft_pipeline.diagnostics.probes import PROBES, run_probes
+from atft_pipeline.diagnostics.record import open_record
 
 if __name__ == "__main__":
     task = json.loads(sys.argv[1])
     torch.set_num_threads(1)
-    diagnosis = diagnose(Path(task["run"]), probes="all")
+    record = open_record(Path(task["run"]))
+    run_probes(record, PROBES)  # without the remedies, which rank nothing
+    record.connection.close()
+    diagnosis = diagnose(Path(task["run"]))
     Path(task["out"]).write_text(json.dumps([asdict(finding) for finding in diagnosis.findings]))

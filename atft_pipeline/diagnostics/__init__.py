@@ -15,7 +15,7 @@ from atft_pipeline.config import from_dict
 from atft_pipeline.diagnostics.evidence import gather
 from atft_pipeline.diagnostics.experiments import ExperimentAdvice, advise, commands
 from atft_pipeline.diagnostics.neighbours import runs_beside
-from atft_pipeline.diagnostics.probes import PROBES, run_probes, stored_probes
+from atft_pipeline.diagnostics.probes import PROBES, REMEDIES, run_probes, run_remedies, stored_probes
 from atft_pipeline.diagnostics.ranking import Ranking, rank
 from atft_pipeline.diagnostics.record import Record, open_record
 from atft_pipeline.diagnostics.report import Diagnosis, ReportPaths, headline, write_report
@@ -43,9 +43,11 @@ def diagnose(run_dir: Path, probes: Probes = "none") -> Diagnosis:
     try:
         signals, findings, ranking = _assessed(record)
         if probes != "none":
-            leading = [cause.probe for cause in ranking.causes[:PROBED_CAUSES]]
-            run_probes(record, PROBES if probes == "all" else [name for name in leading if name in PROBES])
+            leading = ranking.causes[:PROBED_CAUSES]
+            run_probes(record, PROBES if probes == "all" else [c.probe for c in leading if c.probe in PROBES])
             signals, findings, ranking = _assessed(record)
+            if ranking.conclusion != "healthy":
+                run_remedies(record, [c.id for c in ranking.causes[:PROBED_CAUSES] if c.id in REMEDIES])
         final = record.verdict.get("final")
         return Diagnosis(
             run_dir=record.run_dir,

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -340,30 +341,43 @@ def replay(record: Record) -> Figures:
     return {"replay_differs": float(found != hashes[0][0])}
 
 
-def remedy(record: Record, overrides: dict[str, Any] | None = None) -> Figures:
-    """Two epochs as the run was set and two with `overrides`, same seed and batches, paired by session."""
+REMEDIES: dict[str, Callable[[Record], dict[str, Any]]] = {
+    "lr_too_high": lambda record: {"train.optimizer.lr": record.number("train.optimizer.lr", 1e-3) / 10},
+    "lr_too_low": lambda record: {"train.optimizer.lr": max(10 * record.number("train.optimizer.lr", 1e-4), 1e-3)},
+    "lr_decayed_early": lambda _: {"train.schedule.name": "constant"},
+    "scheduler_never_steps": lambda _: {"train.schedule.name": "constant", "train.schedule.warmup_fraction": 0.0},
+    "clipping_too_tight": lambda _: {"train.optimizer.clip_norm": 1.0},
+    "sharpe_term_light": lambda record: {"train.loss.sharpe": max(0.3, 3 * record.number("train.loss.sharpe", 0.0))},
+    "terms_in_conflict": lambda _: {"train.loss.rank_ic": 0.0, "train.loss.sharpe": 0.0},
+    "variance_penalty_dominates": lambda _: {"train.loss.variance_penalty": 0.0},
+}
+"""Cause -> the settings that would remove it; what settings cannot remove has none."""
+
+
+def remedy(record: Record, cause: str) -> Figures:
+    """Two epochs as the run was set and two with the cause's remedy, same seed and batches, IC paired by session.
+
+    The settings are those of this code: where a fault lies in code that has changed since, both are without it.
+    """
     from atft_pipeline.config import with_overrides
     from atft_pipeline.training import train
 
-    if not overrides:
-        raise InputError("no remedy of this cause can be tried by settings alone")
+    if cause not in REMEDIES:
+        raise InputError("no settings remove this cause")
     config, dataset = _config(record), _dataset(record)
     short = replace(config, train=replace(config.train, epochs=PROBE_EPOCHS))
-    ics = []
+    ics: list[dict[Any, float]] = []
     with tempfile.TemporaryDirectory() as folder:
-        for name, settings in (("as_it_was", short), ("changed", with_overrides(short, overrides))):
+        for name, settings in (("as_it_was", short), ("changed", with_overrides(short, REMEDIES[cause](record)))):
             run_dir = Path(folder) / name
             train(settings, dataset, Path(record.run["graph_path"]), run_dir, device="cpu", log=lambda _: None)
             rows = pq.read_table(run_dir / "daily").to_pylist()
-            ics.append(
-                {
-                    row["date"]: row["ic"]
-                    for row in rows
-                    if (row["epoch"], row["split"], row["slice"]) == (PROBE_EPOCHS, "validation", record.slice)
-                }
-            )
-    days = sorted(set(ics[0]) & set(ics[1]))
-    mean, error = mean_and_error(np.array([(ics[1][d] or 0.0) - (ics[0][d] or 0.0) for d in days], float))
+            place = (PROBE_EPOCHS, "validation", record.slice)
+            ics.append({row["date"]: row["ic"] for row in rows if (row["epoch"], row["split"], row["slice"]) == place})
+    gains = [ics[1][day] - ics[0][day] for day in ics[0] if None not in (ics[0][day], ics[1].get(day))]
+    if len(gains) < 2:
+        raise InputError("no session has an IC on both sides")
+    mean, error = mean_and_error(np.array(gains))
     return {"remedy_ic_gain": mean, "remedy_ic_gain_t": mean / error if error else None}
 
 
@@ -375,7 +389,9 @@ PROBES: dict[str, Callable[[Record], Figures]] = {
     "ablate": ablate,
     "replay": replay,
 }
-"""Probes that need nothing but the run. `remedy` needs the settings to try."""
+"""Probes that need nothing but the run."""
+REMEDY = "remedy"
+"""Probe of a cause that settings remove: `remedy` of that cause."""
 
 
 PROBE_SIGNALS: dict[str, tuple[str, ...]] = {
@@ -395,35 +411,48 @@ PROBE_SIGNALS: dict[str, tuple[str, ...]] = {
 def run_probes(record: Record, names: Iterable[str]) -> None:
     """Makes the named probes and stores their figures; those of an earlier call are made again."""
     for name in dict.fromkeys(names):
-        started = time.perf_counter()
-        try:
-            content: dict[str, Any] = {"figures": PROBES[name](record)}
-        except (InputError, RunFailure, OSError, KeyError, RuntimeError, pa.ArrowException) as error:
-            content = {"figures": {}, "not_made": str(error).splitlines()[0] if str(error) else type(error).__name__}
-        content |= {"probe": name, "run_key": record.run.get("key"), "seconds": time.perf_counter() - started}
-        content["figures"] = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in content["figures"].items()
-        }
-        write_json(record.run_dir / "probes" / f"{name}.json", content)
+        _run(record, name, PROBES[name])
+
+
+def run_remedies(record: Record, causes: Iterable[str]) -> None:
+    """Tries the remedy of each cause and stores what it brought."""
+    for cause in dict.fromkeys(causes):
+        _run(record, f"{REMEDY}_{cause}", partial(remedy, cause=cause))
+
+
+def _run(record: Record, name: str, probe: Callable[[Record], Figures]) -> None:
+    started = time.perf_counter()
+    try:
+        content: dict[str, Any] = {"figures": probe(record)}
+    except (InputError, RunFailure, OSError, KeyError, RuntimeError, pa.ArrowException) as error:
+        content = {"figures": {}, "not_made": str(error).splitlines()[0] if str(error) else type(error).__name__}
+    content |= {"probe": name, "run_key": record.run.get("key"), "seconds": time.perf_counter() - started}
+    content["figures"] = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in content["figures"].items()
+    }
+    write_json(record.run_dir / "probes" / f"{name}.json", content)
 
 
 def stored_probes(record: Record) -> list[dict[str, Any]]:
-    """Contents of the `probes/NAME.json` of this very run, readable ones alone."""
+    """Contents of the `probes/NAME.json` that were made of this very run, readable ones alone."""
     found = []
-    for name in PROBES:
-        path = record.run_dir / "probes" / f"{name}.json"
-        if path.is_file():
-            with suppress(OSError, ValueError):
-                content = json.loads(path.read_text(encoding="utf-8"))
-                if isinstance(content, dict) and content.get("run_key") == record.run.get("key"):
-                    found.append(content)
+    for path in sorted((record.run_dir / "probes").glob("*.json")):
+        with suppress(OSError, ValueError):
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if isinstance(content, dict) and "probe" in content and content.get("run_key") == record.run.get("key"):
+                found.append(content)
     return found
 
 
 def probe_figures(record: Record) -> dict[str, float | str | None]:
-    """What the stored probes measured."""
-    return {name: value for probe in stored_probes(record) for name, value in (probe.get("figures") or {}).items()}
+    """What the stored probes of PROBES measured; what a remedy brought is for the reader."""
+    return {
+        name: value
+        for probe in stored_probes(record)
+        if probe["probe"] in PROBES
+        for name, value in (probe.get("figures") or {}).items()
+    }
 
 
 def _config(record: Record) -> Any:
