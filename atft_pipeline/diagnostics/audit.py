@@ -32,6 +32,8 @@ INPUT_TOLERANCE = 1e-3
 OF_SESSIONS = 0.5
 """A feature differs where more than this share of its sampled sessions does: one odd session is a revised dataset."""
 SCALED = 5.0
+LEAVING_SESSIONS, LEAVING_ROWS, LEAVING_TAIL = 250, 60_000, 20
+"""A hundredth of the stocks leaves in a year: on 240 stock-years none leaving has a probability of a tenth."""
 DRIFTED = 10.0
 TARGET_CLIP = 5.0
 
@@ -45,8 +47,8 @@ SIGNALS: tuple[str, ...] = (
     "validation_elsewhere", "validation_in_training", "targets_unlike_dataset", "rows_not_scored",
     "predicted_ic_correlation", "ic_gap", "sharpe_ratio_to_daily", "annualised_gap", "squared_error_gap",
     "squared_error_gap_negated", "tied_scores",
-    "inputs_unlike_dataset", "inputs_constant", "inputs_scaled", "inputs_drifted", "labels_unlike_dataset",
-    "stocks_not_given", "feature_ic", "feature_ic_name",
+    "inputs_unlike_dataset", "inputs_constant", "inputs_constant_share", "inputs_scaled", "inputs_drifted", "labels_unlike_dataset",
+    "stocks_not_given", "feature_ic", "feature_ic_name", "codes_that_leave",
 )  # fmt: skip
 
 
@@ -227,7 +229,7 @@ def _inputs(record: Record) -> dict[str, Value]:
         found |= _feature_ic(record) | _drift(record)
         data = _dataset(record)
         if data is not None:
-            found |= _inputs_agree(record, data)
+            found |= _inputs_agree(record, data) | _leaving(record, data)
     finally:
         record.connection.unregister("given")
     return found
@@ -258,6 +260,15 @@ def _drift(record: Record) -> dict[str, Value]:
     known = [(before, after) for _, before, after in rows if before and after]
     drifted = sum(max(after / before, before / after) > DRIFTED for before, after in known)
     return {"inputs_drifted": float(drifted)} if known else {}
+
+
+def _leaving(record: Record, data: _Dataset) -> dict[str, Value]:
+    """Stocks whose rows end before the dataset does; None where it is too small to expect one."""
+    if len(data.sessions) < LEAVING_SESSIONS or len(data.sessions) * data.manifest["stocks"] < LEAVING_ROWS:
+        return {}
+    cut = data.sessions[-LEAVING_TAIL].item()
+    query = "SELECT count(*) FROM (SELECT Code FROM read_parquet(?) GROUP BY Code HAVING max(Date) < ?)"
+    return {"codes_that_leave": record.scalar(query, data.members, cut)}
 
 
 def _inputs_agree(record: Record, data: _Dataset) -> dict[str, Value]:
@@ -297,10 +308,13 @@ def _inputs_agree(record: Record, data: _Dataset) -> dict[str, Value]:
     def features_where(condition: Callable[[Any], bool]) -> float:
         return float(len({row[0] for row in rows if not row[0].startswith("target_") and condition(row)}))
 
+    varying = len({row[0] for row in rows if not row[0].startswith("target_")})
+    constant = features_where(lambda row: row[3] > OF_SESSIONS)
     train = [row for row in rows if row[1] == "train" and not row[0].startswith("target_") and row[5] is not None]
     return {
         "inputs_unlike_dataset": features_where(lambda row: (row[2] or 0.0) > OF_SESSIONS),
-        "inputs_constant": features_where(lambda row: row[3] > OF_SESSIONS),
+        "inputs_constant": constant,
+        "inputs_constant_share": constant / max(varying, 1),
         "inputs_scaled": features_where(
             lambda row: bool(row[4]) and not 1 / SCALED <= row[4] <= SCALED and row[3] <= OF_SESSIONS
         ),

@@ -71,6 +71,11 @@ def lost_update_share(record: Record) -> float | None:
     return max((share for name, share in trained.items() if name in whole & free), default=None)
 
 
+def parameter_bits(record: Record) -> float | None:
+    """Bits of the narrowest parameter."""
+    return min(_by_component(record, "parameter_bits").values(), default=None)
+
+
 def largest_update(record: Record) -> float | None:
     """Largest update-to-weight ratio of any component, median over epochs."""
     return max(_by_component(record, "update_to_weight").values(), default=None)
@@ -104,6 +109,21 @@ def lr_jump_on_resume(record: Record) -> float | None:
         return None
     expected = plan[after] / plan[resumed] if plan[resumed] else 1.0
     return abs(math.log(max(rates[after] / rates[resumed], 1e-12) / max(expected, 1e-12)))
+
+
+def loss_jump_on_resume(record: Record) -> float | None:
+    """Rise of the training loss over a resume, in median absolute changes from epoch to epoch; 0 without a resume."""
+    if not record.run:
+        return None
+    resumed = int(as_number(record.run.get("resumed_after_epoch"), 0))
+    if not resumed:
+        return 0.0
+    losses = record.curve("loss_weighted", split="train", term="total")
+    changes = [abs(losses[epoch + 1] - losses[epoch]) for epoch in losses if epoch + 1 in losses and epoch != resumed]
+    usual = float(np.median(changes)) if len(changes) >= 3 else 0.0
+    if resumed not in losses or resumed + 1 not in losses or not usual:
+        return None
+    return (losses[resumed + 1] - losses[resumed]) / usual
 
 
 def plateau_against_losses(record: Record) -> float | None:
@@ -249,9 +269,11 @@ _ALL: tuple[Callable[[Record], Value], ...] = (
     unoptimized_components,
     unoptimized_component_names,
     lost_update_share,
+    parameter_bits,
     largest_update,
     update_per_lr,
     lr_jump_on_resume,
+    loss_jump_on_resume,
     plateau_against_losses,
     terms_without_effect,
     effective_weights,
