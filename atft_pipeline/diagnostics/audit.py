@@ -47,7 +47,8 @@ SIGNALS: tuple[str, ...] = (
     "validation_elsewhere", "validation_in_training", "targets_unlike_dataset", "rows_not_scored",
     "predicted_ic_correlation", "ic_gap", "sharpe_ratio_to_daily", "annualised_gap", "squared_error_gap",
     "squared_error_gap_negated", "tied_scores",
-    "inputs_unlike_dataset", "inputs_constant", "inputs_constant_share", "inputs_scaled", "inputs_drifted", "labels_unlike_dataset",
+    "inputs_unlike_dataset", "inputs_constant", "inputs_constant_share", "inputs_scaled", "inputs_drifted",
+    "labels_unlike_dataset",
     "stocks_not_given", "feature_ic", "feature_ic_name", "codes_that_leave",
 )  # fmt: skip
 

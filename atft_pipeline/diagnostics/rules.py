@@ -990,7 +990,7 @@ RULES: tuple[Rule, ...] = (
         "learning rate",
         "defect",
         _when(("parameter_bits", "<", 32)),
-        "{parameter_bits:.0f} bits; {lost_update_share:.0%} of a trained component's weights were the same after a step",
+        "{parameter_bits:.0f} bits; a step left {lost_update_share:.0%} of a trained component's weights as they were",
         "keep the parameters in float32 (train.precision=bf16-mixed computes in bf16 and does so): {rerun}",
         "Encoder gradients low?",
         "parameter bits",
