@@ -1,12 +1,16 @@
 """Why a run got the Sharpe it got: findings with evidence and next steps, written into the run's own directory."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import dagster as dg
 
 from assets.checks import recorded_run
 from assets.outcomes import failing_with_one_sentence, markdown_table, numbers
 from assets.training import run_asset_key
+
+if TYPE_CHECKING:
+    from atft_pipeline.diagnostics import Diagnosis, ReportPaths
 
 
 def diagnostics_asset(epochs: int) -> dg.AssetsDefinition:
@@ -39,9 +43,14 @@ def explained(
     diagnosis = diagnose(run_dir)
     report = write_report(run_dir, diagnosis)
     context.log.info(f"{diagnosis.headline} Report: {report.html}")
+    return explanation(diagnosis, report)
+
+
+def explanation(diagnosis: "Diagnosis", report: "ReportPaths") -> dict[str, dg.MetadataValue | str]:
+    """A written report as metadata."""
     statuses = [finding.status for finding in diagnosis.findings]
     return {
-        "run_dir": dg.MetadataValue.path(str(run_dir)),
+        "run_dir": dg.MetadataValue.path(str(diagnosis.run_dir)),
         "headline": diagnosis.headline,
         "verdict": diagnosis.verdict_line,
         "warnings": markdown_table([{"warning": warning} for warning in diagnosis.warnings]),

@@ -36,9 +36,10 @@ LAYERS: tuple[str, ...] = (
     "lineage", "checkpoints", "scoring", "degeneracy", "weight_average", "step_figures", "processes", "run_plan",
     "verdict", "status", "failures", "training", "launch",
     "baselines", "score_panels", "delivery", "attribution",
-    "diagnostics.record", "diagnostics.signals", "diagnostics.rules", "diagnostics.experiments", "diagnostics.plots",
+    "diagnostics.record", "diagnostics.paired", "diagnostics.signals", "diagnostics.rules", "diagnostics.experiments",
+    "diagnostics.plots",
     "diagnostics.attribution_tables", "diagnostics.attribution_plots", "diagnostics.report", "diagnostics",
-    "comparison",
+    "experiment", "comparison",
     "synthetic",
     "cli",
 )  # fmt: skip
