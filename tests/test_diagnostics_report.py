@@ -90,7 +90,8 @@ def test_experiment_of_a_run_without_an_evaluation_is_the_training_alone(tmp_pat
     tables = healthy(0.0)
     tables.daily = []
     run_dir = tables.write(tmp_path / "run")
-    words = shlex.split(next(e for e in diagnose(run_dir).experiments if e.id == "C").command)
+    advice = next(e for e in diagnose(run_dir).experiments if e.id == "C")
+    words = shlex.split(advice.command)
     assert words[:2] == ["atft", "train"]
     assert words[2:5] == [tables.run["dataset_path"], tables.run["graph_path"], f"{run_dir}-experiment-c"]
     assert words[5] == "--preset"
@@ -98,6 +99,11 @@ def test_experiment_of_a_run_without_an_evaluation_is_the_training_alone(tmp_pat
     config = with_overrides(preset(words[6]), parse_assignments(words[8::2]))
     expected = with_overrides(quick(), {"train.optimizer.lr": BASE_LR, "model.hidden_size": 512})
     assert to_dict(config) == to_dict(expected)
+    words = shlex.split(advice.dagster)
+    assert words[:-1] == [
+        "ATFT_PRESET=quick", "dagster", "asset", "materialize", "--select", "model_20ep", "--config-json",
+    ]  # fmt: skip
+    assert json.loads(words[-1])["ops"]["train_20ep"]["config"]["overrides"] == advice.overrides
 
 
 def test_experiment_of_a_phased_run_changes_the_phases_that_name_the_sharpe_term(tmp_path: Path) -> None:

@@ -15,6 +15,9 @@ from atft_pipeline.presets import PRESETS
 
 TRAINING_SECTIONS = ("split", "model", "train", "evaluation")
 """What a training command decides; `dataset` and `graph` come with the files it is given."""
+DAGSTER_RUN_LENGTHS = (5, 20, 50, 120)
+"""Epochs of the training assets."""
+CRITERION_RUN_LENGTH = 20
 DAGSTER_JOB = "experiments"
 """Job of the code location that runs one experiment, named by its partition."""
 DAGSTER_OP = "experiment"
@@ -57,8 +60,8 @@ class ExperimentAdvice:
     why: str
     overrides: dict[str, Any]
     command: str
-    """Trains the experiment, compares it with the run and writes the run's report anew; where the run has nothing to
-    be compared with, only trains it."""
+    """Trains the experiment, compares it with the run and writes the run's report anew; where the run has nothing to be
+    compared with, only trains it."""
     dagster: str
     """The same through Dagster."""
 
@@ -154,8 +157,22 @@ def experiment_dagster_command(record: Record, id: str) -> str:
     `dagster job launch` knows no partition and leaves the run to a code server, `dagster job execute` reads no
     configuration from its arguments.
     """
+    if not _is_comparable(record):
+        return _dagster_training(record, experiment_overrides(record)[id])
     config = json.dumps({"ops": {DAGSTER_OP: {"config": {"run_dir": str(record.run_dir)}}}})
     return f"dg launch --job {DAGSTER_JOB} --partition {id} --config-json {shlex.quote(config)}"
+
+
+def _dagster_training(record: Record, overrides: Mapping[str, Any]) -> str:
+    """The change alone as run config of the training op, on top of what this run was given."""
+    given = record.run.get("overrides")
+    recorded: dict[str, Any] = given if isinstance(given, dict) else {}
+    kept = {field: value for field, value in recorded.items() if "." in field and field != "train.epochs"}
+    epochs = min(DAGSTER_RUN_LENGTHS, key=lambda length: abs(length - (record.epochs_planned or CRITERION_RUN_LENGTH)))
+    config = json.dumps({"ops": {f"train_{epochs}ep": {"config": {"overrides": kept | dict(overrides)}}}})
+    preset = recorded.get("preset")
+    prefix = f"ATFT_PRESET={_quote(preset)} " if preset else ""
+    return f"{prefix}dagster asset materialize --select model_{epochs}ep --config-json {shlex.quote(config)}"
 
 
 def _is_comparable(record: Record) -> bool:
