@@ -8,6 +8,7 @@ import dagster as dg
 from assets.diagnostics import diagnostics_key, explanation
 from assets.outcomes import failing_with_one_sentence, markdown_table, numbers
 from assets.training import RUN_LENGTHS, train_here
+from atft_pipeline.errors import InputError
 from atft_pipeline.lineage import read_run
 from resources.compute import Compute
 from resources.dataset_store import DatasetStore
@@ -32,8 +33,13 @@ def experiment(context: dg.OpExecutionContext, config: ExperimentConfig, store: 
     from atft_pipeline.diagnostics.paired import experiment_rows
     from atft_pipeline.experiment import conclude, plan_experiment
 
-    id, run_dir = context.partition_key, Path(config.run_dir)
+    run_dir = Path(config.run_dir)
     with failing_with_one_sentence(context):
+        if not context.has_partition_key:
+            raise InputError(
+                f"experiments: name the experiment, --partition {' or '.join(EXPERIMENTS.get_partition_keys())}"
+            )
+        id = context.partition_key
         planned = plan_experiment(run_dir, id, config.epochs)
         outcome = train_here(context, compute, planned.plan, store.runs / planned.name, overrides=planned.overrides)
         concluded = conclude(run_dir, id, outcome.run_dir)

@@ -301,7 +301,7 @@ def _experiment(options: argparse.Namespace) -> Result:
     from atft_pipeline.training import train
 
     planned = plan_experiment(options.run_dir, options.experiment, options.epochs)
-    plan, out = planned.plan, options.run_dir.parent / planned.name
+    plan, out = planned.plan, options.run_dir.resolve().parent / planned.name
     where = (plan.config, plan.dataset, plan.graph, out)
     how: dict[str, Any] = {"overrides": planned.overrides, "device": options.device, "log": _say}
     if plan.processes > 1:

@@ -88,7 +88,7 @@ def plan_experiment(run_dir: Path, id: str, epochs: int | None = None) -> Planne
             )
     given = header.get("overrides")
     overrides = (given if isinstance(given, dict) else {}) | changed
-    return PlannedExperiment(id, run_dir, plan, overrides | {"experiment": f"{id} of {run_dir.name}"})
+    return PlannedExperiment(id, run_dir, plan, overrides | {"experiment": f"{id} of {run_dir.resolve().name}"})
 
 
 def conclude(run_dir: Path, id: str, experiment_dir: Path) -> Conclusion:

@@ -95,3 +95,11 @@ def test_an_experiment_that_cannot_be_run_is_one_sentence(instance: dg.DagsterIn
     refused = failures(execute("B", instance, {"run_dir": str(the_run()), "epochs": 0}))["experiment"]
     assert "epochs" in refused
     assert sorted(Path("output/runs").iterdir()) == before
+
+
+def test_without_a_partition_the_sentence_names_them(instance: dg.DagsterInstance) -> None:
+    job = defs.resolve_job_def("experiments")
+    config = {"ops": {"experiment": {"config": {"run_dir": str(the_run())}}}}
+    result = job.execute_in_process(instance=instance, run_config=config, raise_on_error=False)
+    said = "experiments: name the experiment, --partition A or B or C or D"
+    assert failures(result) == {"experiment": said}

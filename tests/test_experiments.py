@@ -184,7 +184,9 @@ def explained(trained: Trained, tmp_path: Path) -> Path:
     return Path(shutil.copytree(trained(), tmp_path / "runs" / "run"))
 
 
-def test_an_experiment_is_trained_compared_and_fed_back(explained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_experiment_is_trained_compared_and_fed_back(
+    explained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert atft_here("experiment", explained, "A", "--epochs", 2, "--device", "cpu", "--json") == 0
     said = json.loads(capsys.readouterr().out)
     made = Path(said["run_dir"])
@@ -199,7 +201,8 @@ def test_an_experiment_is_trained_compared_and_fed_back(explained: Path, capsys:
     assert read_experiment_results(explained)["A"].experiment == made.name
     assert Path(said["report_html"]).parent == explained
 
-    assert atft_here("experiment", explained, "A", "--epochs", 2, "--device", "cpu") == 0
+    monkeypatch.chdir(explained)
+    assert atft_here("experiment", ".", "A", "--epochs", 2, "--device", "cpu") == 0
     again = capsys.readouterr()
     assert "reused" in again.err
     assert "reused: True" in again.out

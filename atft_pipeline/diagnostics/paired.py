@@ -118,7 +118,7 @@ def compare_runs(run_dir: Path, other_dir: Path) -> PairedResult:
         Difference(**_paired(other_earned[k], earned[k], config.bootstrap_samples)) for k in range(len(earned))
     )
     return PairedResult(
-        explained=run_dir.name,
+        explained=run_dir.resolve().name,
         experiment=other_dir.name,
         experiment_dir=str(other_dir),
         changed=_changed(_config(run, run_dir), _config(other, other_dir)),
