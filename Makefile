@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help run test ui lint bench-quality bench-diagnostics constraints
+.PHONY: help run test chromium ui lint bench-quality bench-diagnostics constraints
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -16,8 +16,16 @@ $(STAMP): pyproject.toml constraints.txt packaging_hook.py atft_pipeline_default
 run: $(STAMP)  ## embedded market to a judged model_50ep, with evaluation and diagnostics
 	$(BIN)/python -m assets
 
-test: $(STAMP) lint  ## lint, types and the whole test suite
+test: $(STAMP) lint chromium  ## lint, types and the whole test suite
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+chromium:  ## the browser that the tests open pages with: Debian's, installed where this is root's machine
+	@if command -v chromium || command -v chromium-browser || command -v google-chrome; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		{ apt-get -o Acquire::http::Timeout=20 -o Acquire::Retries=1 update -qq && DEBIAN_FRONTEND=noninteractive \
+			apt-get install -y -qq --no-install-recommends chromium; } >/dev/null \
+		|| echo "chromium: apt-get cannot install it; the tests that need a browser are skipped"; \
+	else echo "chromium: not found, and only root can apt-get it; the tests that need a browser are skipped"; fi
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""The code location: every asset, check, job and schedule, with the resources they use."""
+"""The code location: every asset, check, job, schedule and sensor, with the resources they use."""
 
 import dagster as dg
 
@@ -8,6 +8,8 @@ from assets.comparison import comparison
 from assets.delivery import delivery_asset
 from assets.diagnostics import diagnostics_asset
 from assets.evaluation import evaluation_asset
+from assets.experiments import experiments
+from assets.failures import canceled_training, explain_failure, failed_training, killed_runs
 from assets.features import ml_dataset, prices
 from assets.graph import stock_graph
 from assets.raw import raw_assets
@@ -31,8 +33,9 @@ defs = dg.Definitions(
         comparison,
     ],
     asset_checks=[run_checks(epochs) for epochs in RUN_LENGTHS],
-    jobs=[nightly_retrain],
+    jobs=[nightly_retrain, explain_failure, experiments],
     schedules=[nightly_schedule],
+    sensors=[failed_training, canceled_training, killed_runs],
     resources={"store": DatasetStore(), "compute": Compute()},
     executor=one_process_per_step,
 )

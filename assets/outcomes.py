@@ -11,7 +11,9 @@ from atft_pipeline.errors import InputError, RunFailure
 
 
 @contextmanager
-def failing_with_one_sentence(context: dg.AssetExecutionContext | dg.AssetCheckExecutionContext) -> Iterator[None]:
+def failing_with_one_sentence(
+    context: dg.AssetExecutionContext | dg.AssetCheckExecutionContext | dg.OpExecutionContext,
+) -> Iterator[None]:
     """Turns the library's errors into a Dagster failure whose description is their sentence; never retried."""
     try:
         yield

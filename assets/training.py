@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 RUN_LENGTHS = (5, 20, 50, 120)
 """Epochs of the runs this project offers; the last one is gated by the one of 20."""
 GATED_LENGTH = 120
+STARTED_IN = "started_in"
+"""Names the run directory in the metadata of an observation of `training_run_{N}ep`."""
 
 
 class TrainingRunConfig(dg.Config):
@@ -81,8 +83,8 @@ def training_assets(epochs: int) -> dg.AssetsDefinition:
     )
     def training(
         context: dg.AssetExecutionContext, config: TrainingRunConfig, store: DatasetStore, compute: Compute
-    ) -> Iterator[dg.MaterializeResult]:
-        from atft_pipeline.run_plan import plan_run
+    ) -> Iterator[dg.MaterializeResult | dg.AssetObservation]:
+        from atft_pipeline.run_plan import claim_directory, plan_run
 
         with failing_with_one_sentence(context):
             processes = compute.process_count()
@@ -105,15 +107,42 @@ def training_assets(epochs: int) -> dg.AssetsDefinition:
                 gate = require_open_gate(context, plan, config.override_reason)
             elif config.override_reason is not None:
                 raise InputError(f"{name}: override_reason only applies to model_{GATED_LENGTH}ep")
-            run_dir = store.runs / f"{name}-{plan.key}"
+            run_dir = claim_directory(store.runs / f"{name}-{plan.key}", plan.key, force=config.force)
+        yield training_starts(epochs, run_dir)
+        with failing_with_one_sentence(context):
             outcome = train_here(context, compute, plan, run_dir, force=config.force, overrides=recorded | gate)
         yield from _results(context, epochs, outcome, gate)
 
     return training
 
 
+def training_starts(epochs: int, run_dir: Path) -> dg.AssetObservation:
+    """Where the record of a training will lie, said before it starts: a crash or a kill leaves no materialization.
+
+    It must be yielded. What an op logs is stored when the op yields next or ends, so that a killed one has logged
+    nothing.
+    """
+    return dg.AssetObservation(
+        run_asset_key(epochs),
+        description="the training starts",
+        metadata={STARTED_IN: dg.MetadataValue.path(str(run_dir))},
+    )
+
+
+def trainings_started(instance: dg.DagsterInstance, run_id: str) -> dict[int, Path]:
+    """Epochs -> run directory of every training that a Dagster run has started, finished or not."""
+    records = instance.get_records_for_run(run_id, of_type=dg.DagsterEventType.ASSET_OBSERVATION).records
+    observations = [entry.asset_observation for record in records if (entry := record.event_log_entry)]
+    lengths = {run_asset_key(epochs): epochs for epochs in RUN_LENGTHS}
+    return {
+        lengths[seen.asset_key]: Path(str(seen.metadata[STARTED_IN].value))
+        for seen in observations
+        if seen is not None and seen.asset_key in lengths and STARTED_IN in seen.metadata
+    }
+
+
 def train_here(
-    context: dg.AssetExecutionContext,
+    context: dg.AssetExecutionContext | dg.OpExecutionContext,
     compute: Compute,
     plan: "Plan",
     run_dir: Path,

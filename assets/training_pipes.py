@@ -20,7 +20,11 @@ ERRORS: dict[str, type[InputError | RunFailure]] = {"InputError": InputError, "R
 
 
 def train_through_pipes(
-    context: dg.AssetExecutionContext, plan: "Plan", run_dir: Path, threads: int, options: dict[str, Any]
+    context: dg.AssetExecutionContext | dg.OpExecutionContext,
+    plan: "Plan",
+    run_dir: Path,
+    threads: int,
+    options: dict[str, Any],
 ) -> "Outcome":
     """What `train` returns and raises, of a run that other processes train; an interrupt ends them first."""
     from atft_pipeline.config import to_dict

@@ -297,6 +297,40 @@ def _diagnose(options: argparse.Namespace) -> Result:
     return content, 0
 
 
+def _experiment(options: argparse.Namespace) -> Result:
+    from dataclasses import asdict
+
+    from atft_pipeline.diagnostics.paired import experiment_rows
+    from atft_pipeline.experiment import conclude, plan_experiment
+    from atft_pipeline.launch import Layout, threads_each, train_in_processes
+    from atft_pipeline.training import train
+
+    planned = plan_experiment(options.run_dir, options.experiment, options.epochs)
+    plan, out = planned.plan, options.run_dir.resolve().parent / planned.name
+    where = (plan.config, plan.dataset, plan.graph, out)
+    how: dict[str, Any] = {"overrides": planned.overrides, "device": options.device, "log": _say}
+    if plan.processes > 1:
+        threads = threads_each(os.environ, plan.processes)
+        outcome = train_in_processes(Layout(plan.processes), *where, threads=threads, **how)
+    else:
+        outcome = train(*where, **how)
+    concluded = conclude(options.run_dir, options.experiment, outcome.run_dir)
+    content = {
+        "experiment": options.experiment,
+        "explained": str(options.run_dir),
+        "run_dir": str(outcome.run_dir),
+        "reused": outcome.reused,
+        "verdict": outcome.verdict["summary"],
+        "result": asdict(concluded.result),
+        "result_path": str(concluded.path),
+        "report_html": str(concluded.report.html),
+    }
+    if not options.json:
+        rows = experiment_rows(options.run_dir)
+        content["result"] = next(row for row in rows if row["experiment"] == options.experiment)
+    return content, 0
+
+
 def _compare(options: argparse.Namespace) -> Result:
     from atft_pipeline.comparison import compare, read_baselines
 
@@ -452,6 +486,14 @@ def _parser() -> argparse.ArgumentParser:
         default="none",
         help="short experiments on the run's own inputs: of the three most probable causes, or all (default: none)",
     )
+
+    experiment = command(
+        "experiment", _experiment, "Train experiment A, B, C or D of a run's report and compare it with that run."
+    )
+    experiment.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="the run to explain")
+    experiment.add_argument("experiment", choices=("A", "B", "C", "D"))
+    experiment.add_argument("--epochs", type=int, metavar="N", help="default: those of the run")
+    experiment.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
 
     compare = command("compare", _compare, "Finished runs side by side; exits 1 when figures are suspiciously equal.")
     compare.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN_DIR")

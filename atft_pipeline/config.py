@@ -402,6 +402,14 @@ def _coerce(kind: Any, value: Any, where: str) -> Any:
     raise InputError(f"configuration: {where}: expected {getattr(kind, '__name__', kind)}, found {value!r}")
 
 
+def leaves(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The fields of a configuration's dictionary by their dotted names."""
+    fields: dict[str, Any] = {}
+    for name, value in values.items():
+        fields |= leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return fields
+
+
 def with_overrides(config: PipelineConfig, overrides: Mapping[str, Any]) -> PipelineConfig:
     """`config` with dotted fields replaced, e.g. `{"model.hidden_size": 512}`.
 

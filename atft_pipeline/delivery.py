@@ -7,10 +7,8 @@ is evaluated by the code that evaluated them; how scores are combined is in scor
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import itertools
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +22,7 @@ from numpy.typing import NDArray
 from atft_pipeline import metrics
 from atft_pipeline.baselines import fit_lightgbm
 from atft_pipeline.blocks import load_panel
-from atft_pipeline.config import HORIZONS, PipelineConfig, from_dict
+from atft_pipeline.config import HORIZONS, PipelineConfig, from_dict, leaves
 from atft_pipeline.dataset import read_manifest, read_table, replacing_product, sha256_of, write_manifest, write_part
 from atft_pipeline.errors import InputError
 from atft_pipeline.evaluation import Evaluation, evaluate
@@ -127,19 +125,11 @@ def read_ensemble(run_dirs: Sequence[Path]) -> list[FinishedRun]:
 
 def _decisive_fields(run: FinishedRun) -> dict[str, Any]:
     """Everything that decides a run, by dotted name, but for its seed."""
-    fields = dict(_flat(run.header["config"]))
+    fields = leaves(run.header["config"])
     for name in ("seed", *PLACEMENT):
         del fields[f"train.{name}"]
     named = ("dataset_fingerprint", "graph_fingerprint", "code_revision")
     return fields | {name: run.header[name] for name in named} | {"processes": run.header.get("processes", 1)}
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
 
 
 class _Predictions:
@@ -382,7 +372,7 @@ def _evaluations(
                 rows.codes,
                 run.config.evaluation,
                 days_per_year=int(run.header["days_per_year"]),
-                bootstrap=_bootstraps(),
+                bootstrap=metrics.can_bootstrap(),
                 member=cells[sessions],
                 horizon_sessions=horizon_sessions,
                 returns_1d=returns_1d[sessions],
@@ -392,25 +382,14 @@ def _evaluations(
     return evaluations
 
 
-def _bootstraps() -> bool:
-    return importlib.util.find_spec("arch") is not None
-
-
 def paired_difference(
     ours: NDArray[np.float64], theirs: NDArray[np.float64], horizon_sessions: int, samples: int
 ) -> dict[str, Any]:
     """Mean of the daily differences of two ICs, its standard error and its stationary-bootstrap interval."""
-    daily = (ours - theirs)[np.isfinite(ours) & np.isfinite(theirs)]
-    mean, error = metrics.mean_and_error(daily, horizon_sessions)
-    low, high = math.nan, math.nan
-    if _bootstraps():
-        low, high = metrics.bootstrap_interval(daily, samples=samples, seed=_BOOTSTRAP_SEED, statistic=_mean)
-    figures = {"ic_difference": mean, "se": error, "ci_low": low, "ci_high": high}
-    return {name: metrics.finite_or_none(value) for name, value in figures.items()} | {"sessions": len(daily)}
-
-
-def _mean(values: NDArray[np.floating]) -> float:
-    return float(np.mean(values))
+    figures = metrics.paired_difference(
+        ours, theirs, samples=samples, seed=_BOOTSTRAP_SEED, horizon_sessions=horizon_sessions
+    )
+    return {"ic_difference": figures.pop("difference"), **figures}
 
 
 def _differences(

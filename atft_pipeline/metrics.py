@@ -7,6 +7,7 @@ says annualised. T sessions, N stocks.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Callable
 from statistics import NormalDist
@@ -227,3 +228,28 @@ def bootstrap_interval(
         lambda draw: np.array([statistic(draw)]), samples, method="percentile", size=confidence
     )[:, 0]
     return float(low), float(high)
+
+
+def can_bootstrap() -> bool:
+    """Whether `arch` is installed; a training machine lives without it, and without intervals."""
+    return importlib.util.find_spec("arch") is not None
+
+
+def paired_difference(
+    ours: Series, theirs: Series, *, samples: int, seed: int, horizon_sessions: int = 1
+) -> dict[str, float | int | None]:
+    """`difference` of two daily series, mean over the sessions that both have; `se`, `ci_low`, `ci_high`, `sessions`.
+
+    The interval is the stationary bootstrap's; None where it cannot be computed.
+    """
+    daily = _finite(np.asarray(ours, np.float64) - np.asarray(theirs, np.float64))
+    mean, error = mean_and_error(daily, horizon_sessions)
+    low, high = math.nan, math.nan
+    if can_bootstrap():
+        low, high = bootstrap_interval(daily, samples=samples, seed=seed, statistic=_mean)
+    figures = {"difference": mean, "se": error, "ci_low": low, "ci_high": high}
+    return {**{name: finite_or_none(value) for name, value in figures.items()}, "sessions": len(daily)}
+
+
+def _mean(values: Series) -> float:
+    return float(np.mean(values))

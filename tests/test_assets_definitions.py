@@ -63,7 +63,8 @@ def test_only_what_must_stop_the_run_blocks() -> None:
 def test_one_training_at_a_time_and_nothing_is_retried() -> None:
     ops = {op.name: op for assets_def in defs.resolve_all_job_defs() for op in assets_def.all_node_defs}
     assert {name for name, op in ops.items() if getattr(op, "pool", None) == "gpu"} == {
-        f"{op}_{epochs}ep" for op in ("train", "delivery") for epochs in RUN_LENGTHS
+        "experiment",
+        *(f"{op}_{epochs}ep" for op in ("train", "delivery") for epochs in RUN_LENGTHS),
     }
     assert not [name for name, op in ops.items() if getattr(op, "retry_policy", None)]
 

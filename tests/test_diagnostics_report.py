@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from run_directories import BASE_LR, frozen_failure, healthy
 
-from atft_pipeline.config import PipelineConfig, parse_assignments, to_dict, with_overrides
+from atft_pipeline.config import parse_assignments, to_dict, with_overrides
 from atft_pipeline.diagnostics import Diagnosis, diagnose, write_report
 from atft_pipeline.diagnostics.report import markdown_to_html
 from atft_pipeline.diagnostics.rules import RULES
@@ -40,15 +40,6 @@ SECTIONS = [
 def failed(tmp_path_factory: pytest.TempPathFactory) -> Diagnosis:
     """A run that learns nothing worth trading, with a Sharpe term too light to matter."""
     return diagnose(healthy(0.0, {"train.loss.sharpe": 0.01}).write(tmp_path_factory.mktemp("a run") / "failed"))
-
-
-def configuration_of(command: str) -> tuple[list[str], PipelineConfig]:
-    """Paths and configuration that a printed `atft train` line means, read as its parser would."""
-    words = shlex.split(command)
-    assert words[:2] == ["atft", "train"]
-    assert words[5] == "--preset"
-    assert words[7::2] == ["--set"] * len(words[8::2])
-    return words[2:5], with_overrides(preset(words[6]), parse_assignments(words[8::2]))
 
 
 def test_sections_follow_the_validation_report(failed: Diagnosis) -> None:
@@ -88,18 +79,33 @@ def test_causes_come_with_evidence_and_next_steps_with_commands(failed: Diagnosi
         ("D", {"train.optimizer.lr": 1e-3}),
     ],
 )
-def test_experiment_command_is_this_run_with_one_change(
+def test_experiment_is_this_run_with_one_change_and_a_command(
     failed: Diagnosis, experiment: str, changed: dict[str, object]
 ) -> None:
     advice = next(e for e in failed.experiments if e.id == experiment)
-    paths, config = configuration_of(advice.command)
-    assert paths == [
-        failed.run["dataset_path"],
-        failed.run["graph_path"],
-        f"{failed.run_dir}-experiment-{experiment.lower()}",
-    ]
-    run_config = with_overrides(quick(), {"train.optimizer.lr": BASE_LR, "train.loss.sharpe": 0.01})
-    assert to_dict(config) == to_dict(with_overrides(run_config, changed))
+    assert advice.overrides == changed
+    assert shlex.split(advice.command) == ["atft", "experiment", str(failed.run_dir), experiment]
+
+
+def test_experiment_of_a_run_without_an_evaluation_is_the_training_alone(tmp_path: Path) -> None:
+    """Nothing could be compared with it."""
+    tables = healthy(0.0)
+    tables.daily = []
+    run_dir = tables.write(tmp_path / "run")
+    advice = next(e for e in diagnose(run_dir).experiments if e.id == "C")
+    words = shlex.split(advice.command)
+    assert words[:2] == ["atft", "train"]
+    assert words[2:5] == [tables.run["dataset_path"], tables.run["graph_path"], f"{run_dir}-experiment-c"]
+    assert words[5] == "--preset"
+    assert words[7::2] == ["--set"] * len(words[8::2])
+    config = with_overrides(preset(words[6]), parse_assignments(words[8::2]))
+    expected = with_overrides(quick(), {"train.optimizer.lr": BASE_LR, "model.hidden_size": 512})
+    assert to_dict(config) == to_dict(expected)
+    words = shlex.split(advice.dagster)
+    assert words[:-1] == [
+        "ATFT_PRESET=quick", "dagster", "asset", "materialize", "--select", "model_20ep", "--config-json",
+    ]  # fmt: skip
+    assert json.loads(words[-1])["ops"]["train_20ep"]["config"]["overrides"] == advice.overrides
 
 
 def test_experiment_of_a_phased_run_changes_the_phases_that_name_the_sharpe_term(tmp_path: Path) -> None:
@@ -108,17 +114,15 @@ def test_experiment_of_a_phased_run_changes_the_phases_that_name_the_sharpe_term
         {"first_epoch": 6, "last_epoch": 20, "weights": {"sharpe": 0.01}},
     ]
     diagnosis = diagnose(healthy(0.0, {"train.loss.phases": phases}).write(tmp_path / "run"))
-    _, config = configuration_of(next(e for e in diagnosis.experiments if e.id == "B").command)
+    config = with_overrides(quick(), next(e for e in diagnosis.experiments if e.id == "B").overrides)
     assert [config.train.loss.weights_at(epoch)["sharpe"] for epoch in (1, 6)] == [0.3, 0.3]
 
 
 def test_dagster_command_carries_valid_run_config(failed: Diagnosis) -> None:
     for advice in failed.experiments:
         words = shlex.split(advice.dagster)
-        assert words[:-1] == [
-            "ATFT_PRESET=quick", "dagster", "asset", "materialize", "--select", "model_20ep", "--config-json",
-        ]  # fmt: skip
-        assert json.loads(words[-1])["ops"]["train_20ep"]["config"]["overrides"] == advice.overrides
+        assert words[:-1] == ["dg", "launch", "--job", "experiments", "--partition", advice.id, "--config-json"]
+        assert json.loads(words[-1]) == {"ops": {"experiment": {"config": {"run_dir": str(failed.run_dir)}}}}
 
 
 def test_evidence_decides_which_experiments_are_asked_for(failed: Diagnosis, tmp_path: Path) -> None:

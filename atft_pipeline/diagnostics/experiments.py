@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from atft_pipeline.config import to_dict
+from atft_pipeline.config import leaves, to_dict
 from atft_pipeline.diagnostics.record import Record
 from atft_pipeline.diagnostics.rules import Finding
 from atft_pipeline.presets import PRESETS
@@ -18,6 +18,9 @@ TRAINING_SECTIONS = ("split", "model", "train", "evaluation")
 DAGSTER_RUN_LENGTHS = (5, 20, 50, 120)
 """Epochs of the training assets."""
 CRITERION_RUN_LENGTH = 20
+DAGSTER_JOB = "experiments"
+"""Job of the code location that runs one experiment, named by its partition."""
+DAGSTER_OP = "experiment"
 REPORTED_HIDDEN_SIZE = 512
 REPORTED_LR = 1e-3
 MIN_SHARPE_WEIGHT = 0.3
@@ -57,7 +60,10 @@ class ExperimentAdvice:
     why: str
     overrides: dict[str, Any]
     command: str
+    """Trains the experiment, compares it with the run and writes the run's report anew; where the run has nothing to be
+    compared with, only trains it."""
     dagster: str
+    """The same through Dagster."""
 
 
 def experiment_overrides(record: Record) -> dict[str, dict[str, Any]]:
@@ -98,10 +104,7 @@ def commands(record: Record) -> dict[str, str]:
         "rerun": _train(record, f"{record.run_dir}-again", {}),
         "resume": _train(record, str(record.run_dir), {}),
         "evaluate": evaluate,
-    } | {
-        f"experiment_{id.lower()}": _train(record, f"{record.run_dir}-experiment-{id.lower()}", overrides)
-        for id, overrides in experiment_overrides(record).items()
-    }
+    } | {f"experiment_{experiment.id.lower()}": experiment_command(record, experiment.id) for experiment in EXPERIMENTS}
 
 
 def _train(record: Record, run_dir: str, overrides: Mapping[str, Any]) -> str:
@@ -132,24 +135,36 @@ def _nearest_preset(record: Record) -> tuple[str | None, dict[str, Any]]:
     config = record.run.get("config")
     if not isinstance(config, dict):
         return None, {}
-    mine = _leaves({section: config[section] for section in TRAINING_SECTIONS if section in config})
+    mine = leaves({section: config[section] for section in TRAINING_SECTIONS if section in config})
     differences = {}
     for name, build in PRESETS.items():
-        theirs = _leaves(to_dict(build()))
+        theirs = leaves(to_dict(build()))
         differences[name] = {field: value for field, value in mine.items() if theirs.get(field) != value}
     best = min(differences, key=lambda name: len(differences[name]))
     return best, differences[best]
 
 
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    leaves: dict[str, Any] = {}
-    for name, value in values.items():
-        leaves |= _leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return leaves
+def experiment_command(record: Record, id: str) -> str:
+    """Shell command of an experiment: with its comparison where the run was evaluated, else the training alone."""
+    if _is_comparable(record):
+        return f"atft experiment {_quote(record.run_dir)} {id}"
+    return _train(record, f"{record.run_dir}-experiment-{id.lower()}", experiment_overrides(record)[id])
 
 
-def _dagster(record: Record, overrides: Mapping[str, Any]) -> str:
-    """The same change as run config of the training op, on top of what this run was given."""
+def experiment_dagster_command(record: Record, id: str) -> str:
+    """The same as one partition of the job, from the checkout; it ends with the job, like `dagster asset materialize`.
+
+    `dagster job launch` knows no partition and leaves the run to a code server, `dagster job execute` reads no
+    configuration from its arguments.
+    """
+    if not _is_comparable(record):
+        return _dagster_training(record, experiment_overrides(record)[id])
+    config = json.dumps({"ops": {DAGSTER_OP: {"config": {"run_dir": str(record.run_dir)}}}})
+    return f"dg launch --job {DAGSTER_JOB} --partition {id} --config-json {shlex.quote(config)}"
+
+
+def _dagster_training(record: Record, overrides: Mapping[str, Any]) -> str:
+    """The change alone as run config of the training op, on top of what this run was given."""
     given = record.run.get("overrides")
     recorded: dict[str, Any] = given if isinstance(given, dict) else {}
     kept = {field: value for field, value in recorded.items() if "." in field and field != "train.epochs"}
@@ -158,6 +173,12 @@ def _dagster(record: Record, overrides: Mapping[str, Any]) -> str:
     preset = recorded.get("preset")
     prefix = f"ATFT_PRESET={_quote(preset)} " if preset else ""
     return f"{prefix}dagster asset materialize --select model_{epochs}ep --config-json {shlex.quote(config)}"
+
+
+def _is_comparable(record: Record) -> bool:
+    named = all(record.run.get(name) for name in ("config", "dataset_path", "graph_path", "dataset_fingerprint"))
+    query = "SELECT count(*) FROM daily WHERE split = 'validation' AND slice = ? AND isfinite(gross)"
+    return named and bool(record.scalar(query, record.slice))
 
 
 def advise(record: Record, findings: Sequence[Finding]) -> list[ExperimentAdvice]:
@@ -170,11 +191,8 @@ def advise(record: Record, findings: Sequence[Finding]) -> list[ExperimentAdvice
         overrides = everything[experiment.id]
         asked, why = _judge(record, [by_id[rule] for rule in experiment.answers], overrides, vetoed=vetoed)
         command = lines[f"experiment_{experiment.id.lower()}"]
-        advice.append(
-            ExperimentAdvice(
-                experiment.id, experiment.title, asked, why, overrides, command, _dagster(record, overrides)
-            )
-        )
+        dagster = experiment_dagster_command(record, experiment.id)
+        advice.append(ExperimentAdvice(experiment.id, experiment.title, asked, why, overrides, command, dagster))
     return advice
 
 
