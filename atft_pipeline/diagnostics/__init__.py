@@ -15,6 +15,7 @@ from atft_pipeline.config import from_dict
 from atft_pipeline.diagnostics.evidence import gather
 from atft_pipeline.diagnostics.experiments import ExperimentAdvice, advise, commands
 from atft_pipeline.diagnostics.neighbours import runs_beside
+from atft_pipeline.diagnostics.paired import experiment_rows
 from atft_pipeline.diagnostics.probes import PROBES, REMEDIES, run_probes, run_remedies, stored_probes
 from atft_pipeline.diagnostics.ranking import Ranking, rank
 from atft_pipeline.diagnostics.record import Record, open_record
@@ -63,6 +64,7 @@ def diagnose(run_dir: Path, probes: Probes = "none") -> Diagnosis:
             probes=stored_probes(record),
             earlier=runs_beside(record),
             experiments=advise(record, findings),
+            results=experiment_rows(record.run_dir),
             attributions=attributions(record),
             missing=list(record.missing),
             headline=headline(record, signals, findings, ranking),

@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from atft_pipeline.diagnostics import audit, inside, signals
+from atft_pipeline.diagnostics.paired import EXPERIMENT_IDS, read_experiment_results
 from atft_pipeline.diagnostics.probes import PROBE_SIGNALS, probe_figures
 from atft_pipeline.diagnostics.record import Record
 from atft_pipeline.diagnostics.signals import Value, measure
+from atft_pipeline.errors import InputError
 
-SIGNAL_NAMES: frozenset[str] = frozenset(
-    {*signals.SIGNALS, *inside.SIGNALS, *audit.SIGNALS, *(name for names in PROBE_SIGNALS.values() for name in names)}
-)
+EXPERIMENT_SIGNALS: dict[str, str] = {id: f"experiment_{id.lower()}_gain_t" for id in EXPERIMENT_IDS}
+"""Standard errors of the daily IC that an experiment gained over the run, paired by session."""
+LATER_SIGNALS: tuple[str, ...] = (*(n for names in PROBE_SIGNALS.values() for n in names), *EXPERIMENT_SIGNALS.values())
+"""Measured by probes and experiments, where they were made."""
+
+SIGNAL_NAMES: frozenset[str] = frozenset({*signals.SIGNALS, *inside.SIGNALS, *audit.SIGNALS, *LATER_SIGNALS})
 """What a rule may ask for."""
 
 
 def gather(record: Record) -> dict[str, Value]:
-    """Every signal; None where it was not measured. Probes are read from where they were stored, and not made."""
-    unmade = dict.fromkeys(name for names in PROBE_SIGNALS.values() for name in names)
-    return measure(record) | inside.measure(record) | audit.audit(record) | unmade | probe_figures(record)
+    """Every signal; None where it was not measured. Probes and experiments are read where they lie, not made."""
+    later = dict.fromkeys(LATER_SIGNALS) | probe_figures(record) | _experiments(record)
+    return measure(record) | inside.measure(record) | audit.audit(record) | later
+
+
+def _experiments(record: Record) -> dict[str, Value]:
+    with suppress(InputError):  # a file that is no result says so in its row of the report
+        return {
+            EXPERIMENT_SIGNALS[id]: result.ic.difference / result.ic.se
+            for id, result in read_experiment_results(record.run_dir).items()
+            if result.ic.difference is not None and result.ic.se
+        }
+    return {}

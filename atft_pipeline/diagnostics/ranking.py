@@ -31,6 +31,8 @@ ONLY_WITNESS, MAIN_SUSPECT, OTHER_SUSPECT = 0.95, 0.6, 0.4
 others do too, and for the causes it names after the first."""
 QUIET = 0.01
 """How often a rule is expected to fire in a healthy run, and for a cause it does not speak for unless runs say more."""
+OFTEN_FINE = 0.05
+"""The same of a rule that describes: what explains a low Sharpe is seen in good runs too."""
 UNKNOWN_FLOOR = 0.03
 """An unknown fault may set off anything."""
 CONCLUSIVE, MARGIN = 0.5, 3.0
@@ -143,14 +145,15 @@ class Likelihoods:
 
     def _expected(self, rule: Rule, name: str) -> float:
         if name == HEALTHY:
-            return QUIET
+            return OFTEN_FINE if rule.severity in ("observation", "explanation") else QUIET
         if name == UNKNOWN:
-            return max(self._over_faults(rule), UNKNOWN_FLOOR)
+            return max(self._over_faults(rule), UNKNOWN_FLOOR, self._expected(rule, HEALTHY))
         if name in rule.suspects:
             if rule.suspects[0] != name:
                 return OTHER_SUSPECT
             return ONLY_WITNESS if _witnesses(name) == 1 else MAIN_SUSPECT
-        return max(QUIET, self._over_faults(rule) if not rule.suspects or rule.severity == "explanation" else QUIET)
+        quiet = self._expected(rule, HEALTHY)
+        return max(quiet, self._over_faults(rule) if not rule.suspects or rule.severity == "explanation" else quiet)
 
     def _over_faults(self, rule: Rule) -> float:
         """Mean rate over the causes that were planted."""

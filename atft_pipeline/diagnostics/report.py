@@ -63,6 +63,8 @@ class Diagnosis:
     findings: list[Finding]
     ranking: Ranking
     experiments: list[ExperimentAdvice]
+    results: list[dict[str, str]]
+    """Of the experiments that were run, a row each."""
     probes: list[dict[str, Any]]
     """What the probes made of this run measured, or why one could not be made."""
     earlier: list[dict[str, str]]
@@ -108,6 +110,7 @@ class Diagnosis:
             "fired": [finding.rule for finding in self.causes],
             "findings": [asdict(finding) for finding in self.findings],
             "experiments": [asdict(advice) for advice in self.experiments],
+            "experiment_results": self.results,
             "signals": {
                 name: None if isinstance(value, float) and not math.isfinite(value) else value
                 for name, value in self.signals.items()
@@ -138,7 +141,7 @@ class Diagnosis:
             ("Probes", _probes(self.probes)),
             ("Decision points answered", _decision_points(self)),
             ("Recommended next steps", _next_steps(self)),
-            ("Experiments", _experiments(self.experiments)),
+            ("Experiments", _experiments(self.experiments, self.results)),
             ("Comparison with earlier runs", _compared(self.earlier)),
             ("What was validated and what was not", _coverage(self)),
         ]
@@ -337,7 +340,12 @@ def _as_code(step: str) -> str:
     return f"{text}:\n\n   `atft {command}`\n" if separator else step
 
 
-def _experiments(experiments: Sequence[ExperimentAdvice]) -> str:
+def _experiments(experiments: Sequence[ExperimentAdvice], results: Sequence[Mapping[str, str]]) -> str:
+    made = [f"### Results\n\n{_table(list(results[0]), [list(row.values()) for row in results])}"] if results else []
+    return "\n\n".join([*made, _advice(experiments)])
+
+
+def _advice(experiments: Sequence[ExperimentAdvice]) -> str:
     words = {True: "**asked for**", False: "not asked for", None: "cannot be told"}
     return "\n\n".join(
         f"### {e.id}. {e.title}: {words[e.asked_for]}\n\nWhy: {e.why}.\n\n```\n{e.command}\n```\n\nWith Dagster:"

@@ -20,7 +20,9 @@ Status = Literal["fired", "not_fired", "not_assessable"]
 Severity = Literal["invalid", "failure", "defect", "explanation", "observation"]
 """`invalid`: the Sharpe must not be read. `failure`: the run did not end. `defect`: wrong whatever the Sharpe is.
 `explanation`: would explain a low Sharpe, and is only an observation where the Sharpe is not low. `observation`."""
-Group = Literal["validity", "runtime", "data", "curves", "learning rate", "loss terms", "ic", "gradients", "noise"]
+Group = Literal[
+    "validity", "runtime", "data", "curves", "learning rate", "loss terms", "ic", "gradients", "experiments", "noise"
+]
 
 OPERATORS: dict[str, Callable[[float, float], bool]] = {
     "<": operator.lt,
@@ -1356,6 +1358,55 @@ RULES: tuple[Rule, ...] = (
         "Encoder gradients rising?",
         "attention",
         ("attention_collapse",),
+    ),
+    # Experiments ---------------------------------------------------------------------------------------------------
+    Rule(
+        "experiment_a_helped",
+        "experiment A helped: a slower decay gains IC",
+        "experiments",
+        "explanation",
+        _when(("experiment_a_gain_t", ">", 2.0)),
+        "daily IC of the experiment over this run's: {experiment_a_gain_t:.1f} standard errors",
+        "keep its settings: {experiment_a}",
+        "Learning rate below 1e-5 by epoch 20: decayed too early?",
+        "experiment a",
+        ("lr_decayed_early",),
+    ),
+    Rule(
+        "experiment_b_helped",
+        "experiment B helped: a heavier Sharpe term gains IC",
+        "experiments",
+        "explanation",
+        _when(("experiment_b_gain_t", ">", 2.0)),
+        "daily IC of the experiment over this run's: {experiment_b_gain_t:.1f} standard errors",
+        "keep its settings: {experiment_b}",
+        "Sharpe weight too low?",
+        "experiment b",
+        ("sharpe_term_light",),
+    ),
+    Rule(
+        "experiment_c_helped",
+        "experiment C helped: more capacity gains IC",
+        "experiments",
+        "explanation",
+        _when(("experiment_c_gain_t", ">", 2.0)),
+        "daily IC of the experiment over this run's: {experiment_c_gain_t:.1f} standard errors",
+        "keep its settings: {experiment_c}",
+        "Both losses flat: capacity or features?",
+        "experiment c",
+        ("underfit",),
+    ),
+    Rule(
+        "experiment_d_helped",
+        "experiment D helped: another learning rate gains IC",
+        "experiments",
+        "explanation",
+        _when(("experiment_d_gain_t", ">", 2.0)),
+        "daily IC of the experiment over this run's: {experiment_d_gain_t:.1f} standard errors",
+        "keep its settings: {experiment_d}",
+        "Learning rate around 1e-6: too low?",
+        "experiment d",
+        ("lr_too_low",),
     ),
     # Noise ---------------------------------------------------------------------------------------------------------
     Rule(
