@@ -170,7 +170,7 @@ RULES: tuple[Rule, ...] = (
         " directory: {rerun}",
         "Does the Sharpe depend on the weights?",
         "hashes over epochs",
-        ("cached_predictions", "metric_of_other_run"),
+        ("cached_predictions", "metric_of_other_run", "unrankable_scores_ranked", "wrong_checkpoint"),
     ),
     Rule(
         "predictions_constant",
@@ -219,7 +219,7 @@ RULES: tuple[Rule, ...] = (
         "compare two predictions files of different epochs, then train again into a fresh directory: {rerun}",
         "Does the Sharpe depend on the weights?",
         "predictions over epochs",
-        ("cached_predictions", "wrong_checkpoint"),
+        ("cached_predictions", "wrong_checkpoint", "unrankable_scores_ranked", "initial_checkpoint"),
     ),
     Rule(
         "validity_item_failed",
@@ -310,7 +310,9 @@ RULES: tuple[Rule, ...] = (
         "the predictions stand still while the hashes of the weights change",
         "validity",
         "invalid",
-        _when(("predictions_hash_repeats", ">", 0), ("weights_hash_repeats", "<=", 0)),
+        _when(
+            ("predictions_hash_repeats", ">", 0), ("weights_hash_repeats", "<=", 0), ("score_dispersion", ">=", 1e-6)
+        ),
         "{predictions_hash_repeats:.0f} evaluations carry the predictions_hash of the evaluation before, their weights"
         " are others",
         "look for a cache or a fixed checkpoint between model and evaluation; then train again: {rerun}",
