@@ -7,6 +7,7 @@ blocks, behind everything that lies between, and the diagnosis compares them wit
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -38,7 +39,7 @@ with a value that is not missing; mean and std (ddof 0) over these, `ic` their c
 
 def write_inputs(path: Path, data: BlockDataset, split: Split) -> None:
     """`inputs.parquet` of a run."""
-    rows: dict[str, list[object]] = {name: [] for name in SCHEMA.names}
+    rows: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
     for name in ("train", "validation", "test"):
         for session in sampled(getattr(split, name)):
             _add_session(rows, name, data, int(session))
@@ -51,29 +52,51 @@ def sampled(sessions: NDArray[np.int64]) -> NDArray[np.int64]:
     return sessions[np.unique(places)]
 
 
-def _add_session(rows: dict[str, list[object]], split: str, data: BlockDataset, session: int) -> None:
+def _add_session(rows: dict[str, list[Any]], split: str, data: BlockDataset, session: int) -> None:
     block = data.block(np.array([session]))
     member = block.member[:, 0].cpu().numpy()
     x = np.where(block.missing[:, -1].cpu().numpy(), np.nan, block.x[:, -1].double().cpu().numpy())[member]  # [n, F]
     target = block.target[:, 0].double().cpu().numpy()[member]  # [n, H]
     values = np.concatenate((x, target), axis=1)
     names = [*data.panel.feature_names, *(f"target_{h}d" for h in HORIZONS)]
-    for name, column in zip(names, values.T, strict=True):
-        mean, std, present = moments(column)
-        figures = (split, data.panel.sessions[session].item(), name, len(column), present, mean, std)
-        for key, value in zip(SCHEMA.names, (*figures, correlation(column, target[:, 0])), strict=True):
-            rows[key].append(value)
+    mean, std, present = moments(values)
+    day = data.panel.sessions[session].item()
+    columns = (mean, std, correlations(values, target[:, 0]))
+    for key, column in zip(("mean", "std", "ic"), columns, strict=True):
+        rows[key].extend(None if np.isnan(value) else value for value in column.tolist())
+    rows["present"].extend(present.tolist())
+    rows["name"].extend(names)
+    for key, same in (("split", split), ("date", day), ("stocks", len(values))):
+        rows[key].extend([same] * len(names))
 
 
-def moments(values: NDArray[np.float64]) -> tuple[float | None, float | None, int]:
-    """Mean, std (ddof 0) and number of the values that are there."""
-    there = values[np.isfinite(values)]
-    return (float(there.mean()), float(there.std()), len(there)) if len(there) else (None, None, 0)
+def moments(
+    values: NDArray[np.float64],
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
+    """Mean, std (ddof 0) and number of the values of each column `[n, C] -> [C]`; NaN where a column has none."""
+    there = np.isfinite(values)
+    count = there.sum(axis=0)
+    some = np.where(count > 0, count, np.nan)
+    mean = np.where(there, values, 0.0).sum(axis=0) / some
+    deviation = np.where(there, values - mean, 0.0)
+    return mean, np.sqrt((deviation**2).sum(axis=0) / some), count
 
 
-def correlation(a: NDArray[np.float64], b: NDArray[np.float64]) -> float | None:
-    """Pearson correlation over what both have; None where either does not vary."""
-    both = np.isfinite(a) & np.isfinite(b)
-    if both.sum() < 3 or np.ptp(a[both]) == 0 or np.ptp(b[both]) == 0:
-        return None
-    return float(np.corrcoef(a[both], b[both])[0, 1])
+def correlations(values: NDArray[np.float64], target: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Pearson correlation of each column `[n, C]` with `target: [n]`, over what both have: `[C]`.
+
+    NaN where either does not vary there or fewer than three have both.
+    """
+    both = np.isfinite(values) & np.isfinite(target)[:, None]
+    count = both.sum(axis=0)
+    enough = np.where(count >= 3, count, np.nan)
+    a, b = np.where(both, values, 0.0), np.where(both, target[:, None], 0.0)
+    a = np.where(both, a - a.sum(axis=0) / enough, 0.0)
+    b = np.where(both, b - b.sum(axis=0) / enough, 0.0)
+    size = np.sqrt((a * a).sum(axis=0) * (b * b).sum(axis=0))
+    low, high = (
+        np.where(both, values, np.inf).min(axis=0, initial=np.inf),
+        np.where(both, values, -np.inf).max(axis=0, initial=-np.inf),
+    )
+    vary = (high > low) & (size > 0) & (count >= 3)
+    return np.where(vary, (a * b).sum(axis=0) / np.where(vary, size, 1.0), np.nan)
