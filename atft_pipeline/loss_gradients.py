@@ -20,7 +20,8 @@ class LossGradients(NamedTuple):
     """Of one block's loss. A term that has no gradient of its own there (a penalty not in force) is in none of them."""
 
     effective_weight: dict[str, float]
-    """Least-squares coefficient of the term's gradient in the loss's: its weight, if the loss is what it says."""
+    """Least-squares coefficient of the term's gradient in the loss's: its weight, if the loss is what it says. 0 for a
+    term that is computed without a way back to the scores."""
     share: dict[str, float]
     """l2 of the term's gradient times its configured weight, over the sum of these."""
     cosine: dict[str, float]
@@ -40,9 +41,10 @@ def loss_gradients(
     if weights["sharpe"] > 0 and member.shape[1] < SHARPE_SESSIONS:
         return None
     gradients = {term: _own_gradient(term, scores, target, member, config) for term in LOSS_TERMS}
+    detached = {term: 0.0 for term, found in gradients.items() if found is not None and not found.numel()}
     own = {term: found for term, found in gradients.items() if found is not None and float(found.norm()) > 0.0}
     if not own:
-        return LossGradients({}, {}, {}, float(gradient.norm() > 0.0))
+        return LossGradients(detached, {}, {}, float(gradient.norm() > 0.0))
     terms, given = list(own), gradient.detach().reshape(-1).double()
     norms = torch.stack([own[term].norm() for term in terms])
     basis = torch.stack([own[term] for term in terms], dim=1) / norms  # [N S H, K]
@@ -51,7 +53,7 @@ def loss_gradients(
     pulls = {term: weights[term] * own[term] for term in terms if weights[term] > 0}
     together = sum(float(pull.norm()) for pull in pulls.values())
     return LossGradients(
-        dict(zip(terms, (solution / norms).tolist(), strict=True)),
+        detached | dict(zip(terms, (solution / norms).tolist(), strict=True)),
         {term: float(pull.norm()) / together for term, pull in pulls.items()},
         _cosines(pulls),
         unexplained if float(given.norm()) > 0.0 else 1.0,
@@ -59,7 +61,8 @@ def loss_gradients(
 
 
 def _own_gradient(term: str, scores: Tensor, target: Tensor, member: Tensor, config: LossConfig) -> Tensor | None:
-    """Gradient of the term's raw value with respect to the scores, flat; None where it cannot be computed alone."""
+    """Gradient of the term's raw value with respect to the scores, flat; None where it cannot be computed alone, without
+    any element where the value does not depend on the scores at all."""
     if term == "sharpe" and member.shape[1] < SHARPE_SESSIONS:
         return None
     with torch.enable_grad():
@@ -70,6 +73,8 @@ def _own_gradient(term: str, scores: Tensor, target: Tensor, member: Tensor, con
             value = negative_sharpe(returns) if len(returns) >= SHARPE_SESSIONS else 0.0 * returns.sum()
         else:
             value = averaged(term, batch, config.horizon_weights)
+        if not value.requires_grad:
+            return scores.new_empty(0)
         (found,) = torch.autograd.grad(value, leaf)
     return found.reshape(-1).double()
 

@@ -21,6 +21,7 @@ from torch import nn
 
 from atft_pipeline import evaluation, losses, synthetic, training
 from atft_pipeline.blocks import BlockDataset, Panel
+from atft_pipeline.dataset import membership_path
 from atft_pipeline.losses import CompositeLoss
 from atft_pipeline.model.atft_gat_fan import ATFTGATFAN
 from atft_pipeline.schedule import LearningRateSchedule
@@ -364,12 +365,10 @@ def regime_shift() -> None:
 
 def survivors_only(dataset: Path, graph: Path) -> None:
     """Stocks that lost most over the whole period are not in the dataset."""
-    target = dataset.resolve()
-    rows = pl.read_parquet(target)
+    rows = pl.read_parquet(dataset.resolve())
     total = rows.group_by("Code").agg(total=pl.col("target_1d").mean())
     kept = total.filter(pl.col("total") > total["total"].quantile(0.4))["Code"].to_list()
-    membership = target.with_name(target.name.replace(".parquet", ".membership.parquet"))
-    for path in (target, membership):
+    for path in (dataset.resolve(), membership_path(dataset)):
         pl.read_parquet(path).filter(pl.col("Code").is_in(kept)).write_parquet(path)
 
 

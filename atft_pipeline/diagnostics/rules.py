@@ -465,7 +465,7 @@ RULES: tuple[Rule, ...] = (
         "scores without any dispersion were ranked as if they had one",
         "validity",
         "invalid",
-        _when(("score_dispersion", "<", 1e-6), ("invalid_evaluations", "<=", 0)),
+        _when(("score_dispersion", "<", 1e-12), ("invalid_evaluations", "<=", 0)),
         "std of the scores within a session {score_dispersion:.2g}, and no evaluation was refused",
         "rank nothing that is constant: recompute with {evaluate}",
         "Are the predictions degenerate?",
