@@ -61,8 +61,10 @@ def loss_gradients(
 
 
 def _own_gradient(term: str, scores: Tensor, target: Tensor, member: Tensor, config: LossConfig) -> Tensor | None:
-    """Gradient of the term's raw value with respect to the scores, flat; None where it cannot be computed alone, without
-    any element where the value does not depend on the scores at all."""
+    """Gradient of the term's raw value with respect to the scores, flat.
+
+    None where it cannot be computed alone, without any element where the value does not depend on the scores.
+    """
     if term == "sharpe" and member.shape[1] < SHARPE_SESSIONS:
         return None
     with torch.enable_grad():
