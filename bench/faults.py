@@ -397,9 +397,11 @@ def decays_every_step_as_epoch() -> None:
 
 
 def sgd_clipped_hard() -> None:
+    """Plain SGD, which unlike Adam does not undo what clipping takes."""
+
     def make(original: Any) -> Any:
         def optimizer(model: nn.Module, config: Any) -> Any:
-            return torch.optim.SGD(original(model, config).param_groups, lr=config.train.optimizer.lr)
+            return torch.optim.SGD(model.parameters(), lr=config.train.optimizer.lr)
 
         return optimizer
 
@@ -747,7 +749,7 @@ _ALL: tuple[Fault, ...] = (
         {"train.schedule.name": "plateau", "train.schedule.patience": 1, "train.schedule.factor": 0.2},
         code=scheduler_wrong_direction,
     ),
-    Fault("clipping_too_tight", "clipping_too_tight", {"train.optimizer.clip_norm": 1e-3}, code=sgd_clipped_hard),
+    Fault("clipping_too_tight", "clipping_too_tight", {"train.optimizer.clip_norm": 1e-3, "train.optimizer.lr": 0.1}, code=sgd_clipped_hard),
     Fault("parameters_in_bf16", "updates_lost", {"train.optimizer.lr": 1e-4}, code=parameters_in_bf16),
     Fault("optimizer_lacks_all_but_head", "not_in_optimizer", code=_without(
         "variable_selection", "temporal_encoder", "backbone_projection", "fusion")),
@@ -768,7 +770,7 @@ _ALL: tuple[Fault, ...] = (
     # Capacity
     Fault("underfit", "underfit", {
         "model.hidden_size": 4, "model.attention_heads": 1, "model.gat_heads": 1, "model.skip": False,
-        "model.dropout": 0.8, "train.optimizer.weight_decay": 300.0}),
+        "model.graph": False, "model.dropout": 0.9, "train.optimizer.weight_decay": 30.0}),
     Fault("overfit", "overfit", {
         "train.optimizer.lr": 1e-2, "train.optimizer.weight_decay": 0.0, "model.hidden_size": 64,
         "model.normalisation": "none"}),

@@ -96,6 +96,18 @@ def update_per_lr(record: Record) -> float | None:
     return float(np.median(found)) if found else None
 
 
+def clip_ratio(record: Record) -> float | None:
+    """Gradient norm after over before clipping, median over epochs."""
+    before, after = (record.curve("grad_norm", term=term) for term in ("before_clip", "after_clip"))
+    return _median({epoch: after[epoch] / before[epoch] for epoch in after if before.get(epoch)})
+
+
+def optimizer_is_adaptive(record: Record) -> float | None:
+    """1 where the optimizer divides by the gradient's own size, so that a constant factor is undone."""
+    name = record.run.get("optimizer")
+    return float("adam" in name.lower() or name.lower() in ("adagrad", "rmsprop", "lion")) if name else None
+
+
 def lr_jump_on_resume(record: Record) -> float | None:
     """Rate of the first epoch after a resume over the last before, relative to the plan's; 0 without a resume."""
     if not record.run:
@@ -217,10 +229,10 @@ def _late_gain(record: Record, split: str) -> float | None:
 
 
 def loss_spike(record: Record) -> float | None:
-    """Largest step loss over the median step loss, after the first epoch."""
+    """(largest - median) over the range from the 10th to the 90th percentile of the step losses after epoch 1."""
     (row,) = record.rows(
-        "SELECT max(value) / nullif(median(value), 0) FROM series"
-        " WHERE metric = 'loss' AND step IS NOT NULL AND epoch > 1 AND isfinite(value)"
+        """SELECT (max(value) - median(value)) / nullif(quantile_cont(value, 0.9) - quantile_cont(value, 0.1), 0)
+           FROM series WHERE metric = 'loss' AND step IS NOT NULL AND epoch > 1 AND isfinite(value)"""
     )
     return None if row[0] is None else float(row[0])
 
@@ -272,6 +284,8 @@ _ALL: tuple[Callable[[Record], Value], ...] = (
     parameter_bits,
     largest_update,
     update_per_lr,
+    clip_ratio,
+    optimizer_is_adaptive,
     lr_jump_on_resume,
     loss_jump_on_resume,
     plateau_against_losses,

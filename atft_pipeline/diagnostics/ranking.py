@@ -34,7 +34,7 @@ QUIET = 0.01
 """How often a rule is expected to fire in a healthy run, and for a cause it does not speak for unless runs say more."""
 OFTEN_FINE = 0.05
 """The same of a rule that describes: what explains a low Sharpe is seen in good runs too."""
-UNKNOWN_FLOOR = 0.03
+UNKNOWN_FLOOR = 0.015
 """An unknown fault may set off anything."""
 CONCLUSIVE, MARGIN = 0.5, 3.0
 """Posterior and odds against the next class without which nothing is concluded."""
@@ -138,32 +138,35 @@ class Likelihoods:
         return math.log(here / healthy) if fired else math.log((1.0 - here) / (1.0 - healthy))
 
     def rate(self, rule: Rule, name: str) -> float:
-        """P(rule fires | class): the table's expectation, corrected by what planted runs did."""
-        fired, assessed = self._count(rule, name)
-        expected = self._expected(rule, name)
-        rate = (fired + SMOOTHING * expected) / (assessed + SMOOTHING)
+        """P(rule fires | class).
+
+        Of a healthy run, and of a cause that the rule speaks for: the table's expectation, corrected by what planted
+        runs of the class did. Of any other cause: how often it fires in runs of causes that it does not speak for, all
+        together: what a rule happened to do in two runs of a cause is no evidence for that cause.
+        """
+        if name == HEALTHY or name in rule.suspects:
+            fired, assessed = self._count(rule, name)
+            rate = (fired + SMOOTHING * self._expected(rule, name)) / (assessed + SMOOTHING)
+        else:
+            rate = self._background(rule)
+            rate = max(rate, UNKNOWN_FLOOR) if name == UNKNOWN else rate
         return min(max(rate, 1e-3), 1.0 - 1e-3)
 
     def _expected(self, rule: Rule, name: str) -> float:
         if name == HEALTHY:
             return OFTEN_FINE if rule.severity in ("observation", "explanation") else QUIET
-        if name == UNKNOWN:
-            return max(self._over_faults(rule), UNKNOWN_FLOOR, self._expected(rule, HEALTHY))
-        if name in rule.suspects:
-            if rule.suspects[0] != name:
-                return OTHER_SUSPECT
-            return ONLY_WITNESS if _witnesses(name) == 1 else MAIN_SUSPECT
-        quiet = self._expected(rule, HEALTHY)
-        return max(quiet, self._over_faults(rule) if not rule.suspects or rule.severity == "explanation" else quiet)
+        if rule.suspects[0] != name:
+            return OTHER_SUSPECT
+        return ONLY_WITNESS if _witnesses(name) == 1 else MAIN_SUSPECT
 
-    def _over_faults(self, rule: Rule) -> float:
-        """Mean rate over the causes that were planted."""
-        rates = [
-            fired / assessed
-            for name, (fired, assessed) in self.counts.get(rule.id, {}).items()
-            if name != HEALTHY and assessed
+    def _background(self, rule: Rule) -> float:
+        others = [
+            count
+            for name, count in self.counts.get(rule.id, {}).items()
+            if name != HEALTHY and name not in rule.suspects
         ]
-        return sum(rates) / len(rates) if rates else QUIET
+        fired, assessed = (sum(count[k] for count in others) for k in (0, 1))
+        return (fired + SMOOTHING * self._expected(rule, HEALTHY)) / (assessed + SMOOTHING)
 
     def _count(self, rule: Rule, name: str) -> tuple[int, int]:
         found = self.counts.get(rule.id, {}).get(name)

@@ -699,6 +699,13 @@ def silent_component_names(record: Record) -> str | None:
     return _listed(_silent(record))
 
 
+def components_heard(record: Record) -> float | None:
+    """Components but the head whose gradient was not 0 throughout."""
+    curves = _gradients(record)
+    others = [curve for name, curve in curves.items() if name != "prediction_head"]
+    return float(sum(max(curve.values()) > 0.0 for curve in others)) if others else None
+
+
 def gradient_summary(record: Record) -> str | None:
     parts = []
     for name, curve in _gradients(record).items():
@@ -856,6 +863,7 @@ _ALL: tuple[Callable[[Record], Value], ...] = (
     graph_to_encoder_gradient,
     silent_components,
     silent_component_names,
+    components_heard,
     gradient_summary,
     clipped_share,
     gradient_warnings,
