@@ -749,7 +749,8 @@ _ALL: tuple[Fault, ...] = (
         {"train.schedule.name": "plateau", "train.schedule.patience": 1, "train.schedule.factor": 0.2},
         code=scheduler_wrong_direction,
     ),
-    Fault("clipping_too_tight", "clipping_too_tight", {"train.optimizer.clip_norm": 1e-3, "train.optimizer.lr": 0.1}, code=sgd_clipped_hard),
+    Fault("clipping_too_tight", "clipping_too_tight", {
+        "train.optimizer.clip_norm": 1e-3, "train.optimizer.lr": 0.1}, code=sgd_clipped_hard),
     Fault("parameters_in_bf16", "updates_lost", {"train.optimizer.lr": 1e-4}, code=parameters_in_bf16),
     Fault("optimizer_lacks_all_but_head", "not_in_optimizer", code=_without(
         "variable_selection", "temporal_encoder", "backbone_projection", "fusion")),
