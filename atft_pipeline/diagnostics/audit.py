@@ -285,7 +285,7 @@ def _inputs_agree(record: Record, data: _Dataset) -> dict[str, Value]:
         f"""SELECT g.name, g.split,
               avg((g.present != e.present OR abs(g.mean - e.mean) > {INPUT_TOLERANCE} * (abs(e.mean) + e.std)
                    OR abs(g.std - e.std) > {INPUT_TOLERANCE} * (abs(e.mean) + e.std))::INT),
-              avg((coalesce(g.std, 0) = 0 AND e.std > 0)::INT),
+              avg((coalesce(g.std, 0) = 0 AND coalesce(e.std, 0) > 0)::INT),
               median(g.std / nullif(e.std, 0)),
               avg((abs(g.ic - e.ic) > 0.02)::INT),
               avg((g.stocks != e.stocks)::INT)
