@@ -83,8 +83,13 @@ def of_feature(name: str, change: Callable[[dict[str, Any]], dict[str, Any]]) ->
 # The honest run --------------------------------------------------------------------------------------------------
 
 
-def test_every_gap_of_an_honest_run_is_zero(trained: Trained) -> None:
-    found = audited(trained())
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"train.universe": "liquid"}, {"evaluation.universe": "all"}, {"model.graph": False}],
+    ids=str,
+)
+def test_every_gap_of_an_honest_run_is_zero(settings: dict[str, Any], trained: Trained) -> None:
+    found = audited(trained(settings))
     assert set(found) == set(SIGNALS)
     assert {name: found[name] for name in GAPS} == pytest.approx(dict.fromkeys(GAPS, 0.0), abs=1e-6)
     assert found["predicted_ic_correlation"] == pytest.approx(1.0)
