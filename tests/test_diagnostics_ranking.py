@@ -6,6 +6,7 @@ import json
 import math
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -118,10 +119,16 @@ def test_rule_without_suspects_says_nothing_until_runs_say_more() -> None:
 
 
 def test_of_one_channel_the_strongest_rule_alone_counts() -> None:
-    strong, weak = rule("strong", "overfit", channel="c"), rule("weak", "underfit", "overfit", channel="c")
-    alone = probabilities(ranked([strong], strong="fired"))
-    both = probabilities(ranked([strong, weak], strong="fired", weak="fired"))
+    strong, weak = rule("strong", "overfit", channel="c"), rule("weak", "overfit", channel="c")
+    counts = {
+        "strong": {"overfit": (10, 20), HEALTHY: (10, 100)},
+        "weak": {"overfit": (6, 20), HEALTHY: (10, 100)},
+    }
+    alone = probabilities(ranked([strong], counts, strong="fired"))
+    both = probabilities(ranked([strong, weak], counts, strong="fired", weak="fired"))
+    apart = probabilities(ranked([strong, replace(weak, channel="d")], counts, strong="fired", weak="fired"))
     assert both["overfit"] / both[HEALTHY] == pytest.approx(alone["overfit"] / alone[HEALTHY])
+    assert apart["overfit"] / apart[HEALTHY] > 1.5 * both["overfit"] / both[HEALTHY]
 
 
 def test_rules_of_two_channels_add_up() -> None:
@@ -191,6 +198,12 @@ def test_nothing_is_concluded_under_one_half_or_three_to_one(seed: int) -> None:
     kinds = {HEALTHY: "healthy", UNKNOWN: "unknown"}
     decided = best >= CONCLUSIVE and best >= MARGIN * second
     assert ranking.conclusion == (kinds.get(first, "cause") if decided else "inconclusive")
+
+
+def test_prior_concludes_nothing_though_healthy_leads_by_far() -> None:
+    ranking = rank([], NOTHING_LEARNED)
+    assert MARGIN * max(ranking.unknown, ranking.causes[0].probability) < ranking.healthy < CONCLUSIVE
+    assert ranking.conclusion == "inconclusive"
 
 
 def test_odds_under_three_to_one_are_inconclusive_above_one_half(monkeypatch: pytest.MonkeyPatch) -> None:
