@@ -210,7 +210,7 @@ INPUT_FAULTS: dict[str, tuple[Callable[[Path], None], dict[str, float]]] = {
         {"inputs_unlike_dataset": 1.0, "inputs_scaled": 0.0, "inputs_constant": 0.0},
     ),
     "one odd session": (
-        lambda run: change_inputs(run, lambda row: {"std": 0.0} if row["date"] == _first_date(run) else {}),
+        lambda run: _without_spread(run, split_sessions(run).validation[0].item()),
         {"inputs_unlike_dataset": 0.0, "inputs_constant": 0.0},
     ),
     "labels permuted": (
@@ -241,8 +241,8 @@ INPUT_FAULTS: dict[str, tuple[Callable[[Path], None], dict[str, float]]] = {
 }
 
 
-def _first_date(run_dir: Path) -> Any:
-    return split_sessions(run_dir).validation[0].item()
+def _without_spread(run_dir: Path, day: Any) -> None:
+    change_inputs(run_dir, lambda row: {"std": 0.0} if row["date"] == day else {})
 
 
 @pytest.mark.parametrize("name", INPUT_FAULTS)
