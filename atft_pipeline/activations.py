@@ -54,8 +54,9 @@ def activation_figures(model: nn.Module, block: Block) -> Figures:
         if parts and all(part.ndim == 3 for part in parts):
             figures[name] = _spread(torch.cat([part.double() for part in parts]))
     for name, parts in entropies.items():
-        if parts:
-            figures.setdefault(name, {})["attention_entropy"] = float(torch.cat(parts).mean())
+        rows = torch.cat(parts) if parts else torch.empty(0)
+        if len(rows):  # none where every row has but one place to look at
+            figures.setdefault(name, {})["attention_entropy"] = float(rows.mean())
     return figures
 
 

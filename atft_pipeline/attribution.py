@@ -373,7 +373,7 @@ def attribute_predictions(
         try:
             panel = score_panel(table, score="score_1d", target="target_1d", split=split, universe=universe)
             found[split] = attribute(panel, context.around(panel.sessions, panel.codes), config)
-        except InputError as error:
+        except (InputError, pa.ArrowException) as error:
             found[split] = Missing(str(error))
     return found
 
@@ -480,6 +480,8 @@ class _Cells:
 
 def _position(values: NDArray[Any], among: NDArray[Any]) -> NDArray[np.int64]:
     """Index of each value in the ascending `among`, -1 where it is not there."""
+    if not len(among):
+        return np.full(len(values), -1, np.int64)
     at = np.minimum(np.searchsorted(among, values), len(among) - 1)
     return np.where(among[at] == values, at, -1)
 

@@ -33,6 +33,8 @@ class Tables:
     evals: list[Row]
     daily: list[Row]
     predictions: dict[int, list[Row]] = field(default_factory=dict)
+    probes: dict[str, Row] = field(default_factory=dict)
+    """Probe -> figures, as if it had been made on this run."""
 
     def set_series(self, metric: str, value: Callable[[int], float], **where: str) -> None:
         """Replaces the per-epoch values of a metric; `value` gets the epoch."""
@@ -64,7 +66,15 @@ class Tables:
         (run_dir / "predictions").mkdir(exist_ok=True)
         for epoch, stored in self.predictions.items():
             pq.write_table(pa.Table.from_pylist(stored), run_dir / "predictions" / f"epoch_{epoch:03d}.parquet")
+        for name, figures in self.probes.items():
+            write_probe(run_dir, name, figures, self.run.get("key"))
         return run_dir
+
+
+def write_probe(run_dir: Path, name: str, figures: Row, run_key: object) -> None:
+    (run_dir / "probes").mkdir(exist_ok=True)
+    content = {"figures": figures, "probe": name, "run_key": run_key, "seconds": 1.0}
+    (run_dir / "probes" / f"{name}.json").write_text(json.dumps(content))
 
 
 BASE_LR = 1e-3
@@ -78,7 +88,8 @@ def healthy(skill: float = 0.5, overrides: Row | None = None) -> Tables:
     config = with_overrides(quick(), {"train.optimizer.lr": BASE_LR} | (overrides or {}))
     rng = np.random.default_rng(7)
     signal = rng.standard_normal((SESSIONS, STOCKS))
-    targets = (0.01 * signal + 0.02 * rng.standard_normal((SESSIONS, STOCKS))).astype(np.float32).astype(float)
+    # An IC near 0.1 at the end: clearly above zero, and not too good to be true.
+    targets = (0.0025 * signal + 0.02 * rng.standard_normal((SESSIONS, STOCKS))).astype(np.float32).astype(float)
     sessions = [date(2024, 1, 1) + timedelta(days=t) for t in range(SESSIONS)]
     tables = Tables(_run_json(config), {}, [], [], [])
     noise = rng.standard_normal((SESSIONS, STOCKS))
@@ -92,6 +103,24 @@ def healthy(skill: float = 0.5, overrides: Row | None = None) -> Tables:
             tables.predictions[epoch] = _prediction_rows(sessions, scores, targets)
     tables.verdict = _verdict(tables)
     return tables
+
+
+def honest_probes() -> dict[str, Row]:
+    """What every probe finds on a run that is what it says, on features that hold a signal."""
+    return {
+        "rescore": {"rescored_gap": 0.0, "rescored_correlation": 1.0, "rescored_epoch": 20.0, "rescored_ic": 0.1},
+        "data": {
+            "parts_unlike_manifest": 0.0,
+            "features_know_later": 0.0,
+            "features_know_later_names": "none",
+            "rows_unlike_source": 0.0,
+            "targets_unlike_source": 0.0,
+        },
+        "graph": {"edges_unlike_dataset": 0.0},
+        "baseline": {"baseline_ic": 0.06, "baseline_ic_t": 3.0, "baseline_train_ic": 0.08, "over_baseline_t": 1.0},
+        "ablate": {"idle_components": 0.0, "idle_component_names": "none"},
+        "replay": {"replay_differs": 0.0},
+    }
 
 
 def _run_json(config: Any) -> Row:
@@ -147,17 +176,40 @@ def _log_series(tables: Tables, config: Any, epoch: int) -> None:
         log("loss_weight", weight, "train", "loss", term)
     warmup = config.train.schedule.warmup_fraction
     cosine = 0.5 * (1 + math.cos(math.pi * max(0.0, (progress - warmup) / (1 - warmup))))
-    log("lr", BASE_LR * (0.01 + 0.99 * cosine), component="all")
+    lr = BASE_LR * (0.01 + 0.99 * cosine)
+    log("lr", lr, component="all")
     for component in COMPONENTS:
         log("grad_l2", 0.2 + 0.05 * progress, component=component)
         log("weight_l2", 5.0, component=component)
         log("gradient_warning", 0.0, component=component)
+        log("update_to_weight", 4.0 * lr, component=component)
+        log("unchanged_share", 0.0, component=component)
+        log("trainable_share", 1.0, component=component)
+        log("optimized_share", 1.0, component=component)
+        log("parameter_bits", 32.0, component=component)
+        log("stock_spread", 0.5, "validation", component)
+        log("dead_units", 0.0, "validation", component)
+    log("attention_entropy", 0.8, "validation", "temporal_encoder")
+    _log_pulls(log, weights)
+    log("sessions", 500.0)
     log("clipped_share", 0.1)
     log("dispersion_ratio", 0.05, "validation")
     log("degeneracy_event", 0.0, "validation")
     log("degeneracy_reset", 0.0, "validation")
     log("epoch_s", 10.0)
     log("loader_wait_s", 0.2)
+
+
+def _log_pulls(log: Callable[..., None], weights: dict[str, float]) -> None:
+    """The loss pulls with the configured weights, and its terms pull alike."""
+    pulling = {term: weight for term, weight in weights.items() if weight > 0}
+    for term, weight in weights.items():
+        log("effective_weight", weight, component="loss", term=term)
+    for term, weight in pulling.items():
+        log("gradient_share", weight / sum(pulling.values()), component="loss", term=term)
+        if len(pulling) > 1:
+            log("gradient_cosine", 0.2, component="loss", term=term)
+    log("gradient_residual", 1e-6, component="loss", term="total")
 
 
 def _log_evaluation(tables: Tables, epoch: int, sessions: list[date], scores: np.ndarray, targets: np.ndarray) -> None:
@@ -204,7 +256,7 @@ def _verdict(tables: Tables) -> Row:
         "summary": f"{'passed' if value > 0.10 else 'failed'}: Sharpe {value:.4f} at epoch 20",
         "criterion": {"epoch": EPOCHS, "split": "validation", "slice": "liquid", "value": value, "threshold": 0.10},
         "final": {"validation": {"sharpe_daily": value}, "test": {"sharpe_daily": 0.2}},
-        "validity": [{"name": "evaluated_twice_agrees", "passed": True, "explanation": "same hash"}],
+        "validity": [{"name": "evaluating_twice_agrees", "passed": True, "explanation": "same hash"}],
         "run_key": "k1",
         "config_key": "c1",
         "dataset_fingerprint": "d1",

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from atft_pipeline.config import PipelineConfig, with_overrides
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from atft_pipeline.config import HORIZONS, PipelineConfig, from_dict, with_overrides
+from atft_pipeline.dataset import read_manifest
 from atft_pipeline.lineage import read_table
+from atft_pipeline.splits import make_split
 from atft_pipeline.training import Outcome, train
+
+Columns = dict[str, NDArray[Any]]
+Sessions = NDArray[np.datetime64]
 
 
 class Data(NamedTuple):
@@ -83,3 +94,62 @@ def record(run_dir: Path) -> dict[str, Any]:
         "checkpoints": sorted(p.name for p in (run_dir / "checkpoints").glob("*.pt")),
         "verdict": verdict(run_dir),
     }
+
+
+# Runs to be spoilt -----------------------------------------------------------------------------------------------
+
+
+class SplitSessions(NamedTuple):
+    train: Sessions
+    validation: Sessions
+    test: Sessions
+
+
+def split_sessions(run_dir: Path) -> SplitSessions:
+    """The dates of each split of a run."""
+    run = header(run_dir)
+    sessions = np.array(read_manifest(Path(run["dataset_path"]))["session_dates"], "datetime64[D]")
+    split = make_split(sessions, from_dict(run["config"]).split)
+    return SplitSessions(*(sessions[getattr(split, name)] for name in SplitSessions._fields))
+
+
+def newest_predictions(run_dir: Path) -> Path:
+    return max((run_dir / "predictions").glob("epoch_*.parquet"))
+
+
+def change_predictions(run_dir: Path, change: Callable[[Columns], Columns]) -> None:
+    """Replaces the validation rows of the newest predictions by what `change` makes of their columns."""
+    path = newest_predictions(run_dir)
+    table = pq.read_table(path)
+    is_validation = np.array(table["split"].to_pylist()) == "validation"
+    rows = table.filter(pa.array(is_validation))
+    changed = change({name: rows[name].to_numpy() for name in rows.column_names})
+    columns = [pa.array(changed[field.name], field.type, from_pandas=False) for field in table.schema]
+    replaced = pa.Table.from_arrays(columns, schema=table.schema)
+    pq.write_table(pa.concat_tables([replaced, table.filter(pa.array(~is_validation))]), path)
+
+
+def with_scores(change: Callable[[NDArray[Any]], NDArray[Any]]) -> Callable[[Path], None]:
+    """`change` applied to the scores of every horizon."""
+    names = [f"score_{horizon}d" for horizon in HORIZONS]
+    return lambda run_dir: change_predictions(run_dir, lambda rows: rows | {name: change(rows[name]) for name in names})
+
+
+def of_other_sessions(sessions: Sessions) -> Callable[[Columns], Columns]:
+    """The rows, as if they were of `sessions`."""
+
+    def change(rows: Columns) -> Columns:
+        place = np.unique(rows["Date"], return_inverse=True)[1]
+        kept = place < len(sessions)
+        moved = rows | {"Date": sessions[np.minimum(place, len(sessions) - 1)]}
+        return {name: values[kept] for name, values in moved.items()}
+
+    return change
+
+
+def change_inputs(run_dir: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Updates every row of `inputs.parquet` that has a value by what `change` makes of it."""
+    path = run_dir / "inputs.parquet"
+    table = pq.read_table(path)
+    rows = [row | change(row) if row["present"] else row for row in table.to_pylist()]
+    pq.write_table(pa.Table.from_pylist(rows, table.schema), path)

@@ -13,14 +13,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from atft_pipeline.config import HORIZONS, PipelineConfig, from_dict
 from atft_pipeline.dataset import membership_path, read_manifest, resolved
-from atft_pipeline.diagnostics.record import Record
+from atft_pipeline.diagnostics.record import Record, read_scores
 from atft_pipeline.diagnostics.signals import Value, plain
 from atft_pipeline.errors import InputError
 from atft_pipeline.inputs_seen import SCHEMA as INPUTS
@@ -88,23 +90,29 @@ def _evaluated(record: Record) -> dict[str, Value]:
     epoch, table = scores
     record.connection.register("scored", table)
     try:
-        found |= _scores_agree(record, epoch, table)
+        found |= _told(lambda: _scores_agree(record, epoch, table))
         data = _dataset(record)
         if data is not None:
-            found |= _in_split(record, data) | _targets_agree(record, data)
+            found |= _told(lambda: _in_split(record, data)) | _told(lambda: _targets_agree(record, data))
     finally:
         record.connection.unregister("scored")
     return found
 
 
+def _told(measure: Callable[[], dict[str, Value]]) -> dict[str, Value]:
+    """What `measure` finds; nothing where a file is torn, or holds other columns than it should."""
+    with suppress(InputError, OSError, pa.ArrowException, duckdb.Error):
+        return measure()
+    return {}
+
+
 def _scores(record: Record) -> tuple[int, pa.Table] | None:
     """The validation rows of the newest predictions."""
-    wanted = ["Date", "Code", "split", "is_liquid", *(f"{kind}_{h}d" for kind in ("score", "target") for h in HORIZONS)]
     for epoch in sorted(record.predictions, reverse=True):
-        with suppress(OSError, pa.ArrowException, KeyError):
-            table = pq.read_table(record.predictions[epoch], columns=wanted, filters=[("split", "=", "validation")])
-            if table.num_rows:
-                return epoch, table
+        table = read_scores(record.predictions[epoch], HORIZONS)
+        rows = None if table is None else table.filter(pc.equal(table["split"], "validation"))
+        if rows is not None and rows.num_rows:
+            return epoch, rows
     return None
 
 
@@ -140,7 +148,8 @@ def _scores_agree(record: Record, epoch: int, table: pa.Table) -> dict[str, Valu
         epoch,
     )[0]
     ties = record.scalar(
-        """SELECT avg((n > 1)::INT) FROM (SELECT count(*) OVER (PARTITION BY Date, score_1d) AS n FROM scored)"""
+        """SELECT avg((n > 1)::INT) FROM (SELECT count(*) OVER (PARTITION BY Date, score_1d) AS n FROM scored
+                                          WHERE isfinite(score_1d))"""
     )
     gaps = _squared_error_gaps(record, epoch, table)
     return {
@@ -156,6 +165,8 @@ def _squared_error_gaps(record: Record, epoch: int, table: pa.Table) -> tuple[fl
     recorded = record.curve("loss_raw", split="validation", term="mse").get(epoch)
     weights = record.config("train.loss.horizon_weights")
     if recorded is None or not isinstance(weights, list) or len(weights) != len(HORIZONS):
+        return None, None
+    if not np.isfinite(table["score_1d"].to_numpy()).any():
         return None, None
     session = np.unique(table["Date"].to_numpy(), return_inverse=True)[1]
     errors = [_squared_error(session, table, horizon) for horizon in HORIZONS]
@@ -201,8 +212,8 @@ def _targets_agree(record: Record, data: _Dataset) -> dict[str, Value]:
     first, last = (data.sessions[split.validation[end]].item() for end in (0, -1))
     unlike = record.scalar(
         f"""SELECT avg((abs(s.target_1d - d.target_1d) > {TARGET_TOLERANCE}
-                        OR isfinite(s.target_1d) != coalesce(isfinite(d.target_1d), false))::INT)
-            FROM scored s JOIN (SELECT Date, Code, target_1d FROM read_parquet(?)) d USING (Date, Code)
+                        OR coalesce(isfinite(s.target_1d), false) != coalesce(isfinite(d.target_1d), false))::INT)
+            FROM scored s JOIN (SELECT f.Date, f.Code, f.target_1d FROM read_parquet(?) f) d USING (Date, Code)
             WHERE isfinite(s.target_1d) OR d.target_1d IS NOT NULL""",
         data.files,
     )
@@ -227,10 +238,10 @@ def _inputs(record: Record) -> dict[str, Value]:
         return found
     record.connection.register("given", given)
     try:
-        found |= _feature_ic(record) | _drift(record)
+        found |= _told(lambda: _feature_ic(record)) | _told(lambda: _drift(record))
         data = _dataset(record)
         if data is not None:
-            found |= _inputs_agree(record, data) | _leaving(record, data)
+            found |= _told(lambda: _inputs_agree(record, data)) | _told(lambda: _leaving(record, data))
     finally:
         record.connection.unregister("given")
     return found
@@ -238,7 +249,7 @@ def _inputs(record: Record) -> dict[str, Value]:
 
 def _given(record: Record) -> pa.Table | None:
     with suppress(OSError, pa.ArrowException, KeyError):
-        table = pq.read_table(record.run_dir / "inputs.parquet").select(INPUTS.names)
+        table = pq.read_table(record.run_dir / "inputs.parquet").select(INPUTS.names).cast(INPUTS)
         return table if table.num_rows else None
     return None
 
@@ -274,11 +285,10 @@ def _leaving(record: Record, data: _Dataset) -> dict[str, Value]:
 
 def _inputs_agree(record: Record, data: _Dataset) -> dict[str, Value]:
     """Sampled blocks against the dataset's rows of the same sessions and universe."""
-    features = [
-        str(row[0])
-        for row in record.rows("SELECT DISTINCT name FROM given ORDER BY name")
-        if row[0] in data.manifest["features"] or str(row[0]).startswith("target_")
-    ]
+    given = {row[0] for row in record.rows("SELECT DISTINCT name FROM given")}
+    features = [name for name in (*data.manifest["features"], *(f"target_{h}d" for h in HORIZONS)) if name in given]
+    if not features:
+        return {}
     columns = ", ".join(
         f"""struct_pack(name := '{name}', present := count("{name}"), mean := avg("{name}"),
             std := stddev_pop("{name}"), ic := corr("{name}", target_1d))"""
@@ -289,7 +299,7 @@ def _inputs_agree(record: Record, data: _Dataset) -> dict[str, Value]:
             SELECT Date AS date, stocks, unnest(figures, recursive := true) FROM (
               SELECT Date, count(*) AS stocks, [{columns}] AS figures
               FROM (SELECT * FROM read_parquet(?) WHERE Date IN (SELECT DISTINCT date FROM given))
-              JOIN (SELECT Date, Code FROM read_parquet(?) WHERE {data.universe}) USING (Date, Code)
+              JOIN (SELECT m.Date, m.Code FROM read_parquet(?) m WHERE m.{data.universe}) USING (Date, Code)
               GROUP BY Date)""",
         [data.files, data.members],
     )
@@ -297,7 +307,7 @@ def _inputs_agree(record: Record, data: _Dataset) -> dict[str, Value]:
         f"""SELECT g.name, g.split,
               avg((g.present != e.present OR abs(g.mean - e.mean) > {INPUT_TOLERANCE} * (abs(e.mean) + e.std)
                    OR abs(g.std - e.std) > {INPUT_TOLERANCE} * (abs(e.mean) + e.std))::INT),
-              avg((coalesce(g.std, 0) = 0 AND e.std > 0)::INT),
+              avg((coalesce(g.std, 0) = 0 AND coalesce(e.std, 0) > 0)::INT),
               median(g.std / nullif(e.std, 0)),
               avg((abs(g.ic - e.ic) > 0.02)::INT),
               avg((g.stocks != e.stocks)::INT)
@@ -320,10 +330,11 @@ def _inputs_agree(record: Record, data: _Dataset) -> dict[str, Value]:
             lambda row: bool(row[4]) and not 1 / SCALED <= row[4] <= SCALED and row[3] <= OF_SESSIONS
         ),
         "labels_unlike_dataset": float(np.mean([row[5] for row in train])) if train else None,
-        "stocks_not_given": max(_shares(rows, 6)),
+        "stocks_not_given": max(_shares(rows, 6), default=None),
     }
 
 
 def _shares(rows: list[tuple[Any, ...]], column: int) -> Iterator[float]:
-    for split in {row[1] for row in rows}:
-        yield float(np.mean([row[column] for row in rows if row[1] == split]))
+    known = [row for row in rows if row[column] is not None]
+    for split in {row[1] for row in known}:
+        yield float(np.mean([row[column] for row in known if row[1] == split]))

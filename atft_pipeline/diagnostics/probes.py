@@ -20,12 +20,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from atft_pipeline.config import from_dict
 from atft_pipeline.dataset import read_manifest, read_membership, read_table, resolved
-from atft_pipeline.diagnostics.record import Record
+from atft_pipeline.diagnostics.record import Record, read_scores
 from atft_pipeline.errors import InputError, RunFailure
 from atft_pipeline.files import write_json
 from atft_pipeline.metrics import information_coefficient, mean_and_error
@@ -68,7 +69,7 @@ def rescore(record: Record) -> Figures:
     panel = load_panel(dataset, config.train.universe)
     sessions = make_split(panel.sessions, config.split).validation
     model = ATFTGATFAN(config.model, len(panel.feature_names))
-    graph = load_graph(Path(record.run["graph_path"])) if config.model.graph else None
+    graph = load_graph(_graph(record)) if config.model.graph else None
     data = BlockDataset(panel, graph, model.receptive_field)
     stored = _placed(record.predictions[epoch], panel.sessions[sessions], panel.codes)
 
@@ -104,7 +105,10 @@ def _gap(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
 
 def _placed(file: Path, sessions: NDArray[np.datetime64], codes: NDArray[np.str_]) -> NDArray[np.float64]:
     """Stored validation scores of horizon 1 as `[T, N]`, NaN where there is none."""
-    table = pq.read_table(file, columns=["Date", "Code", "score_1d"], filters=[("split", "=", "validation")])
+    table = read_scores(file, [1])
+    if table is None:
+        raise InputError(f"{file.name}: its columns are not those of predictions")
+    table = table.filter(pc.equal(table["split"], "validation"))
     cells = np.full((len(sessions), len(codes)), np.nan)
     dates, names = table["Date"].to_numpy().astype("datetime64[D]"), np.array(table["Code"].to_pylist(), np.str_)
     t, n = np.searchsorted(sessions, dates), np.searchsorted(codes, names)
@@ -197,7 +201,8 @@ def _differences(dataset: Path, manifest: dict[str, Any], made: pa.Table, sessio
 
 def _unlike(stored: Any, made: Any) -> bool:
     a, b = (column.cast(float).fill_null(np.nan).to_numpy() for column in (stored, made))
-    same = np.isclose(a, b, rtol=VALUE_TOLERANCE, atol=VALUE_TOLERANCE * float(np.nanstd(a) or 0.0), equal_nan=True)
+    spread = float(np.nanstd(a)) if np.isfinite(a).any() else 0.0
+    same = np.isclose(a, b, rtol=VALUE_TOLERANCE, atol=VALUE_TOLERANCE * spread, equal_nan=True)
     return not bool(same.all())
 
 
@@ -208,10 +213,11 @@ def graph(record: Record) -> Figures:
     config, dataset = _config(record), _dataset(record)
     if not config.model.graph:
         raise InputError("the run has no graph")
+    path = _graph(record)
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / "graph.parquet"
         build_graph_file(dataset, made, config.graph)
-        ours, theirs = load_graph(made), load_graph(Path(record.run["graph_path"]))
+        ours, theirs = load_graph(made), load_graph(path)
     edges = [_edges(g) for g in (ours, theirs)]
     return {"edges_unlike_dataset": len(edges[0] ^ edges[1]) / max(len(edges[0] | edges[1]), 1)}
 
@@ -261,6 +267,8 @@ def _daily_ic(record: Record, sessions: NDArray[np.datetime64]) -> NDArray[np.fl
 def ablate(record: Record) -> Figures:
     """Permutes the output of each component over the stocks of every session and measures what the IC loses.
 
+    Of the graph, which hands its input on, what it adds to it.
+
     `drop_t_NAME`: t of the paired daily difference; `idle_components`: those whose permutation costs nothing (t under
     1), of the last checkpoint's weights on the validation sessions.
     """
@@ -270,6 +278,7 @@ def ablate(record: Record) -> Figures:
     from atft_pipeline.checkpoints import read_checkpoint
     from atft_pipeline.graph import load_graph
     from atft_pipeline.model.atft_gat_fan import ATFTGATFAN
+    from atft_pipeline.model.gat import GraphAttention
     from atft_pipeline.scoring import score_sessions
     from atft_pipeline.splits import make_split
 
@@ -281,7 +290,7 @@ def ablate(record: Record) -> Figures:
     sessions = make_split(panel.sessions, config.split).validation
     model = ATFTGATFAN(config.model, len(panel.feature_names))
     model.load_state_dict(read_checkpoint(checkpoints[-1], {"run_key": record.run.get("key")})["weights"])
-    edges = load_graph(Path(record.run["graph_path"])) if config.model.graph else None
+    edges = load_graph(_graph(record)) if config.model.graph else None
     blocks = BlockDataset(panel, edges, model.receptive_field)
     targets = panel.targets[sessions, :, 0].astype(np.float64)
 
@@ -289,11 +298,12 @@ def ablate(record: Record) -> Figures:
         found = score_sessions(model, blocks, sessions, batch_size=config.train.batch_size, device=torch.device("cpu"))
         return information_coefficient(found.values[:, :, 0].astype(np.float64), targets)
 
-    def permuted(module: Any, inputs: Any, output: Any) -> Any:  # noqa: ARG001
+    def permuted(module: Any, inputs: Any, output: Any) -> Any:
         if not isinstance(output, torch.Tensor) or output.ndim != 3:
             return output
         order = torch.randperm(output.shape[0], generator=torch.Generator().manual_seed(config.train.seed))
-        return output[order]
+        handed_on = inputs[0] if isinstance(module, GraphAttention) else torch.zeros_like(output)
+        return handed_on + (output - handed_on)[order]
 
     whole, found, idle = daily(), {}, []
     for name, child in model.named_children():
@@ -328,16 +338,18 @@ def replay(record: Record) -> Figures:
     hashes = record.rows("SELECT min(weights_hash) FROM evals WHERE epoch = 1 AND weights_hash IS NOT NULL")
     if not hashes or hashes[0][0] is None:
         raise InputError("no evaluation of epoch 1")
-    plan = plan_run(config, dataset, Path(record.run["graph_path"]))
+    plan = plan_run(config, dataset, _graph(record))
     threads = torch.get_num_threads()
     torch.set_num_threads(int(record.run.get("threads") or threads))  # sums of several threads run in another order
-    with tempfile.TemporaryDirectory() as folder:
-        run_dir = Path(folder)
-        fresh = RunRecord(run_dir, run_header(plan, run_dir, resolve_device("cpu"), {}))
-        trainer = Trainer(plan, fresh, resolve_device("cpu"), lambda _: None)
-        trainer.train_epoch(1)
-        found = weights_hash(trainer.average.model)
-    torch.set_num_threads(threads)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            run_dir = Path(folder)
+            fresh = RunRecord(run_dir, run_header(plan, run_dir, resolve_device("cpu"), {}))
+            trainer = Trainer(plan, fresh, resolve_device("cpu"), lambda _: None)
+            trainer.train_epoch(1)
+            found = weights_hash(trainer.average.model)
+    finally:
+        torch.set_num_threads(threads)
     return {"replay_differs": float(found != hashes[0][0])}
 
 
@@ -370,7 +382,7 @@ def remedy(record: Record, cause: str) -> Figures:
     with tempfile.TemporaryDirectory() as folder:
         for name, settings in (("as_it_was", short), ("changed", with_overrides(short, REMEDIES[cause](record)))):
             run_dir = Path(folder) / name
-            train(settings, dataset, Path(record.run["graph_path"]), run_dir, device="cpu", log=lambda _: None)
+            train(settings, dataset, _graph(record), run_dir, device="cpu", log=lambda _: None)
             rows = pq.read_table(run_dir / "daily").to_pylist()
             place = (PROBE_EPOCHS, "validation", record.slice)
             ics.append({row["date"]: row["ic"] for row in rows if (row["epoch"], row["split"], row["slice"]) == place})
@@ -440,19 +452,16 @@ def stored_probes(record: Record) -> list[dict[str, Any]]:
     for path in sorted((record.run_dir / "probes").glob("*.json")):
         with suppress(OSError, ValueError):
             content = json.loads(path.read_text(encoding="utf-8"))
-            if isinstance(content, dict) and "probe" in content and content.get("run_key") == record.run.get("key"):
+            is_probe = isinstance(content, dict) and "probe" in content and isinstance(content.get("figures"), dict)
+            if is_probe and content.get("run_key") == record.run.get("key"):
                 found.append(content)
     return found
 
 
 def probe_figures(record: Record) -> dict[str, float | str | None]:
     """What the stored probes of PROBES measured; what a remedy brought is for the reader."""
-    return {
-        name: value
-        for probe in stored_probes(record)
-        if probe["probe"] in PROBES
-        for name, value in (probe.get("figures") or {}).items()
-    }
+    figures = [item for probe in stored_probes(record) if probe["probe"] in PROBES for item in probe["figures"].items()]
+    return {name: value for name, value in figures if isinstance(value, float | str)}
 
 
 def _config(record: Record) -> Any:
@@ -466,4 +475,11 @@ def _dataset(record: Record) -> Path:
     path = Path(str(record.run.get("dataset_path")))
     if read_manifest(path, "ml_dataset")["fingerprint"] != record.run.get("dataset_fingerprint"):
         raise InputError(f"{path}: not the dataset that the run was made on")
+    return path
+
+
+def _graph(record: Record) -> Path:
+    path = Path(str(record.run.get("graph_path")))
+    if read_manifest(path, "stock_graph")["fingerprint"] != record.run.get("graph_fingerprint"):
+        raise InputError(f"{path}: not the graph that the run was made on")
     return path

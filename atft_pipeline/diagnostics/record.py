@@ -9,6 +9,7 @@ import fcntl
 import json
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -294,6 +295,21 @@ def _find_predictions(run_dir: Path, until_epoch: int | None, missing: list[str]
     if not found:
         missing.append("predictions/: none readable")
     return found
+
+
+def read_scores(path: Path, horizons: Sequence[int]) -> pa.Table | None:
+    """Scores and targets of a predictions file as float64 beside Date, Code, split and is_liquid.
+
+    None where it cannot be read, or a column is missing or holds something else than its name says.
+    """
+    fields: list[tuple[str, pa.DataType]] = [("Date", pa.date32()), ("Code", pa.string()), ("split", pa.string())]
+    fields += [("is_liquid", pa.bool_())]
+    fields += [(f"{kind}_{h}d", pa.float64()) for kind in ("score", "target") for h in horizons]
+    schema = pa.schema(fields)
+    try:
+        return pq.ParquetFile(path).read().select(schema.names).cast(schema)
+    except (OSError, KeyError, pa.ArrowException):
+        return None
 
 
 def _outside(path: Path, run_dir: Path) -> str | None:

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from atft_pipeline.config import LOSS_TERMS
-from atft_pipeline.diagnostics.record import Curve, Record, as_number
+from atft_pipeline.diagnostics.record import Curve, Record, as_number, read_scores
 from atft_pipeline.portfolio import long_short
 
 Value = float | str | None
@@ -126,20 +124,12 @@ def predictions_sharpe_gap(record: Record) -> float | None:
                WHERE epoch = ? AND slice = 'liquid' AND metric = 'sharpe_daily' AND isfinite(value)""",
             epoch,
         )
-        table = _read_predictions(path) if recorded else None
+        table = read_scores(path, [1]) if recorded else None
         for split, value in recorded if table is not None else []:
             recomputed = _portfolio_sharpe(record, table, str(split))
             if recomputed is not None:
                 gaps.append(abs(float(value) - recomputed))
     return max(gaps, default=None)
-
-
-def _read_predictions(path: Path) -> pa.Table | None:
-    columns = ["Date", "Code", "split", "is_liquid", "score_1d", "target_1d"]
-    try:
-        return pq.ParquetFile(path).read(columns=columns) if set(columns) <= set(pq.read_schema(path).names) else None
-    except (OSError, pa.ArrowException):
-        return None
 
 
 def _portfolio_sharpe(record: Record, table: pa.Table, split: str) -> float | None:
@@ -244,7 +234,7 @@ def score_dispersion(record: Record) -> float | None:
     Standardised targets have std 1, so this is on the scale of the guard's dispersion ratio.
     """
     for epoch in sorted(record.predictions, reverse=True):
-        table = _read_predictions(record.predictions[epoch])
+        table = read_scores(record.predictions[epoch], [1])
         if table is None or not table.num_rows:
             continue
         record.connection.register("scores", table)

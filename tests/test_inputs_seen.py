@@ -1,0 +1,79 @@
+"""`inputs.parquet`: every row equals the moments of a block's cells, computed one by one."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from conftest import Trained
+from training_runs import Data, split_sessions
+
+from atft_pipeline.blocks import BlockDataset, load_panel
+from atft_pipeline.config import HORIZONS
+from atft_pipeline.inputs_seen import SAMPLED_SESSIONS, SCHEMA, correlation, moments, sampled, write_inputs
+from atft_pipeline.splits import Split
+
+
+def test_rows_equal_moments_computed_by_hand_from_the_block(data: Data, tmp_path: Path) -> None:
+    panel = load_panel(data.dataset, "all")
+    blocks = BlockDataset(panel, None, 5)
+    session = 250
+    one = np.array([session])
+    write_inputs(tmp_path / "inputs.parquet", blocks, Split(one, one, one, purge_sessions=0))
+    table = pq.read_table(tmp_path / "inputs.parquet")
+    assert table.schema.equals(SCHEMA)
+    rows = {row["name"]: row for row in table.to_pylist() if row["split"] == "train"}
+    assert list(rows) == [*panel.feature_names, *(f"target_{h}d" for h in HORIZONS)]
+
+    block = blocks.block(one)
+    stocks = [n for n in range(block.x.shape[0]) if block.member[n, 0]]
+    target = {n: float(block.target[n, 0, 0]) for n in stocks}
+    for place, name in enumerate(panel.feature_names):
+        there = [n for n in stocks if not block.missing[n, -1, place]]
+        values = [float(block.x[n, -1, place]) for n in there]
+        row = rows[name]
+        assert (row["stocks"], row["present"]) == (len(stocks), len(values))
+        assert row["date"] == panel.sessions[session].item()
+        if not values:
+            assert row["mean"] is None
+            continue
+        assert row["mean"] == pytest.approx(statistics.fmean(values), abs=1e-12)
+        assert row["std"] == pytest.approx(statistics.pstdev(values), abs=1e-12)
+        pairs = [(v, target[n]) for v, n in zip(values, there, strict=True) if math.isfinite(target[n])]
+        if row["ic"] is not None:
+            assert row["ic"] == pytest.approx(statistics.correlation(*zip(*pairs, strict=True)), abs=1e-9)
+    assert sum(rows[name]["ic"] is not None for name in panel.feature_names) > len(panel.feature_names) / 2
+    assert rows["target_1d"]["ic"] == pytest.approx(1.0)
+
+
+def test_every_split_of_a_run_is_sampled_from_its_first_to_its_last_session(trained: Trained) -> None:
+    run_dir = trained()
+    rows = pq.read_table(run_dir / "inputs.parquet").to_pylist()
+    for name, sessions in split_sessions(run_dir)._asdict().items():
+        dates = sorted({row["date"] for row in rows if row["split"] == name})
+        assert len(dates) == SAMPLED_SESSIONS
+        assert (dates[0], dates[-1]) == (sessions[0].item(), sessions[-1].item())
+
+
+@pytest.mark.parametrize("count", [1, 2, SAMPLED_SESSIONS, 100])
+def test_sample_has_no_session_twice_and_both_ends(count: int) -> None:
+    sessions = np.arange(count) + 7
+    chosen = sampled(sessions)
+    assert len(chosen) == len(set(chosen.tolist())) == min(count, SAMPLED_SESSIONS)
+    assert (chosen[0], chosen[-1]) == (sessions[0], sessions[-1])
+
+
+def test_moments_are_over_what_is_there() -> None:
+    assert moments(np.array([1.0, np.nan, 3.0])) == (2.0, 1.0, 2)
+    assert moments(np.array([np.nan, np.nan])) == (None, None, 0)
+
+
+def test_correlation_of_what_does_not_vary_is_none() -> None:
+    varied = np.array([1.0, 2.0, 4.0, np.nan])
+    assert correlation(varied, 2.0 * varied) == pytest.approx(1.0)
+    assert correlation(varied, np.ones(4)) is None
+    assert correlation(varied, np.array([1.0, 2.0, np.nan, 3.0])) is None  # two pairs
