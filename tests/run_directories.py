@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from atft_pipeline.config import LOSS_TERMS, to_dict, with_overrides
+from atft_pipeline.diagnostics.paired import Difference, PairedResult, write_experiment_result
 from atft_pipeline.lineage import TABLES
 from atft_pipeline.presets import quick
 
@@ -33,6 +34,8 @@ class Tables:
     evals: list[Row]
     daily: list[Row]
     predictions: dict[int, list[Row]] = field(default_factory=dict)
+    experiments: dict[str, float] = field(default_factory=dict)
+    """Experiment -> standard errors of the daily IC that it gained."""
     probes: dict[str, Row] = field(default_factory=dict)
     """Probe -> figures, as if it had been made on this run."""
 
@@ -68,7 +71,17 @@ class Tables:
             pq.write_table(pa.Table.from_pylist(stored), run_dir / "predictions" / f"epoch_{epoch:03d}.parquet")
         for name, figures in self.probes.items():
             write_probe(run_dir, name, figures, self.run.get("key"))
+        for id, gain_t in self.experiments.items():
+            write_experiment_result(run_dir, id, _experiment(gain_t))
         return run_dir
+
+
+def _experiment(gain_t: float) -> PairedResult:
+    gained = Difference(0.002 * gain_t, 0.002, None, None, SESSIONS)
+    return PairedResult(
+        "model_20ep-k1", "experiment-k2", "experiment-k2", {}, True, "d1", "liquid", EPOCHS, SESSIONS, gained, gained,
+        0.2, 0.2,
+    )  # fmt: skip
 
 
 def write_probe(run_dir: Path, name: str, figures: Row, run_key: object) -> None:
@@ -141,6 +154,7 @@ def _run_json(config: Any) -> Row:
         "epochs_done": EPOCHS,
         "features": 82,
         "live_features": 82,
+        "optimizer": "AdamW",
         "overrides": {"preset": "quick"},
     }
 
@@ -154,17 +168,11 @@ def _log_series(tables: Tables, config: Any, epoch: int) -> None:
             | {"value": float(value)}
         )
 
-    tables.series.append(
-        {
-            "step": epoch,
-            "epoch": epoch,
-            "split": "train",
-            "component": "",
-            "term": "total",
-            "metric": "loss",
-            "value": 1.0,
-        }
-    )
+    tables.series += [
+        {"step": 3 * epoch + n, "epoch": epoch, "split": "train", "component": "", "term": "total", "metric": "loss"}
+        | {"value": 1.0 + 0.01 * (n - 1)}
+        for n in range(3)
+    ]
     weights = config.train.loss.weights_at(epoch)
     for split, fall in (("train", 0.03), ("validation", 0.01)):
         values = dict.fromkeys(LOSS_TERMS, -0.1 - 0.01 * progress) | {"mse": 1.0 - fall * progress}
@@ -193,6 +201,8 @@ def _log_series(tables: Tables, config: Any, epoch: int) -> None:
     _log_pulls(log, weights)
     log("sessions", 500.0)
     log("clipped_share", 0.1)
+    for place, norm in (("before_clip", 0.5), ("after_clip", 0.45)):
+        log("grad_norm", norm, component="total", term=place)
     log("dispersion_ratio", 0.05, "validation")
     log("degeneracy_event", 0.0, "validation")
     log("degeneracy_reset", 0.0, "validation")

@@ -25,6 +25,8 @@ from training_runs import (
     with_scores,
 )
 
+from atft_pipeline.dataset import membership_path
+from atft_pipeline.diagnostics import audit as audit_module
 from atft_pipeline.diagnostics import diagnose
 from atft_pipeline.diagnostics.audit import SIGNALS, audit
 from atft_pipeline.diagnostics.record import open_record
@@ -38,17 +40,20 @@ GAPS = (
 """Signals that are 0 where everything is what it says."""
 OF_DATASET = (
     "validation_elsewhere", "validation_in_training", "targets_unlike_dataset", "rows_not_scored",
-    "inputs_unlike_dataset", "inputs_constant", "inputs_scaled", "labels_unlike_dataset", "stocks_not_given",
+    "inputs_unlike_dataset", "inputs_constant", "inputs_constant_share", "inputs_scaled", "labels_unlike_dataset",
+    "stocks_not_given",
 )  # fmt: skip
 """Signals that cannot be told without the very dataset of the run."""
 OF_INPUTS = (
-    "inputs_unlike_dataset", "inputs_constant", "inputs_scaled", "inputs_drifted", "labels_unlike_dataset",
-    "stocks_not_given", "feature_ic", "feature_ic_name",
+    "inputs_unlike_dataset", "inputs_constant", "inputs_constant_share", "inputs_scaled", "inputs_drifted",
+    "labels_unlike_dataset", "stocks_not_given", "feature_ic", "feature_ic_name",
 )  # fmt: skip
 OF_PREDICTIONS = (
     "validation_elsewhere", "validation_in_training", "targets_unlike_dataset", "rows_not_scored",
     "predicted_ic_correlation", "squared_error_gap", "squared_error_gap_negated", "tied_scores",
 )  # fmt: skip
+OF_LARGE_MARKETS = {"codes_that_leave"}
+"""Open on these small ones in any case."""
 RETURNS = "returns_1d"
 
 
@@ -259,19 +264,19 @@ def test_what_the_model_was_given_is_held_against_the_dataset(name: str, run: Pa
 def test_dataset_that_is_another_by_now_leaves_its_signals_open(run: Path) -> None:
     (run / "run.json").write_text(json.dumps(header(run) | {"dataset_fingerprint": "another"}))
     found = audited(run)
-    assert {name for name in SIGNALS if found[name] is None} == set(OF_DATASET)
+    assert {name for name in SIGNALS if found[name] is None} == set(OF_DATASET) | OF_LARGE_MARKETS
 
 
 def test_missing_inputs_leave_their_signals_open(run: Path) -> None:
     (run / "inputs.parquet").unlink()
     found = audited(run)
-    assert {name for name in SIGNALS if found[name] is None} == set(OF_INPUTS)
+    assert {name for name in SIGNALS if found[name] is None} == set(OF_INPUTS) | OF_LARGE_MARKETS
 
 
 def test_missing_predictions_leave_their_signals_open(run: Path) -> None:
     shutil.rmtree(run / "predictions")
     found = audited(run)
-    assert {name for name in SIGNALS if found[name] is None} == set(OF_PREDICTIONS)
+    assert {name for name in SIGNALS if found[name] is None} == set(OF_PREDICTIONS) | OF_LARGE_MARKETS
 
 
 def _columns(names: tuple[str, ...], change: Callable[[pa.ChunkedArray], Any]) -> Callable[[pa.Table], pa.Table]:
@@ -366,7 +371,7 @@ def test_newest_predictions_that_say_nothing_are_not_read_as_good(name: str, run
 def test_inputs_that_say_nothing_leave_their_signals_open(name: str, run: Path) -> None:
     SURVIVED[name](run)
     found = audited(run)
-    assert {signal for signal in SIGNALS if found[signal] is None} == set(OF_INPUTS)
+    assert {signal for signal in SIGNALS if found[signal] is None} == set(OF_INPUTS) | OF_LARGE_MARKETS
 
 
 DATASETS: dict[str, Callable[[Path], object]] = {
@@ -400,3 +405,18 @@ def test_split_that_the_dataset_cannot_have_leaves_its_signals_open(split: Any, 
     assert found["validation_elsewhere"] is None
     assert found["targets_unlike_dataset"] is None
     assert found["predicted_ic_correlation"] == pytest.approx(1.0)
+
+
+def test_stocks_that_leave_are_counted_where_some_should_have_left(
+    run: Path, data: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert audited(run)["codes_that_leave"] is None  # a small market: none leaving would say nothing
+    monkeypatch.setattr(audit_module, "LEAVING_ROWS", 1)
+    monkeypatch.setattr(audit_module, "LEAVING_SESSIONS", 1)
+    monkeypatch.setattr(audit_module, "LEAVING_TAIL", 100)
+    rows = pq.read_table(membership_path(data.dataset), columns=["Date", "Code"]).to_pylist()
+    cut = sorted({row["Date"] for row in rows})[-100]
+    last: dict[str, Any] = {}
+    for row in rows:
+        last[row["Code"]] = max(row["Date"], last.get(row["Code"], row["Date"]))
+    assert audited(run)["codes_that_leave"] == sum(day < cut for day in last.values())

@@ -106,13 +106,12 @@ def test_fired_rule_speaks_for_its_suspects_and_a_quiet_one_against_them() -> No
     assert fired["no_signal"] / fired[HEALTHY] == pytest.approx(prior["no_signal"] / prior[HEALTHY])
 
 
-def test_rule_without_suspects_says_nothing_until_runs_say_more() -> None:
+def test_rule_without_suspects_tells_sick_from_healthy_and_no_cause_from_another() -> None:
     rules = [rule("a")]
-    assert probabilities(ranked(rules, a="not_fired"))["overfit"] == pytest.approx(
-        probabilities(rank([], NOTHING_LEARNED, rules))["overfit"], rel=0.01
-    )
-    counts = {"a": dict.fromkeys(CLASSES, (0, 20)) | {"overfit": (20, 20)}}
-    assert probabilities(ranked(rules, counts, a="fired"))["overfit"] > 0.3
+    counts = {"a": {HEALTHY: (0, 50), "overfit": (20, 20), "underfit": (0, 20)}}
+    before, after = probabilities(rank([], NOTHING_LEARNED, rules)), probabilities(ranked(rules, counts, a="fired"))
+    assert after[HEALTHY] < before[HEALTHY]
+    assert after["overfit"] / after["underfit"] == pytest.approx(before["overfit"] / before["underfit"])
 
 
 # Channels and the cap --------------------------------------------------------------------------------------------

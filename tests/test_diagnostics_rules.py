@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import Trained
-from run_directories import EPOCHS, Tables, frozen_failure, healthy, honest_probes
+from run_directories import COMPONENTS, EPOCHS, Tables, frozen_failure, healthy, honest_probes
 from training_runs import (
     change_inputs,
     change_predictions,
@@ -42,6 +42,7 @@ def _pickled(skill: float, overrides: tuple[tuple[str, object], ...]) -> bytes:
     """Made once and loaded per test, which takes a tenth of the time."""
     tables = healthy(skill, dict(overrides))
     tables.probes = honest_probes()
+    tables.experiments = dict.fromkeys("ABCD", 0.5)
     return pickle.dumps(tables)
 
 
@@ -151,6 +152,16 @@ def _resumed_elsewhere(tables: Tables) -> None:
     tables.run["resumed_after_epoch"] = 10
     rates = {row["epoch"]: row["value"] for row in tables.series if row["metric"] == "lr"}
     tables.set_series("lr", lambda epoch: rates[epoch] * (0.1 if epoch > 10 else 1.0))
+
+
+def _spike(tables: Tables) -> None:
+    next(row for row in tables.series if row["metric"] == "loss" and row["epoch"] == 9)["value"] = 4.0
+
+
+def _loss_lost_on_resume(tables: Tables) -> None:
+    tables.run["resumed_after_epoch"] = 10
+    losses = lambda epoch: 1.0 - 0.001 * epoch + 0.1 * (epoch > 10)  # noqa: E731
+    tables.set_series("loss_weighted", losses, split="train", term="total")
 
 
 def _negative_ic(tables: Tables) -> None:
@@ -268,7 +279,16 @@ FIRES: dict[str, Callable[[], Tables]] = {
     "ic_negative": spoilt(_negative_ic),
     "steps_too_large": spoilt(_series("update_to_weight", 0.2, component="fusion")),
     "steps_too_small": spoilt(_series("update_to_weight", 1e-7)),
-    "loss_spikes": spoilt(lambda t: t.set_series("loss", lambda epoch: 4.0 if epoch == 9 else 1.0)),
+    "loss_spikes": spoilt(_spike),
+    "loss_jumps_on_resume": spoilt(_loss_lost_on_resume),
+    "clipping_not_undone": spoilt(
+        _all(lambda t: t.run.update(optimizer="SGD"), _series("grad_norm", 0.001, term="after_clip"))
+    ),
+    "parameters_narrow": spoilt(_series("parameter_bits", 16.0, component="gat")),
+    "experiment_a_helped": spoilt(lambda t: t.experiments.update(A=3.0)),
+    "experiment_b_helped": spoilt(lambda t: t.experiments.update(B=3.0)),
+    "experiment_c_helped": spoilt(lambda t: t.experiments.update(C=3.0)),
+    "experiment_d_helped": spoilt(lambda t: t.experiments.update(D=3.0)),
     "updates_clipped_away": spoilt(_series("update_to_weight", 1e-8)),
     "updates_lost": spoilt(_series("unchanged_share", 0.6, component="gat")),
     "plateau_against_losses": _plateau(lambda epoch: 1 + 0.001 * epoch),
@@ -286,7 +306,7 @@ FIRES: dict[str, Callable[[], Tables]] = {
     "graph_smooths": spoilt(_series("stock_spread", 1e-4, component="gat")),
     "stocks_look_alike": spoilt(_series("stock_spread", 1e-4, component="fusion")),
     "head_hears_nothing": spoilt(
-        _all(*(_series("grad_l2", 0.0, component=c) for c in ("temporal_encoder", "gat", "fusion")))
+        _all(*(_series("grad_l2", 0.0, component=name) for name in COMPONENTS if name != "prediction_head"))
     ),
     "units_dead": spoilt(_series("dead_units", 0.9, component="fusion")),
     "attention_collapsed": spoilt(_series("attention_entropy", 0.01)),
@@ -324,6 +344,9 @@ FIRES_ON_TRAINED: dict[str, Callable[[Path], None]] = {
     "stocks_not_given": lambda run: change_inputs(
         run, lambda row: {"stocks": row["stocks"] - 5} if row["split"] == "validation" else {}
     ),
+    "last_session_empty": lambda run: change_inputs(
+        run, lambda row: {} if row["name"].startswith("target_") else {"std": 0.0}
+    ),
     "feature_too_good": lambda run: change_inputs(run, lambda row: {"ic": 0.4} if row["name"] == "returns_1d" else {}),
 }
 """A change per rule that needs the dataset or predictions of all horizons, after which it must fire on a trained run:
@@ -333,10 +356,16 @@ QUIET: dict[str, Callable[[], Tables]] = {"plateau_against_losses": _plateau(lam
 """Healthy runs for rules that cannot be assessed on the usual one."""
 
 
+OF_LARGE_MARKETS = "no_stock_leaves"
+"""Assessed on 240 stock-years and more alone; tests/test_diagnostics_audit.py has its signal."""
+TRIED = [rule for rule in RULES if rule.id != OF_LARGE_MARKETS]
+
+
 @pytest.fixture(scope="module")
 def healthy_diagnosis(tmp_path_factory: pytest.TempPathFactory) -> Diagnosis:
     tables = healthy(overrides=WITH_SHARPE_TERM)
     tables.probes = honest_probes()
+    tables.experiments = dict.fromkeys("ABCD", 0.5)
     return diagnose(tables.write(tmp_path_factory.mktemp("run") / "healthy"))
 
 
@@ -349,7 +378,7 @@ def trained_diagnosis(trained: Trained) -> Diagnosis:
 def healthy_signals(healthy_diagnosis: Diagnosis, trained_diagnosis: Diagnosis) -> dict[str, Any]:
     """Every signal, measured: those of the dataset from the trained run, the rest from the written one."""
     audited = {name: trained_diagnosis.signals[name] for name in audit.SIGNALS}
-    return dict(healthy_diagnosis.signals) | audited | {"plateau_against_losses": 0.0}
+    return dict(healthy_diagnosis.signals) | audited | {"plateau_against_losses": 0.0, "codes_that_leave": 3.0}
 
 
 def finding(diagnosis: Diagnosis, rule: str) -> Finding:
@@ -357,14 +386,20 @@ def finding(diagnosis: Diagnosis, rule: str) -> Finding:
 
 
 def test_every_rule_has_a_case() -> None:
-    assert sorted([*FIRES, *FIRES_ON_TRAINED]) == sorted(rule.id for rule in RULES)
+    assert sorted([*FIRES, *FIRES_ON_TRAINED, OF_LARGE_MARKETS]) == sorted(rule.id for rule in RULES)
 
 
 def test_every_signal_of_a_rule_is_measured_somewhere() -> None:
     assert {name for rule in RULES for name in rule.needs} <= SIGNAL_NAMES
 
 
-@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.id)
+def test_a_market_that_nobody_leaves_is_noted(healthy_signals: dict[str, Any]) -> None:
+    (rule,) = (rule for rule in RULES if rule.id == OF_LARGE_MARKETS)
+    (found,) = assess(healthy_signals | {"codes_that_leave": 0.0}, {}, [rule])
+    assert (found.status, found.severity) == ("fired", "observation")
+
+
+@pytest.mark.parametrize("rule", TRIED, ids=lambda rule: rule.id)
 def test_rule_fires_on_its_fault(rule: Rule, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     run_dir = tmp_path / "run"
     if rule.id in FIRES:
@@ -381,7 +416,7 @@ def test_rule_fires_on_its_fault(rule: Rule, tmp_path: Path, request: pytest.Fix
     assert "{" not in fired.next_step.replace('{"', "")
 
 
-@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.id)
+@pytest.mark.parametrize("rule", TRIED, ids=lambda rule: rule.id)
 def test_rule_is_quiet_on_a_healthy_run(rule: Rule, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     if rule.id in QUIET:
         diagnosis = diagnose(QUIET[rule.id]().write(tmp_path / "run"))
@@ -411,7 +446,7 @@ def test_record_with_nothing_but_its_header_leaves_every_trained_rule_open(tmp_p
     (run_dir / "verdict.json").unlink()
     diagnosis = diagnose(run_dir)
     assessed = {f.rule for f in diagnosis.findings if f.status != "not_assessable"}
-    assert assessed == {"run_failed", "run_killed", "features_missing", "rate_jumps_on_resume"}
+    assert assessed == {"run_failed", "run_killed", "features_missing", "rate_jumps_on_resume", "loss_jumps_on_resume"}
     assert "No Sharpe was measured" in diagnosis.headline
 
 

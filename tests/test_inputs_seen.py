@@ -14,7 +14,7 @@ from training_runs import Data, split_sessions
 
 from atft_pipeline.blocks import BlockDataset, load_panel
 from atft_pipeline.config import HORIZONS
-from atft_pipeline.inputs_seen import SAMPLED_SESSIONS, SCHEMA, correlation, moments, sampled, write_inputs
+from atft_pipeline.inputs_seen import SAMPLED_SESSIONS, SCHEMA, correlations, moments, sampled, write_inputs
 from atft_pipeline.splits import Split
 
 
@@ -68,12 +68,16 @@ def test_sample_has_no_session_twice_and_both_ends(count: int) -> None:
 
 
 def test_moments_are_over_what_is_there() -> None:
-    assert moments(np.array([1.0, np.nan, 3.0])) == (2.0, 1.0, 2)
-    assert moments(np.array([np.nan, np.nan])) == (None, None, 0)
+    nan = np.nan
+    mean, std, count = moments(np.array([[1.0, nan, 5.0], [nan, nan, 5.0], [3.0, nan, 5.0]]))
+    np.testing.assert_array_equal(mean, [2.0, nan, 5.0])
+    np.testing.assert_array_equal(std, [1.0, nan, 0.0])
+    np.testing.assert_array_equal(count, [2, 0, 3])
 
 
 def test_correlation_of_what_does_not_vary_is_none() -> None:
-    varied = np.array([1.0, 2.0, 4.0, np.nan])
-    assert correlation(varied, 2.0 * varied) == pytest.approx(1.0)
-    assert correlation(varied, np.ones(4)) is None
-    assert correlation(varied, np.array([1.0, 2.0, np.nan, 3.0])) is None  # two pairs
+    target = np.array([1.0, 2.0, 4.0, np.nan])
+    columns = np.array([2.0 * target, np.ones(4), [1.0, 2.0, np.nan, 3.0], -target]).T  # the third has two pairs
+    np.testing.assert_allclose(correlations(columns, target), [1.0, np.nan, np.nan, -1.0])
+    assert np.isnan(correlations(columns, np.ones(4))).all()
+    assert np.isnan(correlations(columns[:0], target[:0])).all()

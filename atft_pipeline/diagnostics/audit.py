@@ -42,7 +42,7 @@ TARGET_CLIP = 5.0
 
 def audit(record: Record) -> dict[str, Value]:
     """Every signal of SIGNALS."""
-    return {name: plain(value) for part in (_evaluated, _inputs) for name, value in part(record).items()}
+    return {name: plain(value) for part in (_evaluated, _inputs, _market) for name, value in part(record).items()}
 
 
 SIGNALS: tuple[str, ...] = (
@@ -232,7 +232,7 @@ def _targets_agree(record: Record, data: _Dataset) -> dict[str, Value]:
 
 
 def _inputs(record: Record) -> dict[str, Value]:
-    found: dict[str, Value] = dict.fromkeys(SIGNALS[11:])
+    found: dict[str, Value] = dict.fromkeys(SIGNALS[11:-1])
     given = _given(record)
     if given is None:
         return found
@@ -241,10 +241,15 @@ def _inputs(record: Record) -> dict[str, Value]:
         found |= _told(lambda: _feature_ic(record)) | _told(lambda: _drift(record))
         data = _dataset(record)
         if data is not None:
-            found |= _told(lambda: _inputs_agree(record, data)) | _told(lambda: _leaving(record, data))
+            found |= _told(lambda: _inputs_agree(record, data))
     finally:
         record.connection.unregister("given")
     return found
+
+
+def _market(record: Record) -> dict[str, Value]:
+    data = _dataset(record)
+    return {"codes_that_leave": None} | (_told(lambda: _leaving(record, data)) if data is not None else {})
 
 
 def _given(record: Record) -> pa.Table | None:
@@ -310,7 +315,8 @@ def _inputs_agree(record: Record, data: _Dataset) -> dict[str, Value]:
               avg((coalesce(g.std, 0) = 0 AND coalesce(e.std, 0) > 0)::INT),
               median(g.std / nullif(e.std, 0)),
               avg((abs(g.ic - e.ic) > 0.02)::INT),
-              avg((g.stocks != e.stocks)::INT)
+              avg((g.stocks != e.stocks)::INT),
+              avg((e.std > 0)::INT)
             FROM given g JOIN expected e USING (date, name) GROUP BY g.name, g.split"""
     )
     if not rows:
@@ -319,7 +325,7 @@ def _inputs_agree(record: Record, data: _Dataset) -> dict[str, Value]:
     def features_where(condition: Callable[[Any], bool]) -> float:
         return float(len({row[0] for row in rows if not row[0].startswith("target_") and condition(row)}))
 
-    varying = len({row[0] for row in rows if not row[0].startswith("target_")})
+    varying = features_where(lambda row: (row[7] or 0.0) > OF_SESSIONS)  # figures of the market are one to all stocks
     constant = features_where(lambda row: row[3] > OF_SESSIONS)
     train = [row for row in rows if row[1] == "train" and not row[0].startswith("target_") and row[5] is not None]
     return {

@@ -105,7 +105,9 @@ def clip_ratio(record: Record) -> float | None:
 def optimizer_is_adaptive(record: Record) -> float | None:
     """1 where the optimizer divides by the gradient's own size, so that a constant factor is undone."""
     name = record.run.get("optimizer")
-    return float("adam" in name.lower() or name.lower() in ("adagrad", "rmsprop", "lion")) if name else None
+    if not isinstance(name, str):
+        return None
+    return float("adam" in name.lower() or name.lower() in ("adagrad", "rmsprop", "lion"))
 
 
 def lr_jump_on_resume(record: Record) -> float | None:
