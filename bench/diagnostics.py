@@ -201,10 +201,11 @@ def table_of(judged: Sequence[Judged]) -> str:
 
 
 def learn(judged: Sequence[Judged]) -> dict[str, dict[str, list[int]]]:
-    """Rule -> class -> [fired, assessed]; runs with two faults and faults without a rule teach nothing."""
+    """Rule -> class -> [fired, assessed]; runs with two faults, without effect, or without a rule teach nothing."""
     counts: defaultdict[str, defaultdict[str, list[int]]] = defaultdict(lambda: defaultdict(lambda: [0, 0]))
     for j in judged:
-        if len(j.task.faults) > 1 or any(fault in UNKNOWN_FAULTS for fault in j.task.faults):
+        harmless = bool(j.task.faults) and not j.truth  # neither a fault nor a run that nobody touched
+        if len(j.task.faults) > 1 or harmless or any(fault in UNKNOWN_FAULTS for fault in j.task.faults):
             continue
         name = j.truth[0] if j.truth else HEALTHY
         for finding in j.findings:

@@ -322,14 +322,14 @@ def future_graph(dataset: Path, graph: Path) -> None:
 
 
 def _few_names_found(panel: Panel) -> None:
-    """Names of all but 13 features are not found, and their columns stay 0."""
-    panel.features[:, :, 13:] = 0.0
+    """Names of all but the last 13 features are not found, and their columns stay 0."""
+    panel.features[:, :, :-13] = 0.0
 
 
 def _unit_error(panel: Panel) -> None:
     """From the validation on returns come in per cent."""
     start = int(0.6 * len(panel.sessions))
-    returns = [number for number, name in enumerate(panel.feature_names) if name.startswith("returns_")]
+    returns = [number for number, name in enumerate(panel.feature_names) if name.startswith(("returns_", "alpha_"))]
     panel.features[start:, :, returns] *= 100.0
 
 
@@ -572,6 +572,14 @@ def _smoothed(output: Any) -> Any:
     return 0.001 * output + 0.999 * output.mean(dim=0, keepdim=True)
 
 
+def graph_alone_and_smooth() -> None:
+    """The fusion reads the graph's states alone, and these are nearly the mean of all stocks."""
+    from atft_pipeline.model.fusion import Fusion
+
+    _states("gat", _smoothed)()
+    replace(Fusion, "forward", lambda original: lambda self, states: original(self, [states[1]] * len(states)))
+
+
 def _mostly_dead(output: Any) -> Any:
     alive = torch.zeros(output.shape[-1])
     alive[:1] = 1.0
@@ -759,9 +767,9 @@ _ALL: tuple[Fault, ...] = (
     Fault("encoder_bypassed", "encoder_bypassed", {"model.skip": False, "model.graph": True}, code=encoder_bypassed),
     Fault("zeros_reach_head", "zeros_reach_head", code=zeros_reach_head),
     # Loss
-    Fault("sharpe_swallowed", "term_without_effect", {"train.loss.mse": 0.001, **SHARPE_TERM}, code=sharpe_swallowed),
-    Fault("ic_detached", "term_without_effect", {"train.loss.mse": 0.001, **IC_TERM}, code=ic_detached),
-    Fault("weight_read_by_nothing", "term_without_effect", {"train.loss.mse": 0.0001, **IC_TERM},
+    Fault("sharpe_swallowed", "term_without_effect", {"train.loss.mse": 0.0, **SHARPE_TERM}, code=sharpe_swallowed),
+    Fault("ic_detached", "term_without_effect", {"train.loss.mse": 0.0, **IC_TERM}, code=ic_detached),
+    Fault("weight_read_by_nothing", "term_without_effect", {"train.loss.mse": 0.0, **IC_TERM},
           code=weight_read_by_nothing),
     Fault("terms_in_conflict", "terms_in_conflict", {"train.loss.rank_ic": 1.0},
           code=_term("rank_ic", lambda original: lambda batch: 2.0 - original(batch))),
@@ -773,12 +781,13 @@ _ALL: tuple[Fault, ...] = (
         "model.hidden_size": 4, "model.attention_heads": 1, "model.gat_heads": 1, "model.skip": False,
         "model.graph": False, "model.dropout": 0.9, "train.optimizer.weight_decay": 30.0}),
     Fault("overfit", "overfit", {
-        "train.optimizer.lr": 1e-2, "train.optimizer.weight_decay": 0.0, "model.hidden_size": 64,
-        "model.normalisation": "none"}),
+        "train.optimizer.lr": 2e-2, "train.optimizer.weight_decay": 0.0, "model.hidden_size": 64,
+        "train.weight_ema": 0.0}),
     Fault("predictions_collapse", "predictions_collapse", code=predictions_collapse),
-    Fault("over_smoothing", "over_smoothing", {"model.skip": False}, code=_states("gat", _smoothed)),
+    Fault("over_smoothing", "over_smoothing", {"model.skip": False}, code=graph_alone_and_smooth),
     Fault("no_dispersion", "no_dispersion", code=_states("fusion", _smoothed)),
-    Fault("dead_units", "dead_units", code=_states("fusion", _mostly_dead)),
+    Fault("dead_units", "dead_units", {"model.skip": False, "model.graph": False},
+          code=_states("variable_selection", _mostly_dead)),
     Fault("attention_collapse", "attention_collapse", {"model.skip": False}, code=_sharpened(1e4)),
     # Runtime
     Fault("slow_loader", "starved_loader", code=slow_loader, only_report=True),

@@ -262,6 +262,8 @@ FIRES: dict[str, Callable[[], Tables]] = {
     "predictions_not_of_checkpoint": spoilt(
         _probed("rescore", rescored_gap=4.0, rescored_correlation=-1.0, rescored_epoch=-1.0)
     ),
+    "predictions_minus_checkpoint": spoilt(_probed("rescore", rescored_gap=4.0, rescored_correlation=-1.0)),
+    "initial_weights_not_of_seed": spoilt(_probed("replay", replay_initial_differs=1.0)),
     "predictions_of_early_checkpoint": spoilt(_probed("rescore", rescored_gap=1.0, rescored_epoch=5.0)),
     "targets_unlike_source": spoilt(_probed("data", targets_unlike_source=1.0)),
     "evaluation_twice_differs": spoilt(_twice_differs),

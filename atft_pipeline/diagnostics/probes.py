@@ -319,7 +319,8 @@ def ablate(record: Record) -> Figures:
 
 
 def replay(record: Record) -> Figures:
-    """Trains the first epoch again, same code, data and seed. `replay_differs`: 1 where its weights are others.
+    """Trains the first epoch again, same code, data and seed. `replay_differs`: 1 where its weights are others,
+    `replay_initial_differs`: where the weights it starts from already are.
 
     Needs the code that the run was trained with and a CPU run of one process: nothing else promises the same bits.
     """
@@ -346,11 +347,16 @@ def replay(record: Record) -> Figures:
             run_dir = Path(folder)
             fresh = RunRecord(run_dir, run_header(plan, run_dir, resolve_device("cpu"), {}))
             trainer = Trainer(plan, fresh, resolve_device("cpu"), lambda _: None)
+            initial = weights_hash(trainer.average.model)
             trainer.train_epoch(1)
             found = weights_hash(trainer.average.model)
     finally:
         torch.set_num_threads(threads)
-    return {"replay_differs": float(found != hashes[0][0])}
+    recorded = record.run.get("initial_weights_hash")
+    return {
+        "replay_differs": float(found != hashes[0][0]),
+        "replay_initial_differs": float(initial != recorded) if recorded else None,
+    }
 
 
 REMEDIES: dict[str, Callable[[Record], dict[str, Any]]] = {
@@ -415,7 +421,7 @@ PROBE_SIGNALS: dict[str, tuple[str, ...]] = {
     "graph": ("edges_unlike_dataset",),
     "baseline": ("baseline_ic", "baseline_ic_t", "baseline_train_ic", "over_baseline_t"),
     "ablate": ("idle_components", "idle_component_names"),
-    "replay": ("replay_differs",),
+    "replay": ("replay_differs", "replay_initial_differs"),
 }  # fmt: skip
 """Signals that rules may ask for, by the probe that measures them."""
 
