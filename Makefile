@@ -38,7 +38,7 @@ ui: $(STAMP)  ## the Dagster UI on http://localhost:3000
 bench-quality: $(STAMP)  ## what the network learns of a market whose answer is known: the table in README.md
 	$(BIN)/python bench/quality.py output/quality --readme README.md
 
-bench-diagnostics: $(STAMP)  ## faults planted into real runs, and whether the diagnosis names them: the table in README.md
+bench-diagnostics: $(STAMP)  ## faults planted into real runs, and which of them the diagnosis names: the table in README.md
 	$(BIN)/python bench/diagnostics.py output/diagnostics --readme README.md
 
 constraints: $(STAMP)  ## write what is installed back to constraints.txt

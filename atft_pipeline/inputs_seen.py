@@ -13,9 +13,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from atft_pipeline.blocks import BlockDataset
+from atft_pipeline.blocks import Block, BlockDataset, Panel
 from atft_pipeline.config import HORIZONS
 from atft_pipeline.lineage import write_parquet
+from atft_pipeline.panel_storage import prefetched
 from atft_pipeline.splits import Split
 
 SAMPLED_SESSIONS: int = 16
@@ -37,12 +38,13 @@ SCHEMA = pa.schema(
 with a value that is not missing; mean and std (ddof 0) over these, `ic` their correlation with `target_1d`."""
 
 
-def write_inputs(path: Path, data: BlockDataset, split: Split) -> None:
-    """`inputs.parquet` of a run."""
+def write_inputs(path: Path, data: BlockDataset, split: Split, workers: int = 0) -> None:
+    """`inputs.parquet` of a run; `workers` threads make the blocks, as in training."""
     rows: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
     for name in ("train", "validation", "test"):
-        for session in sampled(getattr(split, name)):
-            _add_session(rows, name, data, int(session))
+        sessions = [np.array([session]) for session in sampled(getattr(split, name))]
+        for session, block in zip(sessions, prefetched(data.block, sessions, workers), strict=True):
+            _add_session(rows, name, data.panel, int(session[0]), block)
     write_parquet(path, pa.table(rows, SCHEMA))
 
 
@@ -52,15 +54,14 @@ def sampled(sessions: NDArray[np.int64]) -> NDArray[np.int64]:
     return sessions[np.unique(places)]
 
 
-def _add_session(rows: dict[str, list[Any]], split: str, data: BlockDataset, session: int) -> None:
-    block = data.block(np.array([session]))
+def _add_session(rows: dict[str, list[Any]], split: str, panel: Panel, session: int, block: Block) -> None:
     member = block.member[:, 0].cpu().numpy()
     x = np.where(block.missing[:, -1].cpu().numpy(), np.nan, block.x[:, -1].double().cpu().numpy())[member]  # [n, F]
     target = block.target[:, 0].double().cpu().numpy()[member]  # [n, H]
     values = np.concatenate((x, target), axis=1)
-    names = [*data.panel.feature_names, *(f"target_{h}d" for h in HORIZONS)]
+    names = [*panel.feature_names, *(f"target_{h}d" for h in HORIZONS)]
     mean, std, present = moments(values)
-    day = data.panel.sessions[session].item()
+    day = panel.sessions[session].item()
     columns = (mean, std, correlations(values, target[:, 0]))
     for key, column in zip(("mean", "std", "ic"), columns, strict=True):
         rows[key].extend(None if np.isnan(value) else value for value in column.tolist())

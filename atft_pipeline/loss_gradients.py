@@ -7,13 +7,18 @@ that is detached, swallowed by an exception or read by nothing has an effective 
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from atft_pipeline.config import LOSS_TERMS, LossConfig
 from atft_pipeline.losses import SHARPE_SESSIONS, averaged, negative_sharpe, portfolio_returns, standardise
+
+Values = NDArray[np.float64]
 
 
 class LossGradients(NamedTuple):
@@ -41,26 +46,42 @@ def loss_gradients(
     if weights["sharpe"] > 0 and member.shape[1] < SHARPE_SESSIONS:
         return None
     gradients = {term: _own_gradient(term, scores, target, member, config) for term in LOSS_TERMS}
-    detached = {term: 0.0 for term, found in gradients.items() if found is not None and not found.numel()}
-    own = {term: found for term, found in gradients.items() if found is not None and float(found.norm()) > 0.0}
+    detached = {term: 0.0 for term, found in gradients.items() if found is not None and not found.size}
+    own = {term: found for term, found in gradients.items() if found is not None and np.any(found)}
+    given = _flat(gradient)
     if not own:
-        return LossGradients(detached, {}, {}, float(gradient.norm() > 0.0))
-    terms, given = list(own), gradient.detach().reshape(-1).double()
-    norms = torch.stack([own[term].norm() for term in terms])
-    basis = torch.stack([own[term] for term in terms], dim=1) / norms  # [N S H, K]
-    solution = torch.linalg.lstsq(basis.T @ basis, (basis.T @ given).unsqueeze(1)).solution.squeeze(1)
-    unexplained = float((given - basis @ solution).norm() / given.norm().clamp(min=1e-30))
+        return LossGradients(detached, {}, {}, float(np.any(given)))
+    terms = list(own)
+    size = {term: _norm(own[term]) for term in terms}
+    basis = [own[term] / size[term] for term in terms]
+    gram = np.array([[_dot(a, b) for b in basis] for a in basis])
+    # Singular where two terms pull exactly alike: the least squares of least norm share the weight.
+    solution = np.linalg.pinv(gram) @ np.array([_dot(a, given) for a in basis])
+    unexplained = given - sum(share * part for share, part in zip(solution, basis, strict=True))
     pulls = {term: weights[term] * own[term] for term in terms if weights[term] > 0}
-    together = sum(float(pull.norm()) for pull in pulls.values())
+    together = sum(_norm(pull) for pull in pulls.values())
     return LossGradients(
-        detached | dict(zip(terms, (solution / norms).tolist(), strict=True)),
-        {term: float(pull.norm()) / together for term, pull in pulls.items()},
+        detached | {term: float(share / size[term]) for term, share in zip(terms, solution, strict=True)},
+        {term: _norm(pull) / together for term, pull in pulls.items()},
         _cosines(pulls),
-        unexplained if float(given.norm()) > 0.0 else 1.0,
+        _norm(unexplained) / _norm(given) if np.any(given) else 1.0,
     )
 
 
-def _own_gradient(term: str, scores: Tensor, target: Tensor, member: Tensor, config: LossConfig) -> Tensor | None:
+def _flat(values: Tensor) -> Values:
+    return values.detach().double().cpu().numpy().reshape(-1)
+
+
+def _dot(a: Values, b: Values) -> float:
+    """Summed by numpy in one thread: a matrix product's rounding depends on how many threads are free."""
+    return float((a * b).sum())
+
+
+def _norm(a: Values) -> float:
+    return math.sqrt(_dot(a, a))
+
+
+def _own_gradient(term: str, scores: Tensor, target: Tensor, member: Tensor, config: LossConfig) -> Values | None:
     """Gradient of the term's raw value with respect to the scores, flat.
 
     None where it cannot be computed alone, without any element where the value does not depend on the scores.
@@ -76,16 +97,14 @@ def _own_gradient(term: str, scores: Tensor, target: Tensor, member: Tensor, con
         else:
             value = averaged(term, batch, config.horizon_weights)
         if not value.requires_grad:
-            return scores.new_empty(0)
+            return np.empty(0)
         (found,) = torch.autograd.grad(value, leaf)
-    return found.reshape(-1).double()
+    return _flat(found)
 
 
-def _cosines(pulls: dict[str, Tensor]) -> dict[str, float]:
+def _cosines(pulls: dict[str, Values]) -> dict[str, float]:
     if len(pulls) < 2:
         return {}
-    everything = torch.stack(list(pulls.values())).sum(dim=0)
-    return {
-        term: float(torch.nn.functional.cosine_similarity(pull, everything - pull, dim=0))
-        for term, pull in pulls.items()
-    }
+    everything = np.sum(list(pulls.values()), axis=0)
+    rest = {term: everything - pull for term, pull in pulls.items()}
+    return {term: _dot(pull, rest[term]) / max(_norm(pull) * _norm(rest[term]), 1e-300) for term, pull in pulls.items()}

@@ -220,7 +220,7 @@ class Trainer:
             epochs_done=done,
         )
         if done == 0 and self.processes.leads:
-            write_inputs(self.record.run_dir / "inputs.parquet", self.data, self.split)
+            write_inputs(self.record.run_dir / "inputs.parquet", self.data, self.split, self.workers)
             self._save_start()
         for epoch in range(done + 1, self.config.train.epochs + 1):
             self._epoch(epoch)
@@ -454,8 +454,8 @@ class Trainer:
         """Of the weights that were evaluated, on some sessions in the middle of validation."""
         middle = len(self.split.validation) // 2
         sessions = self.data.sessions_per_block(self.split.validation[middle:], self.config.train.batch_size)[0]
-        block = to_device(self.data.block(sessions[:OBSERVED_SESSIONS]), self.device)
-        for component, figures in activation_figures(self.average.model, block).items():
+        (block,) = prefetched(self.data.block, [sessions[:OBSERVED_SESSIONS]], self.workers)
+        for component, figures in activation_figures(self.average.model, to_device(block, self.device)).items():
             for metric, value in figures.items():
                 self.record.log(metric, value, epoch=epoch, split="validation", component=component)
 

@@ -92,7 +92,7 @@ def evals_of_other_run(run_dir: Path, other: Path) -> None:
 
 def maximum_over_history(run_dir: Path, other: Path) -> None:
     rows = pl.read_parquet(run_dir / "evals" / "epoch_*.parquet")
-    rows = rows.filter((pl.col("metric") == "sharpe_daily") & (pl.col("split") == "validation"))
+    rows = rows.filter(pl.col("metric") == "sharpe_daily", pl.col("split") == "validation", pl.col("slice") == "all")
     best = float(rows["value"].max())  # type: ignore[arg-type]
     _verdict(run_dir, lambda verdict: verdict["criterion"].update(value=best))
 

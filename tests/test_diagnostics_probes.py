@@ -27,6 +27,7 @@ from atft_pipeline.diagnostics.evidence import gather
 from atft_pipeline.diagnostics.probes import (
     PROBE_SIGNALS,
     PROBES,
+    REMEDIES,
     REPRODUCES,
     Figures,
     remedy,
@@ -277,7 +278,7 @@ def test_ablation_measures_every_component_that_has_weights(trained: Trained) ->
 
 def test_first_epoch_trained_again_gives_the_same_weights(trained: Trained) -> None:
     threads = torch.get_num_threads()
-    assert probed("replay", trained()) == {"replay_differs": 0.0}
+    assert probed("replay", trained()) == {"replay_differs": 0.0, "replay_initial_differs": 0.0}
     assert torch.get_num_threads() == threads
 
 
@@ -285,7 +286,7 @@ def test_weights_that_no_replay_gives_are_seen(run: Path) -> None:
     for path in (run / "evals").glob("epoch_001*.parquet"):
         table = pq.read_table(path)
         pq.write_table(replaced(table, "weights_hash", pa.array(["elsewhere"] * len(table))), path)
-    assert probed("replay", run) == {"replay_differs": 1.0}
+    assert probed("replay", run) == {"replay_differs": 1.0, "replay_initial_differs": 0.0}
 
 
 @pytest.mark.parametrize(
@@ -304,12 +305,14 @@ def test_replay_that_would_prove_nothing_is_not_made(change: dict[str, Any], sen
     assert gather(open_record(run))["replay_differs"] is None
 
 
-def test_remedy_without_a_change_changes_nothing(run: Path) -> None:
+def test_remedy_without_a_change_changes_nothing(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     record = open_record(run)
-    rate = record.number("train.optimizer.lr", 0.0)
-    assert remedy(record, {"train.optimizer.lr": rate}) == {"remedy_ic_gain": 0.0, "remedy_ic_gain_t": None}
+    monkeypatch.setitem(
+        REMEDIES, "lr_too_high", lambda record: {"train.optimizer.lr": record.number("train.optimizer.lr", 0.0)}
+    )
+    assert remedy(record, "lr_too_high") == {"remedy_ic_gain": 0.0, "remedy_ic_gain_t": None}
     with pytest.raises(InputError, match="settings"):
-        remedy(record)
+        remedy(record, "cached_predictions")
 
 
 # Probes that cannot be made, and what is stored of those that were ------------------------------------------------
@@ -424,7 +427,7 @@ def test_only_probes_that_were_asked_for_are_made(run: Path, monkeypatch: pytest
     diagnose(run, "all")
     assert sorted(made) == sorted(PROBES)
     record = open_record(run)
-    assert [probe["probe"] for probe in stored_probes(record)] == list(PROBES)
+    assert [p["probe"] for p in stored_probes(record) if p["probe"] in PROBES] == sorted(PROBES)
 
 
 def test_every_probe_says_which_signals_it_measures() -> None:

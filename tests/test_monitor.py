@@ -291,18 +291,14 @@ def test_durations_read_like_a_clock() -> None:
     ]  # fmt: skip
 
 
-def test_a_run_that_cannot_be_judged_is_not_called_free_of_warnings(tmp_path: Path) -> None:
-    """A version that kept its slices as text."""
+def test_a_run_that_cannot_be_judged_is_not_called_free_of_warnings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreadable(record: object) -> dict[str, object]:
+        raise pa.ArrowInvalid("a column of another version")
+
     run = going_on(healthy(), tmp_path / "run")
-    scores = {
-        "Date": ["d"],
-        "Code": ["c"],
-        "split": ["validation"],
-        "is_liquid": ["yes"],
-        "score_1d": [0.2],
-        "target_1d": [0.1],
-    }
-    pq.write_table(pa.table(scores), run / "predictions" / "epoch_020.parquet")
+    monkeypatch.setattr(standing, "measure", unreadable)
     with held(run):
         text = plain(frame_of(run))
     assert "no rule could be held against it" in text

@@ -22,8 +22,8 @@ from atft_pipeline.diagnostics.rules import RULES, Finding, Rule
 
 Conclusion = Literal["healthy", "cause", "unknown", "inconclusive"]
 
-CAP = 7.0
-"""Largest log likelihood ratio of one channel: no single rule is worth more than 1,100 to 1. One that never fired in
+CAP = 6.9
+"""Largest log likelihood ratio of one channel: no single rule is worth more than 1,000 to 1. One that never fired in
 the healthy runs it was fitted on must be able to outweigh the odds of 25 to 1 that nothing is wrong."""
 SMOOTHING = 2.0
 """Planted runs that the rule table's own expectation counts for."""
