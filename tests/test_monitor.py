@@ -294,7 +294,7 @@ def test_durations_read_like_a_clock() -> None:
 def test_a_run_that_cannot_be_judged_is_not_called_free_of_warnings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def unreadable(record: object) -> dict[str, object]:
+    def unreadable(_: object) -> dict[str, object]:
         raise pa.ArrowInvalid("a column of another version")
 
     run = going_on(healthy(), tmp_path / "run")
