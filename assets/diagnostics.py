@@ -1,19 +1,17 @@
 """Why a run got the Sharpe it got: findings with evidence and next steps, written into the run's own directory."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import dagster as dg
 
 from assets.checks import recorded_run
 from assets.outcomes import failing_with_one_sentence, markdown_table, numbers
 from assets.training import run_asset_key
+from atft_pipeline.config import Probes
 
 if TYPE_CHECKING:
     from atft_pipeline.diagnostics import Diagnosis, ReportPaths
-
-
-Probes = Literal["none", "leading", "all"]
 
 
 class DiagnosticsConfig(dg.Config):

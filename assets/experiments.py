@@ -8,12 +8,13 @@ import dagster as dg
 from assets.diagnostics import diagnostics_key, explanation
 from assets.outcomes import failing_with_one_sentence, markdown_table, numbers
 from assets.training import RUN_LENGTHS, train_here
+from atft_pipeline.config import EXPERIMENT_IDS
 from atft_pipeline.errors import InputError
 from atft_pipeline.lineage import read_run
 from resources.compute import Compute
 from resources.dataset_store import DatasetStore
 
-EXPERIMENTS = dg.StaticPartitionsDefinition(["A", "B", "C", "D"])
+EXPERIMENTS = dg.StaticPartitionsDefinition(list(EXPERIMENT_IDS))
 
 
 class ExperimentConfig(dg.Config):

@@ -4,6 +4,7 @@
 """
 
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 
@@ -64,15 +65,18 @@ def explanations(instance: dg.DagsterInstance, run: dg.DagsterRun) -> dg.SensorR
     return dg.SkipReason(f"run {run.run_id} of {run.job_name}: {why}; there is nothing to explain")
 
 
+ALWAYS: dict[str, Any] = {
+    "default_status": dg.DefaultSensorStatus.RUNNING,
+    "minimum_interval_seconds": LOOK_S,
+}
 # A command such as `dagster asset materialize` belongs to no code location: only who watches all of them sees its runs.
+EVERYWHERE: dict[str, Any] = ALWAYS | {"monitor_all_code_locations": True}
 
 
 @dg.run_failure_sensor(
     description="Starts `explain_failure` for every training of a run that failed, whoever started the run.",
     request_job=explain_failure,
-    monitor_all_code_locations=True,
-    default_status=dg.DefaultSensorStatus.RUNNING,
-    minimum_interval_seconds=LOOK_S,
+    **EVERYWHERE,
 )
 def failed_training(context: dg.RunFailureSensorContext) -> dg.SensorResult | dg.SkipReason:
     return explanations(context.instance, context.dagster_run)
@@ -82,9 +86,7 @@ def failed_training(context: dg.RunFailureSensorContext) -> dg.SensorResult | dg
     run_status=dg.DagsterRunStatus.CANCELED,
     description="Starts `explain_failure` for every training of a run that was terminated, by Ctrl-C or in the UI.",
     request_job=explain_failure,
-    monitor_all_code_locations=True,
-    default_status=dg.DefaultSensorStatus.RUNNING,
-    minimum_interval_seconds=LOOK_S,
+    **EVERYWHERE,
 )
 def canceled_training(context: dg.RunStatusSensorContext) -> dg.SensorResult | dg.SkipReason:
     return explanations(context.instance, context.dagster_run)
@@ -92,8 +94,7 @@ def canceled_training(context: dg.RunStatusSensorContext) -> dg.SensorResult | d
 
 @dg.sensor(
     description="Records trainings as failed whose command was killed, so that they are explained.",
-    default_status=dg.DefaultSensorStatus.RUNNING,
-    minimum_interval_seconds=LOOK_S,
+    **ALWAYS,
 )
 def killed_runs(context: dg.SensorEvaluationContext) -> dg.SkipReason:
     """Nobody else notices that the process of a command such as `dagster asset materialize` is gone.

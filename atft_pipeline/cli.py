@@ -14,9 +14,10 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from atft_pipeline import __version__
+from atft_pipeline.config import Probes
 from atft_pipeline.errors import InputError, RunFailure, unusable_path
 from atft_pipeline.interrupts import handled
 
@@ -482,7 +483,7 @@ def _parser() -> argparse.ArgumentParser:
     diagnose.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     diagnose.add_argument(
         "--probes",
-        choices=("none", "leading", "all"),
+        choices=get_args(Probes),
         default="none",
         help="short experiments on the run's own inputs: of the three most probable causes, or all (default: none)",
     )

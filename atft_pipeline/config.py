@@ -29,6 +29,9 @@ Execution = Literal["next_open", "next_close", "same_close"]
 EXECUTION_DELAY_SESSIONS: dict[str, int] = {"next_open": 1, "next_close": 1, "same_close": 0}
 Slice = Literal["all", "liquid"]
 PanelPlace = Literal["auto", "memory", "map"]
+Probes = Literal["none", "leading", "all"]
+EXPERIMENT_IDS = ("A", "B", "C", "D")
+"""Experiments of the validation report."""
 
 
 def _require(condition: bool, message: str) -> None:

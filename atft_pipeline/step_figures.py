@@ -85,7 +85,6 @@ def log_epoch(
     for term, weight in loss_weights.items():
         record.log("loss_weight", weight, epoch=epoch, component="loss", term=term)
     record.log("lr", steps[-1].lr, epoch=epoch, component="all")
-    record.log("sessions", float(sessions.sum()), epoch=epoch)
 
     norms = _numbers([s.grad_norm for s in steps])
     grad_norm = float(norms.mean())

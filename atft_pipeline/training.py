@@ -208,7 +208,6 @@ class Trainer:
     def _run(self) -> None:
         done = self.processes.from_leader(self._resume() if self.processes.leads else 0)
         self.record.update(
-            splits={name: self._span(getattr(self.split, name)) for name in ("train", "validation", "test")},
             train_sessions=len(self.split.train),
             validation_sessions=len(self.split.validation),
             test_sessions=len(self.split.test),
@@ -224,10 +223,6 @@ class Trainer:
             self._save_start()
         for epoch in range(done + 1, self.config.train.epochs + 1):
             self._epoch(epoch)
-
-    def _span(self, sessions: NDArray[np.int64]) -> dict[str, Any]:
-        first, last = (str(self.panel.sessions[sessions[end]]) for end in (0, -1))
-        return {"first": first, "last": last, "sessions": len(sessions)}
 
     # One epoch -------------------------------------------------------------------------------------------------
 

@@ -6,8 +6,8 @@ counts. A plant must bite to count as a fault: it costs daily IC against the sam
 more than two standard errors) or its report is provably false; otherwise the run counts as healthy.
 
 The quoted set has markets and seeds that nothing was fitted on. `--fit` makes the other set instead, and writes what
-its runs did into `atft_pipeline/diagnostics/likelihoods.json`. Finished runs and diagnoses in WORK_DIR are read again.
-Prints one JSON line per run and one with the figures, failures included.
+its runs did into `atft_pipeline/diagnostics/likelihoods.json`. Finished runs and diagnoses of the same code in WORK_DIR
+are read again. Prints one JSON line per run and the table of figures, failures included.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from planting import AT_ONCE, Task, child, make_run, prepare, tasks, twin_of
 from atft_pipeline.diagnostics.causes import BY_ID, HEALTHY, UNKNOWN
 from atft_pipeline.diagnostics.ranking import learned, rank
 from atft_pipeline.diagnostics.rules import Finding
+from atft_pipeline.lineage import code_revision
 
 LIKELIHOODS = Path(__file__).parents[1] / "atft_pipeline" / "diagnostics" / "likelihoods.json"
 SETS = {"fit": 100, "quoted": 200}
@@ -215,6 +216,12 @@ def learn(judged: Sequence[Judged]) -> dict[str, dict[str, list[int]]]:
     return {rule: {name: list(c) for name, c in sorted(of.items())} for rule, of in sorted(counts.items())}
 
 
+def write_likelihoods(counts: dict[str, dict[str, list[int]]], runs: int) -> None:
+    """A line per rule, so that a change of one shows as one."""
+    lines = ",\n".join(f"{json.dumps(rule)}: {json.dumps(of)}" for rule, of in counts.items())
+    LIKELIHOODS.write_text(f'{{"runs": {runs}, "rules": {{\n{lines}\n}}}}\n', encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("work_dir", type=Path)
@@ -225,17 +232,17 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     name = "fit" if options.fit else "quoted"
     wanted = [t for t in tasks(name, SETS[name]) if not options.only or any(part in t.name for part in options.only)]
-    started = time.perf_counter()
+    started, home = time.perf_counter(), options.work_dir / code_revision()
     for place in {task.market.name: task.market for task in wanted}.values():
-        prepare(options.work_dir, place)
+        prepare(home, place)
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        list(pool.map(lambda task: diagnosed(options.work_dir, task), wanted))
+        list(pool.map(lambda task: diagnosed(home, task), wanted))
     counts = {} if options.fit else learned()
-    judged = [judge(options.work_dir, task, counts) for task in wanted]
+    judged = [judge(home, task, counts) for task in wanted]
     if options.fit:
         content = learn(judged)
-        LIKELIHOODS.write_text(json.dumps({"runs": len(judged), "rules": content}, indent=0) + "\n")
-        judged = [judge(options.work_dir, task, content) for task in wanted]
+        write_likelihoods(content, len(judged))
+        judged = [judge(home, task, content) for task in wanted]
     for j in judged:
         print(json.dumps(j.line()))
     print(table_of(judged))

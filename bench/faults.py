@@ -53,6 +53,10 @@ class Fault:
     """The model is as good as ever, the report is false: nothing can be lost, something is provably untrue."""
 
 
+class Planted(RuntimeError):
+    """The crash that a plant makes."""
+
+
 def replace(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
     """Replaces attribute `name` of `owner` by `make(original)`."""
     setattr(owner, name, make(getattr(owner, name)))
@@ -655,7 +659,7 @@ def crash_at_epoch_8() -> None:
     def make(original: Any) -> Any:
         def epoch(self: Any, number: int) -> None:
             if number == 8:
-                raise RuntimeError("planted: the data source went away")
+                raise Planted("the data source went away")
             original(self, number)
 
         return epoch

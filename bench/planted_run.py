@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from faults import FAULTS
+from faults import FAULTS, Planted
 
 from atft_pipeline.config import with_overrides
-from atft_pipeline.errors import InputError, RunFailure
+from atft_pipeline.errors import RunFailure
 from atft_pipeline.presets import quick
 from atft_pipeline.training import Trainer, train
 
@@ -65,7 +65,7 @@ def run(task: dict[str, Any]) -> None:
             fault.code()
     try:
         train(config, dataset, graph, run_dir, device="cpu", log=lambda _: None)
-    except (RunFailure, InputError, RuntimeError) as error:
+    except (RunFailure, Planted) as error:  # anything else is a fault of the bench
         print(f"{run_dir.name}: {error}", file=sys.stderr)
     for fault in faults:
         if fault.record:

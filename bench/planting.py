@@ -132,10 +132,8 @@ def _market_of(fault: Fault, usual: Market, seed: int) -> Market:
 
 def twin_of(task: Task) -> Task:
     """The same run without its faults."""
-    usual = Market(task.market.name.replace(f"_{task.market.generate}", ""), task.market.arguments)
-    place = usual if task.market.generate else task.market
-    if task.market.arguments["strength"] == 0.0:
-        place = market(int(str(place.arguments["seed"])))
+    spoilt = task.market.generate or task.market.arguments["strength"] == 0.0
+    place = market(int(str(task.market.arguments["seed"]))) if spoilt else task.market
     return Task(f"twin-{place.name}-{task.seed}", place, task.seed)
 
 

@@ -7,11 +7,13 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
+import pytest
 
 from assets.definitions import defs
 from atft_pipeline.config import REPORT_VARIABLES
@@ -106,6 +108,21 @@ def workspace(folder: Path) -> Path:
     for name in ("dagster.yaml", "workspace.yaml", "pyproject.toml"):
         shutil.copy(REPO / name, folder / name)
     return folder
+
+
+@contextmanager
+def upstream_made(folder: Path, **variables: str) -> Iterator[Path]:
+    """A checkout as the working directory, with source, dataset and graph in it, and `variables` in the environment."""
+    path = workspace(folder)
+    here = {"ATFT_PRESET": "quick", "OMP_NUM_THREADS": "1", "ATFT_SOURCE": str(make_source(path / "source"))}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(path)
+        patch.delenv("DAGSTER_HOME", raising=False)
+        for name, value in (here | variables).items():
+            patch.setenv(name, value)
+        with dg.DagsterInstance.ephemeral() as instance:
+            assert make(UPSTREAM, instance, UPSTREAM_CONFIG).success
+        yield path
 
 
 def environment(source: Path | None, **extra: str) -> dict[str, str]:

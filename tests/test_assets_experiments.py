@@ -12,15 +12,12 @@ import dagster as dg
 import pytest
 from dagster_runs import (
     EVER,
-    UPSTREAM,
-    UPSTREAM_CONFIG,
     command,
     failures,
     history,
     make,
-    make_source,
     training,
-    workspace,
+    upstream_made,
 )
 
 from assets.definitions import defs
@@ -32,15 +29,8 @@ from atft_pipeline.diagnostics.paired import EXPERIMENT_IDS, read_experiment_res
 @pytest.fixture(scope="module", autouse=True)
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The working directory of every test, with a run of five epochs in it."""
-    path = workspace(tmp_path_factory.mktemp("checkout"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(path)
-        patch.delenv("DAGSTER_HOME", raising=False)
-        patch.setenv("ATFT_PRESET", "quick")
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setenv("ATFT_SOURCE", str(make_source(path / "source")))
+    with upstream_made(tmp_path_factory.mktemp("checkout")) as path:
         with dg.DagsterInstance.ephemeral() as instance:
-            assert make(UPSTREAM, instance, UPSTREAM_CONFIG).success
             assert make('key:"training_run_5ep"', instance, training(5, EVER)).success
         yield path
 

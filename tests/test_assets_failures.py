@@ -16,18 +16,15 @@ import pytest
 from dagster_runs import (
     BIN,
     EVER,
-    UPSTREAM,
-    UPSTREAM_CONFIG,
     command,
     environment,
     failures,
     history,
     made,
     make,
-    make_source,
     materialize,
     training,
-    workspace,
+    upstream_made,
 )
 
 from assets.definitions import defs
@@ -42,15 +39,7 @@ CRASHING: dict[str, Any] = {"train.optimizer.lr": 1e30, "train.optimizer.clip_no
 @pytest.fixture(scope="module", autouse=True)
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The working directory of every test: configuration files, dataset and graph."""
-    path = workspace(tmp_path_factory.mktemp("checkout"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(path)
-        patch.delenv("DAGSTER_HOME", raising=False)
-        patch.setenv("ATFT_PRESET", "quick")
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setenv("ATFT_SOURCE", str(make_source(path / "source")))
-        with dg.DagsterInstance.ephemeral() as instance:
-            assert make(UPSTREAM, instance, UPSTREAM_CONFIG).success
+    with upstream_made(tmp_path_factory.mktemp("checkout")) as path:
         yield path
 
 

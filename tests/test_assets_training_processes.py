@@ -16,7 +16,7 @@ from typing import Any
 
 import dagster as dg
 import pytest
-from dagster_runs import EVER, NEVER, UPSTREAM, UPSTREAM_CONFIG, failures, made, make, make_source, outcomes, training
+from dagster_runs import EVER, NEVER, failures, made, make, outcomes, training, upstream_made
 from process_work import gone
 
 MODEL, RUN = "model_5ep", "training_run_5ep"
@@ -26,15 +26,7 @@ SELECTION = f'key:"{MODEL}" or key:"{RUN}"'
 @pytest.fixture(scope="module", autouse=True)
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A working directory with dataset and graph, in which two processes train."""
-    path = tmp_path_factory.mktemp("checkout")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(path)
-        patch.setenv("ATFT_SOURCE", str(make_source(path / "source")))
-        patch.setenv("ATFT_PRESET", "quick")
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setenv("ATFT_PROCESSES", "2")
-        with dg.DagsterInstance.ephemeral() as instance:
-            assert make(UPSTREAM, instance, UPSTREAM_CONFIG).success
+    with upstream_made(tmp_path_factory.mktemp("checkout"), ATFT_PROCESSES="2") as path:
         yield path
 
 

@@ -25,7 +25,7 @@ from training_runs import (
     with_scores,
 )
 
-from atft_pipeline.dataset import membership_path
+from atft_pipeline.dataset import membership_path, read_manifest, write_manifest
 from atft_pipeline.diagnostics import audit as audit_module
 from atft_pipeline.diagnostics import diagnose
 from atft_pipeline.diagnostics.audit import SIGNALS, audit
@@ -420,3 +420,15 @@ def test_stocks_that_leave_are_counted_where_some_should_have_left(
     for row in rows:
         last[row["Code"]] = max(row["Date"], last.get(row["Code"], row["Date"]))
     assert audited(run)["codes_that_leave"] == sum(day < cut for day in last.values())
+
+
+def test_day_on_which_nothing_traded_moves_no_split(run: Path, data: Data, tmp_path: Path) -> None:
+    """The manifest lists it as a session, no panel has it."""
+    folder = Path(shutil.copytree(data.dataset.parent, tmp_path / "data", symlinks=True))
+    dataset = folder / data.dataset.name
+    manifest = read_manifest(dataset)
+    days = manifest["session_dates"]
+    write_manifest(dataset, manifest | {"session_dates": [*days[:100], *days[100:110], *days[100:]]})
+    (run / "run.json").write_text(json.dumps(header(run) | {"dataset_path": str(dataset)}))
+    found = audited(run)
+    assert (found["validation_elsewhere"], found["validation_in_training"], found["rows_not_scored"]) == (0, 0, 0)

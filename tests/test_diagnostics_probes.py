@@ -35,6 +35,7 @@ from atft_pipeline.diagnostics.probes import (
     stored_probes,
 )
 from atft_pipeline.diagnostics.record import open_record
+from atft_pipeline.diagnostics.run_inputs import RunInputs
 from atft_pipeline.errors import InputError
 from atft_pipeline.graph import build_graph_file
 from atft_pipeline.sources import open_source
@@ -54,7 +55,7 @@ def run(trained: Trained, tmp_path: Path) -> Path:
 def probed(name: str, run_dir: Path) -> Figures:
     record = open_record(run_dir)
     try:
-        return PROBES[name](record)
+        return PROBES[name](RunInputs(record))
     finally:
         record.connection.close()
 
@@ -306,13 +307,13 @@ def test_replay_that_would_prove_nothing_is_not_made(change: dict[str, Any], sen
 
 
 def test_remedy_without_a_change_changes_nothing(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    record = open_record(run)
+    inputs = RunInputs(open_record(run))
     monkeypatch.setitem(
         REMEDIES, "lr_too_high", lambda record: {"train.optimizer.lr": record.number("train.optimizer.lr", 0.0)}
     )
-    assert remedy(record, "lr_too_high") == {"remedy_ic_gain": 0.0, "remedy_ic_gain_t": None}
+    assert remedy(inputs, "lr_too_high") == {"remedy_ic_gain": 0.0, "remedy_ic_gain_t": None}
     with pytest.raises(InputError, match="settings"):
-        remedy(record, "cached_predictions")
+        remedy(inputs, "cached_predictions")
 
 
 # Probes that cannot be made, and what is stored of those that were ------------------------------------------------

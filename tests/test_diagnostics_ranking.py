@@ -148,7 +148,7 @@ def test_one_channel_is_worth_no_more_than_the_cap(status: Status, sign: int) ->
 
 
 def test_what_planted_runs_did_corrects_what_the_table_expects() -> None:
-    rules = [rule("a", "overfit")]
+    rules = [rule("a", "overfit"), rule("another witness", "overfit")]
     often, never = (
         probabilities(ranked(rules, {"a": {"overfit": (fired, 20), HEALTHY: (1, 50)}}, a="fired"))["overfit"]
         for fired in (20, 0)
@@ -157,6 +157,13 @@ def test_what_planted_runs_did_corrects_what_the_table_expects() -> None:
     assert never < BY_ID["overfit"].prior / sum(PRIORS.values()) * 4
     assert never < expected
     assert never < often
+
+
+def test_only_rule_that_speaks_for_a_cause_is_expected_to_fire_more_often_than_one_of_several() -> None:
+    """As the given rules have it, whatever the whole table has."""
+    first, second = rule("first", "overfit"), rule("second", "overfit")
+    alone, of_two = (probabilities(ranked(rules, first="not_fired")) for rules in ([first], [first, second]))
+    assert alone["overfit"] < of_two["overfit"]
 
 
 # The veto --------------------------------------------------------------------------------------------------------

@@ -298,7 +298,7 @@ def test_a_run_that_cannot_be_judged_is_not_called_free_of_warnings(
         raise pa.ArrowInvalid("a column of another version")
 
     run = going_on(healthy(), tmp_path / "run")
-    monkeypatch.setattr(standing, "measure", unreadable)
+    monkeypatch.setattr(standing, "recorded", unreadable)
     with held(run):
         text = plain(frame_of(run))
     assert "no rule could be held against it" in text

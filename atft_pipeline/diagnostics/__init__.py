@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
 
 from atft_pipeline.attribution import SPLITS, Attribution, Missing, attribute_predictions
-from atft_pipeline.config import from_dict
+from atft_pipeline.config import Probes, from_dict
 from atft_pipeline.diagnostics.evidence import gather
 from atft_pipeline.diagnostics.experiments import ExperimentAdvice, advise, commands
 from atft_pipeline.diagnostics.neighbours import runs_beside
@@ -23,8 +22,6 @@ from atft_pipeline.diagnostics.report import Diagnosis, ReportPaths, headline, w
 from atft_pipeline.diagnostics.rules import Finding, assess
 from atft_pipeline.diagnostics.signals import Value
 from atft_pipeline.errors import InputError
-
-Probes = Literal["none", "leading", "all"]
 
 __all__ = ["Diagnosis", "ExperimentAdvice", "Finding", "ReportPaths", "attributions", "diagnose", "write_report"]
 

@@ -7,10 +7,8 @@ not the one the run was made on. Shapes: T sessions, N stocks, H horizons.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import duckdb
@@ -20,13 +18,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from atft_pipeline.config import HORIZONS, PipelineConfig, from_dict
-from atft_pipeline.dataset import membership_path, read_manifest, resolved
+from atft_pipeline.config import HORIZONS
 from atft_pipeline.diagnostics.record import Record, read_scores
+from atft_pipeline.diagnostics.run_inputs import RunInputs
 from atft_pipeline.diagnostics.signals import Value, plain
 from atft_pipeline.errors import InputError
 from atft_pipeline.inputs_seen import SCHEMA as INPUTS
-from atft_pipeline.splits import make_split
 
 TARGET_TOLERANCE = 1e-6
 INPUT_TOLERANCE = 1e-3
@@ -40,50 +37,28 @@ DRIFTED = 10.0
 TARGET_CLIP = 5.0
 
 
-def audit(record: Record) -> dict[str, Value]:
-    """Every signal of SIGNALS."""
-    return {name: plain(value) for part in (_evaluated, _inputs, _market) for name, value in part(record).items()}
-
-
 SIGNALS: tuple[str, ...] = (
     "validation_elsewhere", "validation_in_training", "targets_unlike_dataset", "rows_not_scored",
-    "predicted_ic_correlation", "ic_gap", "sharpe_ratio_to_daily", "annualised_gap", "squared_error_gap",
-    "squared_error_gap_negated", "tied_scores",
-    "inputs_unlike_dataset", "inputs_constant", "inputs_constant_share", "inputs_scaled", "inputs_drifted",
-    "labels_unlike_dataset",
-    "stocks_not_given", "feature_ic", "feature_ic_name", "codes_that_leave",
+    "predicted_ic_correlation", "ic_gap", "sharpe_ratio_to_daily", "squared_error_gap", "squared_error_gap_negated",
+    "tied_scores", "inputs_unlike_dataset", "inputs_constant", "inputs_constant_share", "inputs_scaled",
+    "inputs_drifted", "labels_unlike_dataset", "stocks_not_given", "feature_ic", "feature_ic_name", "codes_that_leave",
 )  # fmt: skip
 
 
-class _Dataset:
-    """What the run says it was made on, while it is that."""
-
-    def __init__(self, record: Record) -> None:
-        self.path = Path(str(record.run.get("dataset_path")))
-        self.manifest = read_manifest(self.path, "ml_dataset")
-        if self.manifest["fingerprint"] != record.run.get("dataset_fingerprint"):
-            raise InputError(f"{self.path}: not the dataset that the run was made on")
-        self.config: PipelineConfig = from_dict(record.run["config"])
-        file = resolved(self.path)
-        self.files = str(file / "*.parquet") if file.is_dir() else str(file)
-        members = membership_path(self.path)
-        self.members = str(members / "*.parquet") if members.is_dir() else str(members)
-        self.sessions = np.array(self.manifest["session_dates"], "datetime64[D]")
-        self.universe = "is_liquid" if self.config.train.universe == "liquid" else "is_investable"
-
-
-def _dataset(record: Record) -> _Dataset | None:
-    with suppress(InputError, KeyError, TypeError, OSError, ValueError):
-        return _Dataset(record)
-    return None
+def audit(record: Record) -> dict[str, Value]:
+    """Every signal of SIGNALS."""
+    inputs = RunInputs(record)
+    found: dict[str, Value] = dict.fromkeys(SIGNALS)
+    for part in (_evaluated, _given_inputs, _market):
+        found |= part(inputs)
+    return {name: plain(value) for name, value in found.items()}
 
 
 # Evaluation ------------------------------------------------------------------------------------------------------
 
 
-def _evaluated(record: Record) -> dict[str, Value]:
-    found: dict[str, Value] = dict.fromkeys(SIGNALS[:11])
-    found |= _figures_agree(record)
+def _evaluated(inputs: RunInputs) -> dict[str, Value]:
+    record, found = inputs.record, _figures_agree(inputs.record)
     scores = _scores(record)
     if scores is None:
         return found
@@ -91,16 +66,14 @@ def _evaluated(record: Record) -> dict[str, Value]:
     record.connection.register("scored", table)
     try:
         found |= _told(lambda: _scores_agree(record, epoch, table))
-        data = _dataset(record)
-        if data is not None:
-            found |= _told(lambda: _in_split(record, data)) | _told(lambda: _targets_agree(record, data))
+        found |= _told(lambda: _in_split(inputs)) | _told(lambda: _targets_agree(inputs))
     finally:
         record.connection.unregister("scored")
     return found
 
 
 def _told(measure: Callable[[], dict[str, Value]]) -> dict[str, Value]:
-    """What `measure` finds; nothing where a file is torn, or holds other columns than it should."""
+    """What `measure` finds; nothing where a file is torn, another by now, or holds other columns than it should."""
     with suppress(InputError, OSError, pa.ArrowException, duckdb.Error):
         return measure()
     return {}
@@ -125,15 +98,9 @@ def _figures_agree(record: Record) -> dict[str, Value]:
                   median(e.value / nullif(own.sharpe, 0)) FILTER (e.metric = 'sharpe_daily')
            FROM evals e JOIN own USING (epoch, split, slice) WHERE isfinite(e.value)"""
     )[0]
-    ratio = None if gaps[1] is None else float(gaps[1])
-    days = record.run.get("days_per_year")
-    annualised = (
-        abs(ratio / math.sqrt(days) - 1.0) if ratio is not None and isinstance(days, int | float) and days > 0 else None
-    )
     return {
         "ic_gap": None if gaps[0] is None else float(gaps[0]),
-        "sharpe_ratio_to_daily": ratio,
-        "annualised_gap": annualised,
+        "sharpe_ratio_to_daily": None if gaps[1] is None else float(gaps[1]),
     }
 
 
@@ -194,34 +161,33 @@ def _squared_error(session: NDArray[np.int64], table: pa.Table, horizon: int) ->
     return mean((score - z) ** 2), mean((score + z) ** 2)
 
 
-def _in_split(record: Record, data: _Dataset) -> dict[str, Value]:
+def _in_split(inputs: RunInputs) -> dict[str, Value]:
     """Sessions evaluated as validation, against the split that the configuration gives on the dataset's sessions."""
-    split = make_split(data.sessions, data.config.split)
-    dates = record.connection.execute("SELECT DISTINCT Date FROM scored").fetchnumpy()["Date"]
+    sessions, split = inputs.sessions, inputs.split
+    dates = inputs.record.connection.execute("SELECT DISTINCT Date FROM scored").fetchnumpy()["Date"]
     evaluated = np.unique(np.asarray(dates, "datetime64[D]"))
-    expected, trained = data.sessions[split.validation], data.sessions[split.train]
+    expected, trained = sessions[split.validation], sessions[split.train]
     return {
         "validation_elsewhere": float(np.mean(~np.isin(evaluated, expected))),
         "validation_in_training": float(np.mean(np.isin(evaluated, trained))),
     }
 
 
-def _targets_agree(record: Record, data: _Dataset) -> dict[str, Value]:
+def _targets_agree(inputs: RunInputs) -> dict[str, Value]:
     """The targets evaluated, row by row, and the rows of the universe that have no score."""
-    split = make_split(data.sessions, data.config.split)
-    first, last = (data.sessions[split.validation[end]].item() for end in (0, -1))
-    unlike = record.scalar(
+    first, last = (inputs.sessions[inputs.split.validation[end]].item() for end in (0, -1))
+    unlike = inputs.record.scalar(
         f"""SELECT avg((abs(s.target_1d - d.target_1d) > {TARGET_TOLERANCE}
                         OR coalesce(isfinite(s.target_1d), false) != coalesce(isfinite(d.target_1d), false))::INT)
             FROM scored s JOIN (SELECT f.Date, f.Code, f.target_1d FROM read_parquet(?) f) d USING (Date, Code)
             WHERE isfinite(s.target_1d) OR d.target_1d IS NOT NULL""",
-        data.files,
+        inputs.rows,
     )
-    missing = record.scalar(
+    missing = inputs.record.scalar(
         f"""SELECT avg((s.Code IS NULL)::INT)
-            FROM (SELECT Date, Code FROM read_parquet(?) WHERE {data.universe} AND Date BETWEEN ? AND ?) m
+            FROM (SELECT Date, Code FROM read_parquet(?) WHERE {inputs.universe} AND Date BETWEEN ? AND ?) m
             LEFT JOIN scored s USING (Date, Code)""",
-        data.members,
+        inputs.members,
         first,
         last,
     )
@@ -231,25 +197,19 @@ def _targets_agree(record: Record, data: _Dataset) -> dict[str, Value]:
 # Inputs ----------------------------------------------------------------------------------------------------------
 
 
-def _inputs(record: Record) -> dict[str, Value]:
-    found: dict[str, Value] = dict.fromkeys(SIGNALS[11:-1])
-    given = _given(record)
+def _given_inputs(inputs: RunInputs) -> dict[str, Value]:
+    record, given = inputs.record, _given(inputs.record)
     if given is None:
-        return found
+        return {}
     record.connection.register("given", given)
     try:
-        found |= _told(lambda: _feature_ic(record)) | _told(lambda: _drift(record))
-        data = _dataset(record)
-        if data is not None:
-            found |= _told(lambda: _inputs_agree(record, data))
+        return _told(lambda: _feature_ic(record)) | _told(lambda: _drift(record)) | _told(lambda: _inputs_agree(inputs))
     finally:
         record.connection.unregister("given")
-    return found
 
 
-def _market(record: Record) -> dict[str, Value]:
-    data = _dataset(record)
-    return {"codes_that_leave": None} | (_told(lambda: _leaving(record, data)) if data is not None else {})
+def _market(inputs: RunInputs) -> dict[str, Value]:
+    return _told(lambda: _leaving(inputs))
 
 
 def _given(record: Record) -> pa.Table | None:
@@ -279,19 +239,21 @@ def _drift(record: Record) -> dict[str, Value]:
     return {"inputs_drifted": float(drifted)} if known else {}
 
 
-def _leaving(record: Record, data: _Dataset) -> dict[str, Value]:
+def _leaving(inputs: RunInputs) -> dict[str, Value]:
     """Stocks whose rows end before the dataset does; None where it is too small to expect one."""
-    if len(data.sessions) < LEAVING_SESSIONS or len(data.sessions) * data.manifest["stocks"] < LEAVING_ROWS:
+    sessions = inputs.sessions
+    if len(sessions) < LEAVING_SESSIONS or len(sessions) * inputs.manifest["stocks"] < LEAVING_ROWS:
         return {}
-    cut = data.sessions[-LEAVING_TAIL].item()
+    cut = sessions[-LEAVING_TAIL].item()
     query = "SELECT count(*) FROM (SELECT Code FROM read_parquet(?) GROUP BY Code HAVING max(Date) < ?)"
-    return {"codes_that_leave": record.scalar(query, data.members, cut)}
+    return {"codes_that_leave": inputs.record.scalar(query, inputs.members, cut)}
 
 
-def _inputs_agree(record: Record, data: _Dataset) -> dict[str, Value]:
+def _inputs_agree(inputs: RunInputs) -> dict[str, Value]:
     """Sampled blocks against the dataset's rows of the same sessions and universe."""
+    record = inputs.record
     given = {row[0] for row in record.rows("SELECT DISTINCT name FROM given")}
-    features = [name for name in (*data.manifest["features"], *(f"target_{h}d" for h in HORIZONS)) if name in given]
+    features = [name for name in (*inputs.manifest["features"], *(f"target_{h}d" for h in HORIZONS)) if name in given]
     if not features:
         return {}
     columns = ", ".join(
@@ -304,9 +266,9 @@ def _inputs_agree(record: Record, data: _Dataset) -> dict[str, Value]:
             SELECT Date AS date, stocks, unnest(figures, recursive := true) FROM (
               SELECT Date, count(*) AS stocks, [{columns}] AS figures
               FROM (SELECT * FROM read_parquet(?) WHERE Date IN (SELECT DISTINCT date FROM given))
-              JOIN (SELECT m.Date, m.Code FROM read_parquet(?) m WHERE m.{data.universe}) USING (Date, Code)
+              JOIN (SELECT m.Date, m.Code FROM read_parquet(?) m WHERE m.{inputs.universe}) USING (Date, Code)
               GROUP BY Date)""",
-        [data.files, data.members],
+        [inputs.rows, inputs.members],
     )
     rows = record.rows(
         f"""SELECT g.name, g.split,

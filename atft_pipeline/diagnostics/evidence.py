@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from contextlib import suppress
 
+from atft_pipeline.config import EXPERIMENT_IDS
 from atft_pipeline.diagnostics import audit, inside, signals
-from atft_pipeline.diagnostics.paired import EXPERIMENT_IDS, read_experiment_results
+from atft_pipeline.diagnostics.paired import read_experiment_results
 from atft_pipeline.diagnostics.probes import PROBE_SIGNALS, probe_figures
 from atft_pipeline.diagnostics.record import Record
-from atft_pipeline.diagnostics.signals import Value, measure
+from atft_pipeline.diagnostics.signals import Value
 from atft_pipeline.errors import InputError
 
 EXPERIMENT_SIGNALS: dict[str, str] = {id: f"experiment_{id.lower()}_gain_t" for id in EXPERIMENT_IDS}
@@ -20,10 +21,15 @@ SIGNAL_NAMES: frozenset[str] = frozenset({*signals.SIGNALS, *inside.SIGNALS, *au
 """What a rule may ask for."""
 
 
+def recorded(record: Record) -> dict[str, Value]:
+    """The signals of the run's own tables, which need neither dataset nor model."""
+    return signals.measure(record) | inside.measure(record)
+
+
 def gather(record: Record) -> dict[str, Value]:
     """Every signal; None where it was not measured. Probes and experiments are read where they lie, not made."""
     later = dict.fromkeys(LATER_SIGNALS) | probe_figures(record) | _experiments(record)
-    return measure(record) | inside.measure(record) | audit.audit(record) | later
+    return recorded(record) | audit.audit(record) | later
 
 
 def _experiments(record: Record) -> dict[str, Value]:

@@ -17,13 +17,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from atft_pipeline.config import from_dict, leaves
+from atft_pipeline.config import EXPERIMENT_IDS, from_dict, leaves
 from atft_pipeline.errors import InputError
 from atft_pipeline.files import write_json
 from atft_pipeline.lineage import PLACEMENT, read_run, read_table
 from atft_pipeline.metrics import finite_or_none, paired_difference, sharpe
 
-EXPERIMENT_IDS = ("A", "B", "C", "D")
 SPLIT = "validation"
 SIGNIFICANT_SE = 1.96
 """Standard errors beyond which a difference is called one where no interval was computed."""

@@ -24,9 +24,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from atft_pipeline.config import from_dict
-from atft_pipeline.dataset import read_manifest, read_membership, read_table, resolved
+from atft_pipeline.dataset import read_membership, read_table
+from atft_pipeline.diagnostics.experiments import experiment_overrides
 from atft_pipeline.diagnostics.record import Record, read_scores
+from atft_pipeline.diagnostics.run_inputs import RunInputs
 from atft_pipeline.errors import InputError, RunFailure
 from atft_pipeline.files import write_json
 from atft_pipeline.metrics import information_coefficient, mean_and_error
@@ -42,57 +43,34 @@ VALUE_TOLERANCE = 1e-5
 """Relative: a feature is float32, and sums run over fewer sessions."""
 
 
-def rescore(record: Record) -> Figures:
+def rescore(inputs: RunInputs) -> Figures:
     """Scores the validation sessions anew from the run's checkpoints and holds them against the stored predictions.
 
     `rescored_gap`: largest difference over the spread of the scores, of the checkpoint of the predictions' own epoch;
     `rescored_correlation`: of the two; `rescored_epoch`: the epoch whose checkpoint gives the predictions, -1 none.
     """
-    import torch
-
-    from atft_pipeline.blocks import BlockDataset, load_panel
-    from atft_pipeline.checkpoints import read_checkpoint
-    from atft_pipeline.graph import load_graph
-    from atft_pipeline.model.atft_gat_fan import ATFTGATFAN
-    from atft_pipeline.scoring import score_sessions
-    from atft_pipeline.splits import make_split
-
-    config, dataset = _config(record), _dataset(record)
-    epoch = max(record.predictions, default=0)
+    predictions = inputs.record.predictions
+    epoch = max(predictions, default=0)
     if not epoch:
         raise InputError("no readable predictions")
-    checkpoints = {
-        int(path.stem.removeprefix("epoch_")): path for path in (record.run_dir / "checkpoints").glob("epoch_*.pt")
-    }
-    if epoch not in checkpoints:
+    if epoch not in inputs.checkpoints:
         raise InputError(f"no checkpoint of epoch {epoch}, whose predictions are stored")
-    panel = load_panel(dataset, config.train.universe)
-    sessions = make_split(panel.sessions, config.split).validation
-    model = ATFTGATFAN(config.model, len(panel.feature_names))
-    graph = load_graph(_graph(record)) if config.model.graph else None
-    data = BlockDataset(panel, graph, model.receptive_field)
-    stored = _placed(record.predictions[epoch], panel.sessions[sessions], panel.codes)
-
-    def scores_of(path: Path) -> NDArray[np.float64]:
-        model.load_state_dict(read_checkpoint(path, {"run_key": record.run.get("key")})["weights"])
-        return score_sessions(
-            model, data, sessions, batch_size=config.train.batch_size, device=torch.device("cpu")
-        ).values[:, :, 0].astype(np.float64)  # fmt: skip
-
-    own = scores_of(checkpoints[epoch])
+    panel = inputs.panel
+    stored = _placed(predictions[epoch], panel.sessions[inputs.split.validation], panel.codes)
+    own = inputs.scores(inputs.model(epoch))
     both = np.isfinite(own) & np.isfinite(stored)
     if not both.any():
         raise InputError("the predictions hold none of the validation rows")
     gap = _gap(own, stored)
-    epochs = [epoch, *sorted(set(checkpoints) - {epoch})] if gap > REPRODUCES else [epoch]
-    match = next((e for e in epochs if _gap(scores_of(checkpoints[e]), stored) <= REPRODUCES), -1)
+    others = (
+        e for e in inputs.checkpoints if e != epoch and _gap(inputs.scores(inputs.model(e)), stored) <= REPRODUCES
+    )
     varies = np.ptp(own[both]) > 0 and np.ptp(stored[both]) > 0
-    targets = panel.targets[sessions, :, 0].astype(np.float64)
     return {
         "rescored_gap": gap,
         "rescored_correlation": float(np.corrcoef(own[both], stored[both])[0, 1]) if varies else None,
-        "rescored_epoch": float(match),
-        "rescored_ic": mean_and_error(information_coefficient(own, targets))[0],
+        "rescored_epoch": float(epoch if gap <= REPRODUCES else next(others, -1)),
+        "rescored_ic": mean_and_error(information_coefficient(own, inputs.targets))[0],
     }
 
 
@@ -119,7 +97,7 @@ def _placed(file: Path, sessions: NDArray[np.datetime64], codes: NDArray[np.str_
     return cells
 
 
-def data(record: Record) -> Figures:
+def data(inputs: RunInputs) -> Figures:
     """Holds the dataset's files against its manifest, and its rows against a dataset made anew from the source.
 
     `parts_unlike_manifest`: months whose content is not the one described. The rows of the last sessions before the end
@@ -127,18 +105,13 @@ def data(record: Record) -> Figures:
     `rows_unlike_source`: share of rows that only one of the two has; `targets_unlike_source`: share of the targets
     known by then that differ.
     """
-    from atft_pipeline.splits import make_split
-
-    config, dataset = _config(record), _dataset(record)
-    manifest = read_manifest(dataset, "ml_dataset")
-    sessions = np.array(manifest["session_dates"], "datetime64[D]")
-    last = sessions[make_split(sessions, config.split).validation[-1]]
-    found: Figures = {"parts_unlike_manifest": float(_unlike_manifest(dataset, manifest))}
-    source = Path(manifest["source"]["path"])
+    found: Figures = {"parts_unlike_manifest": float(_unlike_manifest(inputs.dataset, inputs.manifest))}
+    source = Path(inputs.manifest["source"]["path"])
     if not source.is_dir():
         return found
-    made = _made_until(source, last, config.dataset)
-    return found | _differences(dataset, manifest, made, sessions[sessions <= last])
+    sessions = inputs.sessions[: inputs.split.validation[-1] + 1]
+    made = _made_until(source, sessions[-1], inputs.config.dataset)
+    return found | _differences(inputs, made, sessions)
 
 
 def _unlike_manifest(dataset: Path, manifest: dict[str, Any]) -> int:
@@ -169,13 +142,12 @@ def _made_until(source: Path, last: np.datetime64, config: Any) -> pa.Table:
     return build_dataset(prices.panel, prices.quarantine, tables, config, {"path": str(source)})[0]
 
 
-def _differences(dataset: Path, manifest: dict[str, Any], made: pa.Table, sessions: NDArray[np.datetime64]) -> Figures:
+def _differences(inputs: RunInputs, made: pa.Table, sessions: NDArray[np.datetime64]) -> Figures:
     import polars as pl
 
     days = sessions[-RECOMPUTED_SESSIONS:].astype("datetime64[D]").tolist()
     until = sessions[-1].item()
-    file = resolved(dataset)
-    stored = pl.scan_parquet(str(file / "*.parquet") if file.is_dir() else str(file))
+    stored = pl.scan_parquet(inputs.rows)
     theirs = stored.filter(pl.col("Date").is_in(days)).collect()
     ours = pl.from_arrow(made)
     assert isinstance(ours, pl.DataFrame)
@@ -186,7 +158,7 @@ def _differences(dataset: Path, manifest: dict[str, Any], made: pa.Table, sessio
     alone = (
         all_theirs.join(all_ours, on=keys, how="anti").height + all_ours.join(all_theirs, on=keys, how="anti").height
     )
-    differing = [name for name in manifest["features"] if _unlike(joined[name], joined[f"{name}_made"])]
+    differing = [name for name in inputs.manifest["features"] if _unlike(joined[name], joined[f"{name}_made"])]
     # A target reaches past the cut: those of the sessions a month before it are known on both sides.
     known = stored.filter(pl.col("Date") <= until).select([*keys, "target_1d"]).collect()
     both = known.join(ours.select([*keys, "target_1d"]), on=keys, suffix="_made").drop_nulls("target_1d_made")
@@ -206,17 +178,16 @@ def _unlike(stored: Any, made: Any) -> bool:
     return not bool(same.all())
 
 
-def graph(record: Record) -> Figures:
+def graph(inputs: RunInputs) -> Figures:
     """Builds the graph again from the run's dataset. `edges_unlike_dataset`: share of edges that only one has."""
     from atft_pipeline.graph import build_graph_file, load_graph
 
-    config, dataset = _config(record), _dataset(record)
-    if not config.model.graph:
+    if not inputs.config.model.graph:
         raise InputError("the run has no graph")
-    path = _graph(record)
+    path = inputs.graph
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / "graph.parquet"
-        build_graph_file(dataset, made, config.graph)
+        build_graph_file(inputs.dataset, made, inputs.config.graph)
         ours, theirs = load_graph(made), load_graph(path)
     edges = [_edges(g) for g in (ours, theirs)]
     return {"edges_unlike_dataset": len(edges[0] ^ edges[1]) / max(len(edges[0] | edges[1]), 1)}
@@ -227,29 +198,24 @@ def _edges(of: Any) -> set[tuple[Any, ...]]:
     return set(zip(refresh.tolist(), of.codes[of.source].tolist(), of.codes[of.target].tolist(), strict=True))
 
 
-def baseline(record: Record) -> Figures:
+def baseline(inputs: RunInputs) -> Figures:
     """Ridge on the run's training sessions, judged on its validation sessions: is there anything to learn?
 
     `baseline_ic` and its t; `over_baseline_t`: of the run's daily IC minus ridge's; `baseline_train_ic`: in sample.
     """
     from atft_pipeline.baselines import fit_ridge
-    from atft_pipeline.blocks import load_panel
-    from atft_pipeline.splits import make_split
 
-    config, dataset = _config(record), _dataset(record)
-    panel = load_panel(dataset, config.train.universe)
-    split = make_split(panel.sessions, config.split)
+    panel, split = inputs.panel, inputs.split
     scores = fit_ridge(panel, split, np.concatenate([split.train, split.validation]))
-    targets = panel.targets[:, :, 0].astype(np.float64)
-    ic = information_coefficient(scores[split.validation], targets[split.validation])
+    ic = information_coefficient(scores[split.validation], inputs.targets)
+    trained = information_coefficient(scores[split.train], panel.targets[split.train, :, 0].astype(np.float64))
     mean, error = mean_and_error(ic)
-    inside = mean_and_error(information_coefficient(scores[split.train], targets[split.train]))[0]
-    own = _daily_ic(record, panel.sessions[split.validation])
+    own = _daily_ic(inputs.record, panel.sessions[split.validation])
     difference = mean_and_error(own - ic)
     return {
         "baseline_ic": mean,
         "baseline_ic_t": mean / error if error else None,
-        "baseline_train_ic": inside,
+        "baseline_train_ic": mean_and_error(trained)[0],
         "over_baseline_t": difference[0] / difference[1] if difference[1] else None,
     }
 
@@ -264,7 +230,7 @@ def _daily_ic(record: Record, sessions: NDArray[np.datetime64]) -> NDArray[np.fl
     return np.array([values.get(day, math.nan) for day in sessions.astype("datetime64[D]").tolist()], float)
 
 
-def ablate(record: Record) -> Figures:
+def ablate(inputs: RunInputs) -> Figures:
     """Permutes the output of each component over the stocks of every session and measures what the IC loses.
 
     Of the graph, which hands its input on, what it adds to it.
@@ -274,35 +240,20 @@ def ablate(record: Record) -> Figures:
     """
     import torch
 
-    from atft_pipeline.blocks import BlockDataset, load_panel
-    from atft_pipeline.checkpoints import read_checkpoint
-    from atft_pipeline.graph import load_graph
-    from atft_pipeline.model.atft_gat_fan import ATFTGATFAN
     from atft_pipeline.model.gat import GraphAttention
-    from atft_pipeline.scoring import score_sessions
-    from atft_pipeline.splits import make_split
 
-    config, dataset = _config(record), _dataset(record)
-    checkpoints = sorted((record.run_dir / "checkpoints").glob("epoch_*.pt"))
-    if not checkpoints:
+    if not inputs.checkpoints:
         raise InputError("no checkpoint")
-    panel = load_panel(dataset, config.train.universe)
-    sessions = make_split(panel.sessions, config.split).validation
-    model = ATFTGATFAN(config.model, len(panel.feature_names))
-    model.load_state_dict(read_checkpoint(checkpoints[-1], {"run_key": record.run.get("key")})["weights"])
-    edges = load_graph(_graph(record)) if config.model.graph else None
-    blocks = BlockDataset(panel, edges, model.receptive_field)
-    targets = panel.targets[sessions, :, 0].astype(np.float64)
+    model = inputs.model(max(inputs.checkpoints))
 
     def daily() -> NDArray[np.float64]:
-        found = score_sessions(model, blocks, sessions, batch_size=config.train.batch_size, device=torch.device("cpu"))
-        return information_coefficient(found.values[:, :, 0].astype(np.float64), targets)
+        return information_coefficient(inputs.scores(model), inputs.targets)
 
-    def permuted(module: Any, inputs: Any, output: Any) -> Any:
+    def permuted(module: Any, arguments: Any, output: Any) -> Any:
         if not isinstance(output, torch.Tensor) or output.ndim != 3:
             return output
-        order = torch.randperm(output.shape[0], generator=torch.Generator().manual_seed(config.train.seed))
-        handed_on = inputs[0] if isinstance(module, GraphAttention) else torch.zeros_like(output)
+        order = torch.randperm(output.shape[0], generator=torch.Generator().manual_seed(inputs.config.train.seed))
+        handed_on = arguments[0] if isinstance(module, GraphAttention) else torch.zeros_like(output)
         return handed_on + (output - handed_on)[order]
 
     whole, found, idle = daily(), {}, []
@@ -318,7 +269,7 @@ def ablate(record: Record) -> Figures:
     return {**found, "idle_components": float(len(idle)), "idle_component_names": ", ".join(idle) or "none"}
 
 
-def replay(record: Record) -> Figures:
+def replay(inputs: RunInputs) -> Figures:
     """Trains the first epoch again, same code, data and seed. `replay_differs`: 1 where its weights are others,
     `replay_initial_differs`: where the weights it starts from already are.
 
@@ -331,7 +282,7 @@ def replay(record: Record) -> Figures:
     from atft_pipeline.scoring import weights_hash
     from atft_pipeline.training import Trainer
 
-    config, dataset = _config(record), _dataset(record)
+    record = inputs.record
     if record.run.get("code_revision") != code_revision():
         raise InputError("the code has changed since the run")
     if record.run.get("device") != "cpu" or record.run.get("processes") != 1:
@@ -339,7 +290,7 @@ def replay(record: Record) -> Figures:
     hashes = record.rows("SELECT min(weights_hash) FROM evals WHERE epoch = 1 AND weights_hash IS NOT NULL")
     if not hashes or hashes[0][0] is None:
         raise InputError("no evaluation of epoch 1")
-    plan = plan_run(config, dataset, _graph(record))
+    plan = plan_run(inputs.config, inputs.dataset, inputs.graph)
     threads = torch.get_num_threads()
     torch.set_num_threads(int(record.run.get("threads") or threads))  # sums of several threads run in another order
     try:
@@ -365,14 +316,14 @@ REMEDIES: dict[str, Callable[[Record], dict[str, Any]]] = {
     "lr_decayed_early": lambda _: {"train.schedule.name": "constant"},
     "scheduler_never_steps": lambda _: {"train.schedule.name": "constant", "train.schedule.warmup_fraction": 0.0},
     "clipping_too_tight": lambda _: {"train.optimizer.clip_norm": 1.0},
-    "sharpe_term_light": lambda record: {"train.loss.sharpe": max(0.3, 3 * record.number("train.loss.sharpe", 0.0))},
+    "sharpe_term_light": lambda record: experiment_overrides(record)["B"],
     "terms_in_conflict": lambda _: {"train.loss.rank_ic": 0.0, "train.loss.sharpe": 0.0},
     "variance_penalty_dominates": lambda _: {"train.loss.variance_penalty": 0.0},
 }
 """Cause -> the settings that would remove it; what settings cannot remove has none."""
 
 
-def remedy(record: Record, cause: str) -> Figures:
+def remedy(inputs: RunInputs, cause: str) -> Figures:
     """Two epochs as the run was set and two with the cause's remedy, same seed and batches, IC paired by session.
 
     The settings are those of this code: where a fault lies in code that has changed since, both are without it.
@@ -382,15 +333,17 @@ def remedy(record: Record, cause: str) -> Figures:
 
     if cause not in REMEDIES:
         raise InputError("no settings remove this cause")
-    config, dataset = _config(record), _dataset(record)
-    short = replace(config, train=replace(config.train, epochs=PROBE_EPOCHS))
+    short = replace(inputs.config, train=replace(inputs.config.train, epochs=PROBE_EPOCHS))
     ics: list[dict[Any, float]] = []
     with tempfile.TemporaryDirectory() as folder:
-        for name, settings in (("as_it_was", short), ("changed", with_overrides(short, REMEDIES[cause](record)))):
+        for name, settings in (
+            ("as_it_was", short),
+            ("changed", with_overrides(short, REMEDIES[cause](inputs.record))),
+        ):
             run_dir = Path(folder) / name
-            train(settings, dataset, _graph(record), run_dir, device="cpu", log=lambda _: None)
+            train(settings, inputs.dataset, inputs.graph, run_dir, device="cpu", log=lambda _: None)
             rows = pq.read_table(run_dir / "daily").to_pylist()
-            place = (PROBE_EPOCHS, "validation", record.slice)
+            place = (PROBE_EPOCHS, "validation", inputs.record.slice)
             ics.append({row["date"]: row["ic"] for row in rows if (row["epoch"], row["split"], row["slice"]) == place})
     gains = [ics[1][day] - ics[0][day] for day in ics[0] if None not in (ics[0][day], ics[1].get(day))]
     if len(gains) < 2:
@@ -399,7 +352,7 @@ def remedy(record: Record, cause: str) -> Figures:
     return {"remedy_ic_gain": mean, "remedy_ic_gain_t": mean / error if error else None}
 
 
-PROBES: dict[str, Callable[[Record], Figures]] = {
+PROBES: dict[str, Callable[[RunInputs], Figures]] = {
     "rescore": rescore,
     "data": data,
     "graph": graph,
@@ -428,28 +381,30 @@ PROBE_SIGNALS: dict[str, tuple[str, ...]] = {
 
 def run_probes(record: Record, names: Iterable[str]) -> None:
     """Makes the named probes and stores their figures; those of an earlier call are made again."""
+    inputs = RunInputs(record)
     for name in dict.fromkeys(names):
-        _run(record, name, PROBES[name])
+        _run(inputs, name, PROBES[name])
 
 
 def run_remedies(record: Record, causes: Iterable[str]) -> None:
     """Tries the remedy of each cause and stores what it brought."""
+    inputs = RunInputs(record)
     for cause in dict.fromkeys(causes):
-        _run(record, f"{REMEDY}_{cause}", partial(remedy, cause=cause))
+        _run(inputs, f"{REMEDY}_{cause}", partial(remedy, cause=cause))
 
 
-def _run(record: Record, name: str, probe: Callable[[Record], Figures]) -> None:
+def _run(inputs: RunInputs, name: str, probe: Callable[[RunInputs], Figures]) -> None:
     started = time.perf_counter()
     try:
-        content: dict[str, Any] = {"figures": probe(record)}
+        content: dict[str, Any] = {"figures": probe(inputs)}
     except (InputError, RunFailure, OSError, KeyError, RuntimeError, pa.ArrowException) as error:
         content = {"figures": {}, "not_made": str(error).splitlines()[0] if str(error) else type(error).__name__}
-    content |= {"probe": name, "run_key": record.run.get("key"), "seconds": time.perf_counter() - started}
+    content |= {"probe": name, "run_key": inputs.record.run.get("key"), "seconds": time.perf_counter() - started}
     content["figures"] = {
         key: None if isinstance(value, float) and not math.isfinite(value) else value
         for key, value in content["figures"].items()
     }
-    write_json(record.run_dir / "probes" / f"{name}.json", content)
+    write_json(inputs.record.run_dir / "probes" / f"{name}.json", content)
 
 
 def stored_probes(record: Record) -> list[dict[str, Any]]:
@@ -468,24 +423,3 @@ def probe_figures(record: Record) -> dict[str, float | str | None]:
     """What the stored probes of PROBES measured; what a remedy brought is for the reader."""
     figures = [item for probe in stored_probes(record) if probe["probe"] in PROBES for item in probe["figures"].items()]
     return {name: value for name, value in figures if isinstance(value, float | str)}
-
-
-def _config(record: Record) -> Any:
-    config = record.run.get("config")
-    if not isinstance(config, dict):
-        raise InputError("run.json does not hold the configuration")
-    return from_dict(config)
-
-
-def _dataset(record: Record) -> Path:
-    path = Path(str(record.run.get("dataset_path")))
-    if read_manifest(path, "ml_dataset")["fingerprint"] != record.run.get("dataset_fingerprint"):
-        raise InputError(f"{path}: not the dataset that the run was made on")
-    return path
-
-
-def _graph(record: Record) -> Path:
-    path = Path(str(record.run.get("graph_path")))
-    if read_manifest(path, "stock_graph")["fingerprint"] != record.run.get("graph_fingerprint"):
-        raise InputError(f"{path}: not the graph that the run was made on")
-    return path

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -78,7 +79,7 @@ def learned() -> Counts:
 
 def rank(findings: Sequence[Finding], counts: Counts | None = None, rules: Sequence[Rule] = RULES) -> Ranking:
     """The classes by probability, given the findings of one run."""
-    table = Likelihoods(learned() if counts is None else counts)
+    table = Likelihoods(learned() if counts is None else counts, rules)
     status = {finding.rule: finding.status for finding in findings}
     proven = [
         rule
@@ -129,8 +130,11 @@ def rank(findings: Sequence[Finding], counts: Counts | None = None, rules: Seque
 class Likelihoods:
     """How often a rule fires in runs of a class."""
 
-    def __init__(self, counts: Counts) -> None:
+    def __init__(self, counts: Counts, rules: Sequence[Rule]) -> None:
         self.counts = counts
+        # Channels with a rule that speaks for a cause above all: one of several may well be silent.
+        first = {(rule.suspects[0], rule.channel) for rule in rules if rule.suspects}
+        self.witnesses = Counter(cause for cause, _ in first)
 
     def log_ratio(self, rule: Rule, fired: bool, name: str) -> float:
         """log P(outcome | class) - log P(outcome | healthy)."""
@@ -157,7 +161,7 @@ class Likelihoods:
             return OFTEN_FINE if rule.severity in ("observation", "explanation") else QUIET
         if rule.suspects[0] != name:
             return OTHER_SUSPECT
-        return ONLY_WITNESS if _witnesses(name) == 1 else MAIN_SUSPECT
+        return ONLY_WITNESS if self.witnesses[name] == 1 else MAIN_SUSPECT
 
     def _background(self, rule: Rule) -> float:
         others = [
@@ -171,12 +175,6 @@ class Likelihoods:
     def _count(self, rule: Rule, name: str) -> tuple[int, int]:
         found = self.counts.get(rule.id, {}).get(name)
         return (int(found[0]), int(found[1])) if found else (0, 0)
-
-
-@cache
-def _witnesses(name: str) -> int:
-    """Channels with a rule that speaks for the cause above all."""
-    return len({rule.channel for rule in RULES if rule.suspects[:1] == (name,)})
 
 
 def _prior(name: str) -> float:

@@ -11,11 +11,10 @@ from pathlib import Path
 import duckdb
 import pyarrow as pa
 
-from atft_pipeline.diagnostics import inside
+from atft_pipeline.diagnostics.evidence import recorded
 from atft_pipeline.diagnostics.experiments import commands
 from atft_pipeline.diagnostics.record import open_record, part_epoch
 from atft_pipeline.diagnostics.rules import Finding, assess
-from atft_pipeline.diagnostics.signals import measure
 from atft_pipeline.errors import InputError
 from atft_pipeline.lineage import TABLES, read_run
 
@@ -96,7 +95,7 @@ def _fired_newest_first(run_dir: Path, epochs: list[int]) -> list[Fired]:
 def _assess(run_dir: Path, epoch: int) -> Fired:
     record = open_record(run_dir, until_epoch=epoch)
     try:
-        findings = assess(measure(record) | inside.measure(record), commands(record))
+        findings = assess(recorded(record), commands(record))
     except (duckdb.Error, pa.ArrowException) as error:
         why = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"{run_dir}: its record until epoch {epoch} is of another version ({why})") from error

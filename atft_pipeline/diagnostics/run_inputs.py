@@ -1,0 +1,143 @@
+"""What a run says it was made on, each piece read once and only while it still is that."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import duckdb
+import numpy as np
+from numpy.typing import NDArray
+
+from atft_pipeline.config import PipelineConfig, from_dict
+from atft_pipeline.dataset import membership_path, read_manifest, resolved
+from atft_pipeline.diagnostics.record import Record
+from atft_pipeline.errors import InputError
+from atft_pipeline.splits import Split, make_split
+
+if TYPE_CHECKING:
+    from atft_pipeline.blocks import BlockDataset, Panel
+    from atft_pipeline.model.atft_gat_fan import ATFTGATFAN
+
+
+class RunInputs:
+    """Configuration, dataset, split, graph and model of the run in `record`.
+
+    Every property raises InputError where it cannot be read or is another by now.
+    """
+
+    def __init__(self, record: Record) -> None:
+        self.record = record
+
+    @cached_property
+    def config(self) -> PipelineConfig:
+        config = self.record.run.get("config")
+        if not isinstance(config, dict):
+            raise InputError("run.json does not hold the configuration")
+        return from_dict(config)
+
+    @cached_property
+    def dataset(self) -> Path:
+        return self._of_the_run("dataset", "ml_dataset")
+
+    @cached_property
+    def manifest(self) -> dict[str, Any]:
+        return read_manifest(self.dataset, "ml_dataset")
+
+    @cached_property
+    def graph(self) -> Path:
+        return self._of_the_run("graph", "stock_graph")
+
+    def _of_the_run(self, what: str, kind: str) -> Path:
+        path = Path(str(self.record.run.get(f"{what}_path")))
+        if read_manifest(path, kind).get("fingerprint") != self.record.run.get(f"{what}_fingerprint"):
+            raise InputError(f"{path}: not the {what} that the run was made on")
+        return path
+
+    @cached_property
+    def rows(self) -> str:
+        """Files of features and targets, as a pattern."""
+        return _pattern(resolved(self.dataset))
+
+    @cached_property
+    def members(self) -> str:
+        """Files of the membership, as a pattern."""
+        return _pattern(membership_path(self.dataset))
+
+    @property
+    def universe(self) -> str:
+        """Column of the membership that marks what the run is trained on."""
+        return "is_liquid" if self.config.train.universe == "liquid" else "is_investable"
+
+    @cached_property
+    def sessions(self) -> NDArray[np.datetime64]:
+        """[T] that have a row, as a panel has them; the manifest also lists those on which nothing traded."""
+        query = "SELECT DISTINCT Date FROM read_parquet(?) ORDER BY 1"
+        dates = duckdb.execute(query, [self.members]).fetchnumpy()["Date"]
+        return np.asarray(dates, "datetime64[D]")
+
+    @cached_property
+    def split(self) -> Split:
+        return make_split(self.sessions, self.config.split)
+
+    # For probes that compute with the model ------------------------------------------------------------------------
+
+    @cached_property
+    def panel(self) -> Panel:
+        from atft_pipeline.blocks import load_panel
+
+        return load_panel(self.dataset, self.config.train.universe)
+
+    @cached_property
+    def blocks(self) -> BlockDataset:
+        from atft_pipeline.blocks import BlockDataset
+        from atft_pipeline.graph import load_graph
+
+        graph = load_graph(self.graph) if self.config.model.graph else None
+        return BlockDataset(self.panel, graph, self._new_model().receptive_field)
+
+    @cached_property
+    def checkpoints(self) -> dict[int, Path]:
+        """Epoch -> file of the weights that were evaluated, ascending."""
+        files = sorted((self.record.run_dir / "checkpoints").glob("epoch_*.pt"))
+        return {int(path.stem.removeprefix("epoch_")): path for path in files}
+
+    def model(self, epoch: int) -> ATFTGATFAN:
+        """The network of this code with the weights of an epoch's checkpoint."""
+        from atft_pipeline.checkpoints import read_checkpoint
+
+        model = self._new_model()
+        this_run = {"run_key": self.record.run.get("key")}
+        model.load_state_dict(read_checkpoint(self.checkpoints[epoch], this_run)["weights"])
+        return model
+
+    def _new_model(self) -> ATFTGATFAN:
+        from atft_pipeline.model.atft_gat_fan import ATFTGATFAN
+
+        return ATFTGATFAN(self.config.model, len(self.panel.feature_names))
+
+    def scores(self, model: ATFTGATFAN) -> NDArray[np.float64]:
+        """[T, N] of horizon 1 on the validation sessions, NaN outside the universe."""
+        import torch
+
+        from atft_pipeline.scoring import score_sessions
+
+        found = score_sessions(
+            model,
+            self.blocks,
+            self.split.validation,
+            batch_size=self.config.train.batch_size,
+            device=torch.device("cpu"),
+        )
+        return found.values[:, :, 0].astype(np.float64)
+
+    @property
+    def targets(self) -> NDArray[np.float64]:
+        """[T, N] of horizon 1 on the validation sessions."""
+        targets: NDArray[np.float64] = self.panel.targets[self.split.validation, :, 0].astype(np.float64)
+        return targets
+
+
+def _pattern(path: Path) -> str:
+    return str(path / "*.parquet") if path.is_dir() else str(path)
