@@ -18,9 +18,10 @@ from conftest import Trained
 from run_directories import healthy, honest_probes, write_probe
 from training_runs import Data, header, newest_predictions, settings, with_scores
 
+from atft_pipeline.cli import main
 from atft_pipeline.config import DatasetConfig, GraphConfig, to_dict
 from atft_pipeline.contracts import read_checked
-from atft_pipeline.dataset import TARGETS, write_dataset, write_manifest
+from atft_pipeline.dataset import TARGETS, read_manifest, write_dataset, write_manifest
 from atft_pipeline.dataset_rows import build_dataset, part_record
 from atft_pipeline.diagnostics import diagnose
 from atft_pipeline.diagnostics.evidence import gather
@@ -145,6 +146,11 @@ def run_on(folder: Path, features: pa.Table, membership: pa.Table, manifest: dic
     """The directory of a run that says it was made on this dataset."""
     dataset = folder / "ml_dataset.parquet"
     write_dataset(dataset, features, membership, manifest)
+    return run_on_dataset(folder, dataset)
+
+
+def run_on_dataset(folder: Path, dataset: Path) -> Path:
+    manifest = read_manifest(dataset)
     run_dir = folder / "run"
     run_dir.mkdir()
     run = {"key": "k", "config": to_dict(settings()), "dataset_path": str(dataset)}
@@ -171,6 +177,20 @@ def test_honest_dataset_follows_from_its_source(built: Built, tmp_path: Path) ->
     assert set(found) == set(PROBE_SIGNALS["data"])
     assert found.pop("features_know_later_names") == "none"
     assert found == dict.fromkeys(found, 0.0)
+
+
+def test_honest_dataset_by_months_follows_from_its_source(built: Built, tmp_path: Path) -> None:
+    """As the assets keep it: its manifest says more of a month than what the month holds."""
+    dataset, (_, _, manifest) = tmp_path / "dataset", built
+    assert main(["features", manifest["source"]["path"], str(dataset), "--json"]) == 0
+    run_dir = run_on_dataset(tmp_path, dataset)
+    found = probed("data", run_dir)
+    assert found.pop("features_know_later_names") == "none"
+    assert found == dict.fromkeys(found, 0.0)
+    part = sorted(dataset.glob("*.parquet"))[4]
+    table = pq.read_table(part)
+    pq.write_table(replaced(table, RETURNS, pc.if_else(pc.is_null(table[RETURNS]), 0.5, table[RETURNS])), part)
+    assert probed("data", run_dir)["parts_unlike_manifest"] == 1.0
 
 
 def test_altered_feature_is_another_month_than_the_manifest_describes(built: Built, tmp_path: Path) -> None:

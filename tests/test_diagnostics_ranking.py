@@ -23,7 +23,7 @@ from atft_pipeline.diagnostics.causes import (
     UNKNOWN_PRIOR,
 )
 from atft_pipeline.diagnostics.probes import PROBES
-from atft_pipeline.diagnostics.ranking import CAP, CONCLUSIVE, MARGIN, Counts, Ranking, learned, rank
+from atft_pipeline.diagnostics.ranking import CAP, CONCLUSIVE, MARGIN, NEVER_FINE, Counts, Ranking, learned, rank
 from atft_pipeline.diagnostics.rules import RULES, Finding, Rule, Severity, Status
 
 NOTHING_LEARNED: Counts = {}
@@ -166,6 +166,18 @@ def test_only_rule_that_speaks_for_a_cause_is_expected_to_fire_more_often_than_o
     assert alone["overfit"] < of_two["overfit"]
 
 
+@pytest.mark.parametrize(("severity", "conclusion"), [("defect", "inconclusive"), ("explanation", "healthy")])
+def test_no_run_is_called_healthy_while_a_defect_stands(severity: Severity, conclusion: str) -> None:
+    """Though every other rule is quiet, and the odds are what they are without it."""
+    odd = rule("odd", severity=severity)
+    all_quiet: dict[str, Status] = dict.fromkeys((one.id for one in RULES), "not_fired")
+    counts = {"odd": {HEALTHY: (10, 20), "overfit": (10, 20)}}
+    ranking = ranked([*RULES, odd], counts, **all_quiet, odd="fired")
+    assert ranking.healthy > CONCLUSIVE
+    assert (ranking.conclusion, "odd fired" in ranking.sentence) == (conclusion, conclusion == "inconclusive")
+    assert ranked([*RULES, odd], counts, **all_quiet, odd="not_fired").conclusion == "healthy"
+
+
 # The veto --------------------------------------------------------------------------------------------------------
 
 
@@ -199,10 +211,12 @@ def test_nothing_else_vetoes(other: Rule, status: Status) -> None:
 
 @pytest.mark.parametrize("seed", range(30))
 def test_nothing_is_concluded_under_one_half_or_three_to_one(seed: int) -> None:
-    ranking = rank(findings(RULES, random_statuses(seed, fired=0.004 * seed)))
+    statuses = random_statuses(seed, fired=0.004 * seed)
+    ranking = rank(findings(RULES, statuses))
     (first, best), (_, second) = sorted(probabilities(ranking).items(), key=lambda pair: -pair[1])[:2]
     kinds = {HEALTHY: "healthy", UNKNOWN: "unknown"}
-    decided = best >= CONCLUSIVE and best >= MARGIN * second
+    defects = [one for one in RULES if one.severity in NEVER_FINE and statuses[one.id] == "fired"]
+    decided = best >= CONCLUSIVE and best >= MARGIN * second and not (first == HEALTHY and defects)
     assert ranking.conclusion == (kinds.get(first, "cause") if decided else "inconclusive")
 
 

@@ -117,13 +117,14 @@ def data(inputs: RunInputs) -> Figures:
 def _unlike_manifest(dataset: Path, manifest: dict[str, Any]) -> int:
     from atft_pipeline.dataset_rows import part_record
 
-    table, membership = read_table(dataset), read_membership(dataset)
-    months = [np.datetime_as_string(t["Date"].to_numpy().astype("datetime64[M]")) for t in (table, membership)]
-    return sum(
-        part_record(table.filter(pa.array(months[0] == name)), membership.filter(pa.array(months[1] == name))) != part
-        for name, part in manifest["parts"].items()
-        if part["rows"]
-    )
+    tables = read_table(dataset), read_membership(dataset)
+    months = [np.datetime_as_string(table["Date"].to_numpy().astype("datetime64[M]")) for table in tables]
+
+    def differs(name: str, described: dict[str, Any]) -> bool:
+        features, members = (t.filter(pa.array(of == name)) for t, of in zip(tables, months, strict=True))
+        return any(described.get(key) != value for key, value in part_record(features, members).items())
+
+    return sum(differs(name, part) for name, part in manifest["parts"].items() if part["rows"])
 
 
 def _made_until(source: Path, last: np.datetime64, config: Any) -> pa.Table:

@@ -37,6 +37,8 @@ OFTEN_FINE = 0.05
 """The same of a rule that describes: what explains a low Sharpe is seen in good runs too."""
 UNKNOWN_FLOOR = 0.015
 """An unknown fault may set off anything."""
+NEVER_FINE = ("invalid", "failure", "defect")
+"""Severities that are wrong whatever came of them: while such a rule stands, no run is called healthy."""
 CONCLUSIVE, MARGIN = 0.5, 3.0
 """Posterior and odds against the next class without which nothing is concluded."""
 
@@ -116,14 +118,15 @@ def rank(findings: Sequence[Finding], counts: Counts | None = None, rules: Seque
         key=lambda ranked: -ranked.probability,
     )
     missing = _deciding(causes, rules, status)
-    conclusion = _concluded(probability)
+    standing = [r.id for r in rules if status.get(r.id) == "fired" and r.severity in NEVER_FINE]
+    conclusion = _concluded(probability, standing)
     return Ranking(
         conclusion,
         tuple(causes),
         probability.get(HEALTHY, 0.0),
         probability[UNKNOWN],
         missing,
-        _sentence(conclusion, causes, probability, missing),
+        _sentence(conclusion, causes, probability, missing, standing),
     )
 
 
@@ -201,11 +204,13 @@ def _deciding(causes: Sequence[RankedCause], rules: Sequence[Rule], status: Mapp
     )
 
 
-def _concluded(probability: Mapping[str, float]) -> Conclusion:
+def _concluded(probability: Mapping[str, float], standing: Sequence[str]) -> Conclusion:
     (first, best), (_, second) = sorted(probability.items(), key=lambda pair: -pair[1])[:2]
     if best < CONCLUSIVE or best < MARGIN * second:
         return "inconclusive"
-    return "healthy" if first == HEALTHY else "unknown" if first == UNKNOWN else "cause"
+    if first == HEALTHY:
+        return "inconclusive" if standing else "healthy"
+    return "unknown" if first == UNKNOWN else "cause"
 
 
 def _sentence(
@@ -213,6 +218,7 @@ def _sentence(
     causes: Sequence[RankedCause],
     probability: Mapping[str, float],
     missing: Sequence[str],
+    standing: Sequence[str],
 ) -> str:
     if conclusion == "cause":
         return f"Cause, with probability {causes[0].probability:.2f}: {causes[0].name}."
@@ -221,6 +227,7 @@ def _sentence(
     if conclusion == "unknown":
         return f"Something is wrong that no known cause fits, with probability {probability[UNKNOWN]:.2f}."
     leading = ", ".join(f"{cause.name} ({cause.probability:.2f})" for cause in causes[:3])
+    against = f"; {', '.join(standing)} fired, which no good run does" if standing else ""
     would = f"; not measured, and it would decide: {', '.join(missing)}" if missing else ""
     classes = f"healthy {probability.get(HEALTHY, 0.0):.2f}, unknown {probability[UNKNOWN]:.2f}"
-    return f"Inconclusive: {classes}, {leading}{would}."
+    return f"Inconclusive: {classes}, {leading}{against}{would}."
