@@ -99,8 +99,9 @@ def bite(folder: Path, task: Task) -> float | None:
 
 
 def _daily_ic(run_dir: Path) -> pl.DataFrame:
+    """Of the last evaluated epoch, every session out of the training sample."""
     rows = pl.read_parquet(run_dir / "daily" / "epoch_*.parquet")
-    rows = rows.filter(pl.col("split") == "validation", pl.col("ic").is_not_nan())
+    rows = rows.filter(pl.col("split").is_in(["validation", "test"]), pl.col("ic").is_not_nan())
     last = rows.filter(pl.col("epoch") == pl.col("epoch").max())
     return last.group_by("date").agg(pl.col("ic").last())
 

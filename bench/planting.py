@@ -95,7 +95,7 @@ def markets_of(first: int) -> dict[str, Market]:
 
 
 DOUBLES: tuple[tuple[str, str], ...] = (
-    ("metric_of_other_run", "frozen"),
+    ("frozen_at_other_run", "constant_scores_ranked"),  # the failure that this project began with
     ("maximum_over_history", "overfit"),
     ("cached_predictions", "lr_too_low"),
     ("sign_inverted", "unit_error"),
