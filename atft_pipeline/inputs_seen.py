@@ -1,26 +1,28 @@
-"""What the model was given: a sample of its blocks, as figures that can be held against the dataset.
+"""What the model was given: a sample of its sessions, as figures that can be held against the dataset.
 
-A feature that a loader fills, scales, shifts or never finds looks healthy in the dataset. So the figures are taken from
-blocks, behind everything that lies between, and the diagnosis compares them with the dataset's own.
+A feature that a loader fills, scales, shifts or never finds looks healthy in the dataset. So the figures are taken in
+the first epoch, from the very blocks that model and loss get, and the diagnosis compares them with the dataset's own.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from atft_pipeline.blocks import Block, BlockDataset, Panel
 from atft_pipeline.config import HORIZONS
 from atft_pipeline.lineage import write_parquet
-from atft_pipeline.panel_storage import prefetched
 from atft_pipeline.splits import Split
 
+if TYPE_CHECKING:  # the diagnosis reads what is written here, and needs no torch
+    from atft_pipeline.blocks import Block, Panel
+
+SPLITS = ("train", "validation", "test")
 SAMPLED_SESSIONS: int = 16
-"""Sessions of each split, evenly spaced, first and last included."""
+"""Sessions of each split that have a member of the universe, evenly spaced, first and last included."""
 
 SCHEMA = pa.schema(
     [
@@ -38,14 +40,38 @@ SCHEMA = pa.schema(
 with a value that is not missing; mean and std (ddof 0) over these, `ic` their correlation with `target_1d`."""
 
 
-def write_inputs(path: Path, data: BlockDataset, split: Split, workers: int = 0) -> None:
-    """`inputs.parquet` of a run; `workers` threads make the blocks, as in training."""
-    rows: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
-    for name in ("train", "validation", "test"):
-        sessions = [np.array([session]) for session in sampled(getattr(split, name))]
-        for session, block in zip(sessions, prefetched(data.block, sessions, workers), strict=True):
-            _add_session(rows, name, data.panel, int(session[0]), block)
-    write_parquet(path, pa.table(rows, SCHEMA))
+class InputsSeen:
+    """Collects the sampled sessions of each split as blocks with them come by.
+
+    A session that is not its split's is taken too, `SAMPLED_SESSIONS` of them at most.
+    """
+
+    def __init__(self, panel: Panel, split: Split) -> None:
+        self._panel = panel
+        self._sessions = {name: frozenset(getattr(split, name).tolist()) for name in SPLITS}
+        self._wanted = {name: set(sampled(_with_members(panel, getattr(split, name))).tolist()) for name in SPLITS}
+        self._foreign = dict.fromkeys(SPLITS, SAMPLED_SESSIONS)
+        self._rows: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
+
+    def see(self, split: str, block: Block) -> None:
+        """Takes the figures of the block's sessions that are in the sample and were not seen before."""
+        for place, session in enumerate(block.session_index.tolist()):
+            if session in self._wanted[split]:
+                self._wanted[split].remove(session)
+            elif session not in self._sessions[split] and self._foreign[split]:
+                self._foreign[split] -= 1
+            else:
+                continue
+            _add_session(self._rows, split, self._panel, block, place)
+
+    def write(self, path: Path) -> None:
+        """`inputs.parquet` of a run."""
+        write_parquet(path, pa.table(self._rows, SCHEMA))
+
+
+def _with_members(panel: Panel, sessions: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Of no other session a block is made."""
+    return sessions[panel.member[sessions].any(axis=1)]
 
 
 def sampled(sessions: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -54,14 +80,15 @@ def sampled(sessions: NDArray[np.int64]) -> NDArray[np.int64]:
     return sessions[np.unique(places)]
 
 
-def _add_session(rows: dict[str, list[Any]], split: str, panel: Panel, session: int, block: Block) -> None:
-    member = block.member[:, 0].cpu().numpy()
-    x = np.where(block.missing[:, -1].cpu().numpy(), np.nan, block.x[:, -1].double().cpu().numpy())[member]  # [n, F]
-    target = block.target[:, 0].double().cpu().numpy()[member]  # [n, H]
+def _add_session(rows: dict[str, list[Any]], split: str, panel: Panel, block: Block, place: int) -> None:
+    row = place + block.x.shape[1] - block.member.shape[1]  # behind the warm-up sessions
+    member = block.member[:, place].cpu().numpy()
+    x = np.where(block.missing[:, row].cpu().numpy(), np.nan, block.x[:, row].double().cpu().numpy())[member]  # [n, F]
+    target = block.target[:, place].double().cpu().numpy()[member]  # [n, H]
     values = np.concatenate((x, target), axis=1)
     names = [*panel.feature_names, *(f"target_{h}d" for h in HORIZONS)]
     mean, std, present = moments(values)
-    day = panel.sessions[session].item()
+    day = panel.sessions[int(block.session_index[place])].item()
     columns = (mean, std, correlations(values, target[:, 0]))
     for key, column in zip(("mean", "std", "ic"), columns, strict=True):
         rows[key].extend(None if np.isnan(value) else value for value in column.tolist())

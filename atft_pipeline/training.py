@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from atft_pipeline.failures import (
 )
 from atft_pipeline.files import remove_remnants
 from atft_pipeline.graph import load_graph
-from atft_pipeline.inputs_seen import write_inputs
+from atft_pipeline.inputs_seen import InputsSeen
 from atft_pipeline.lineage import TABLES, RunRecord, UnwrittenRecord, exclusive, now, read_run, read_table
 from atft_pipeline.loss_gradients import loss_gradients
 from atft_pipeline.losses import CompositeLoss, LossTerms
@@ -195,6 +196,8 @@ class Trainer:
         self.guard = DegeneracyGuard(settings.guard)
         self.battery = Battery(self.panel, plan.dataset, self.config)
         self.step = 0
+        self.inputs_seen: InputsSeen | None = None
+        """Of the first epoch, until it is written."""
 
     def _new_model(self, seed: int) -> ATFTGATFAN:
         torch.manual_seed(seed)
@@ -219,7 +222,7 @@ class Trainer:
             epochs_done=done,
         )
         if done == 0 and self.processes.leads:
-            write_inputs(self.record.run_dir / "inputs.parquet", self.data, self.split, self.workers)
+            self.inputs_seen = InputsSeen(self.panel, self.split)
             self._save_start()
         for epoch in range(done + 1, self.config.train.epochs + 1):
             self._epoch(epoch)
@@ -233,6 +236,7 @@ class Trainer:
         epoch_s = time.perf_counter() - started
 
         scores = self._score_splits(epoch)
+        self._write_inputs_seen()
         if not self.processes.leads:
             self.record.close_epoch(epoch)
             return
@@ -284,6 +288,7 @@ class Trainer:
                 steps.append(self._step(block, epoch, measured=number == measured))
         except RunFailure:
             # The way to the failure is evidence; the epoch has nothing else to record.
+            self._write_inputs_seen()
             log_steps(self.record, epoch, steps, first_step=first_step, clip_norm=clip_norm)
             self.record.close_epoch(epoch)
             raise
@@ -307,7 +312,14 @@ class Trainer:
         blocks = [block for part in parts for block in self.data.sessions_per_block(part, batch)]
         return [blocks[i] for i in rng.permutation(len(blocks))]
 
+    def _write_inputs_seen(self) -> None:
+        if self.inputs_seen is not None:
+            self.inputs_seen.write(self.record.run_dir / "inputs.parquet")
+            self.inputs_seen = None
+
     def _step(self, block: Block, epoch: int, *, measured: bool) -> StepFigures:
+        if self.inputs_seen is not None:
+            self.inputs_seen.see("train", block)
         with self._autocast():
             scores = self.processes.shared(self.model)(block)  # [n, S, H]
         if measured and self.processes.size == 1:  # of several, each holds the gradient of its own stocks alone
@@ -395,7 +407,9 @@ class Trainer:
         *,
         batch_size: int | None = None,
         with_loss: bool = False,
+        seen_as: str = "",
     ) -> Scores:
+        seen = None if self.inputs_seen is None or not seen_as else partial(self.inputs_seen.see, seen_as)
         return score_sessions(
             model,
             self.data,
@@ -405,14 +419,15 @@ class Trainer:
             loss=self.config.train.loss if with_loss else None,
             epoch=epoch,
             workers=self.workers,
+            seen=seen,
         )
 
     def _score_splits(self, epoch: int) -> dict[str, Scores]:
         """Scores of the averaged weights; where predictions are kept, of the test sessions too, and written."""
         model = self.processes.shared(self.average.model)
-        scores = {"validation": self._score(model, self.split.validation, epoch, with_loss=True)}
+        scores = {"validation": self._score(model, self.split.validation, epoch, with_loss=True, seen_as="validation")}
         if epoch in (1, 5, self.config.evaluation.criterion_epoch, self.config.train.epochs) or epoch % 10 == 0:
-            scores["test"] = self._score(model, self.split.test, epoch)
+            scores["test"] = self._score(model, self.split.test, epoch, seen_as="test")
             if self.processes.leads:
                 path = self.record.run_dir / "predictions" / f"epoch_{epoch:03d}.parquet"
                 write_predictions(path, self.panel, scores)

@@ -224,6 +224,21 @@ def _panel(change: Callable[[Panel], None]) -> Callable[[], None]:
     return plant
 
 
+def trains_on_validation() -> None:
+    """The sessions of validation are drawn beside those of training."""
+
+    def make(original: Any) -> Any:
+        def shuffled(self: Any, epoch: int) -> Any:
+            rng = np.random.default_rng([self.config.train.seed, epoch])
+            sessions = np.concatenate([self.split.train, self.split.validation])
+            blocks = self.data.sessions_per_block(sessions, self.config.train.batch_size)
+            return [blocks[number] for number in rng.permutation(len(blocks))]
+
+        return shuffled
+
+    replace(training.Trainer, "_shuffled_blocks", make)
+
+
 def _shift_targets(panel: Panel) -> None:
     panel.targets[1:] = panel.targets[:-1].copy()
 
@@ -514,6 +529,18 @@ def ic_detached() -> None:
     losses.SESSION_TERMS["ic"] = losses.correlation_loss
 
 
+def trained_towards_minus() -> None:
+    """The loss that trains is given minus the targets."""
+
+    def make(original: Any) -> Any:
+        def call(self: Any, score: Any, target: Any, *arguments: Any, **options: Any) -> Any:
+            return original(self, score, -target if score.requires_grad else target, *arguments, **options)
+
+        return call
+
+    replace(CompositeLoss, "__call__", make)
+
+
 def weight_read_by_nothing() -> None:
     """The loss that trains knows the squared error alone, whatever the configuration says."""
 
@@ -541,6 +568,21 @@ def labels_of_other_stocks() -> None:
             if int(indices[-1]) < limit - 21:
                 order = torch.randperm(found.target.shape[0], generator=torch.Generator().manual_seed(int(indices[0])))
                 found.target.copy_(found.target[order])
+            return found
+
+        return block
+
+    replace(BlockDataset, "block", make)
+
+
+def labels_of_previous_session() -> None:
+    """In training every session has the targets of the session before it in its block."""
+
+    def make(original: Any) -> Any:
+        def block(self: BlockDataset, indices: Any) -> Any:
+            found = original(self, indices)
+            if int(indices[-1]) < int(0.6 * len(self.panel.sessions)) - 21:
+                found.target.copy_(found.target.roll(1, dims=1))
             return found
 
         return block
@@ -749,6 +791,7 @@ _ALL: tuple[Fault, ...] = (
     Fault("other_weights_scored", "cached_predictions", code=other_weights_scored, only_report=True),
     Fault("cached_predictions", "cached_predictions", code=cached_predictions, only_report=True),
     Fault("wrong_split", "wrong_split", code=validation_overlaps_training, only_report=True),
+    Fault("trains_on_validation", "wrong_split", code=trains_on_validation, only_report=True),
     Fault("target_shifted", "target_shifted", code=_panel(_shift_targets), only_report=True),
     Fault("sign_inverted", "sign_inverted", code=sign_inverted, only_report=True),
     Fault("sign_inverted_in_metric", "sign_inverted", code=sign_inverted_in_metric, only_report=True),
@@ -795,7 +838,9 @@ _ALL: tuple[Fault, ...] = (
           code=_term("rank_ic", lambda original: lambda batch: 2.0 - original(batch))),
     Fault("variance_penalty_dominates", "variance_penalty_dominates", {"train.loss.variance_penalty": 30.0},
           code=penalty_floor_of_one),
+    Fault("trained_towards_minus", "term_reversed", code=trained_towards_minus),
     Fault("labels_of_other_stocks", "labels_misaligned", code=labels_of_other_stocks),
+    Fault("labels_of_previous_session", "labels_misaligned", code=labels_of_previous_session),
     # Capacity
     Fault("underfit", "underfit", {
         "model.hidden_size": 4, "model.attention_heads": 1, "model.gat_heads": 1, "model.skip": False,

@@ -131,7 +131,7 @@ def honest_probes() -> dict[str, Row]:
         },
         "graph": {"edges_unlike_dataset": 0.0},
         "baseline": {"baseline_ic": 0.06, "baseline_ic_t": 3.0, "baseline_train_ic": 0.08, "over_baseline_t": 1.0},
-        "ablate": {"idle_components": 0.0, "idle_component_names": "none"},
+        "ablate": {"drop_t_temporal_encoder": 3.0, "drop_t_gat": 3.0},
         "replay": {"replay_differs": 0.0, "replay_initial_differs": 0.0},
     }
 

@@ -21,6 +21,7 @@ from training_runs import (
     of_other_sessions,
     split_sessions,
     with_scores,
+    without_inputs,
 )
 
 from atft_pipeline.diagnostics import Diagnosis, Finding, audit, diagnose
@@ -204,6 +205,10 @@ def _mse(train: float, validation: float) -> Callable[[Tables], None]:
     )
 
 
+def _without_epoch_9(tables: Tables) -> None:
+    tables.series = [row for row in tables.series if row["epoch"] != 9]
+
+
 FIRES: dict[str, Callable[[], Tables]] = {
     "verdict_of_other_weights": spoilt(lambda t: t.verdict.update(weights_hash="elsewhere")),
     "verdict_of_other_run": spoilt(lambda t: t.verdict.update(run_key="k2")),
@@ -219,9 +224,11 @@ FIRES: dict[str, Callable[[], Tables]] = {
     "non_finite_loss": spoilt(
         lambda t: t.set_series("loss_raw", lambda e: float("nan") if e == 9 else 1.0 / e, term="mse")
     ),
-    "run_failed": spoilt(
+    "run_failed": spoilt(lambda t: t.run.update(status="failed", reason="RuntimeError: the source went away")),
+    "run_not_finite": spoilt(
         lambda t: t.run.update(status="failed", reason="RunFailure: epoch 3, step 40: the loss is nan")
     ),
+    "epochs_missing": spoilt(_without_epoch_9),
     "run_killed": spoilt(lambda t: t.run.update(status="running", ended=None)),
     "loader_starves_training": spoilt(lambda t: t.set_series("loader_wait_s", lambda _: 6.0)),
     "features_missing": spoilt(lambda t: t.run.update(live_features=55)),
@@ -232,6 +239,7 @@ FIRES: dict[str, Callable[[], Tables]] = {
     "lr_decayed_early": spoilt(_lr(lambda e: 1e-3 * 0.3**e)),
     "lr_below_plan": spoilt(_lr(lambda e: 1e-3 * 0.5**e)),
     "lr_around_1e6": spoilt(_lr(lambda _: 1e-6)),
+    "lr_above_plan": spoilt(_lr(lambda e: 1e-3 if e < 16 else 5e-4)),
     "lr_constant_against_plan": spoilt(_lr(lambda _: 1e-3)),
     "loss_term_swallowed": spoilt(
         lambda t: t.set_series("loss_raw", lambda _: 0.0, term="sharpe"), train__loss__sharpe=0.5
@@ -297,6 +305,7 @@ FIRES: dict[str, Callable[[], Tables]] = {
     "not_in_optimizer": spoilt(_series("optimized_share", 0.5, component="gat")),
     "component_frozen": spoilt(_series("trainable_share", 0.0, component="gat")),
     "term_without_effect": spoilt(_series("effective_weight", 0.0, term="sharpe"), train__loss__sharpe=0.5),
+    "term_reversed": spoilt(_series("effective_weight", -0.5, term="sharpe"), train__loss__sharpe=0.5),
     "loss_unexplained": spoilt(_series("gradient_residual", 0.4)),
     "terms_in_conflict": spoilt(_series("gradient_cosine", -0.8), train__loss__rank_ic=0.5),
     "variance_penalty_dominates": spoilt(
@@ -312,6 +321,8 @@ FIRES: dict[str, Callable[[], Tables]] = {
     ),
     "units_dead": spoilt(_series("dead_units", 0.9, component="fusion")),
     "attention_collapsed": spoilt(_series("attention_entropy", 0.01)),
+    "encoder_idle": spoilt(_probed("ablate", drop_t_temporal_encoder=0.2)),
+    "graph_idle": spoilt(_probed("ablate", drop_t_gat=-0.4)),
 }
 """A run directory per rule in which it must fire. A rule without an entry fails `test_every_rule_has_a_case`."""
 
@@ -343,6 +354,10 @@ FIRES_ON_TRAINED: dict[str, Callable[[Path], None]] = {
     "labels_unlike_dataset": lambda run: change_inputs(
         run, lambda row: {} if row["ic"] is None or row["split"] != "train" else {"ic": -row["ic"] + 0.1}
     ),
+    "trained_elsewhere": lambda run: change_inputs(
+        run, lambda row: {"split": "train"} if row["split"] == "validation" else {}
+    ),
+    "train_not_seen": lambda run: without_inputs(run, lambda row: row["split"] == "train" and row["date"].day % 2),
     "stocks_not_given": lambda run: change_inputs(
         run, lambda row: {"stocks": row["stocks"] - 5} if row["split"] == "validation" else {}
     ),
@@ -448,13 +463,17 @@ def test_record_with_nothing_but_its_header_leaves_every_trained_rule_open(tmp_p
     (run_dir / "verdict.json").unlink()
     diagnosis = diagnose(run_dir)
     assessed = {f.rule for f in diagnosis.findings if f.status != "not_assessable"}
-    assert assessed == {"run_failed", "run_killed", "features_missing", "rate_jumps_on_resume", "loss_jumps_on_resume"}
+    of_the_header = {"run_failed", "run_not_finite", "run_killed", "features_missing"}
+    assert assessed == of_the_header | {"rate_jumps_on_resume", "loss_jumps_on_resume"}
     assert "No Sharpe was measured" in diagnosis.headline
 
 
 def test_healthy_run_has_no_cause_and_says_its_figures(healthy_diagnosis: Diagnosis) -> None:
     assert healthy_diagnosis.causes == []
-    assert healthy_diagnosis.missing == []
+    assert [item.split(":")[0] for item in healthy_diagnosis.missing] == [
+        "output/datasets/ml_dataset_d1",
+        "output/datasets/stock_graph_d1.parquet",
+    ]
     sharpe = healthy_diagnosis.signals["sharpe"]
     assert healthy_diagnosis.headline.startswith(f"Sharpe {sharpe:.4f} ± ")
     assert healthy_diagnosis.ranking.conclusion == "healthy"

@@ -14,7 +14,8 @@ from training_runs import Data, split_sessions
 
 from atft_pipeline.blocks import BlockDataset, load_panel
 from atft_pipeline.config import HORIZONS
-from atft_pipeline.inputs_seen import SAMPLED_SESSIONS, SCHEMA, correlations, moments, sampled, write_inputs
+from atft_pipeline.inputs_seen import SAMPLED_SESSIONS, SCHEMA, InputsSeen, correlations, moments, sampled
+from atft_pipeline.lineage import read_run
 from atft_pipeline.splits import Split
 
 
@@ -23,10 +24,13 @@ def test_rows_equal_moments_computed_by_hand_from_the_block(data: Data, tmp_path
     blocks = BlockDataset(panel, None, 5)
     session = 250
     one = np.array([session])
-    write_inputs(tmp_path / "inputs.parquet", blocks, Split(one, one, one, purge_sessions=0))
+    seen = InputsSeen(panel, Split(np.arange(247, 252), one, one, purge_sessions=0))
+    seen.see("train", blocks.block(np.arange(247, 252)))
+    seen.write(tmp_path / "inputs.parquet")
     table = pq.read_table(tmp_path / "inputs.parquet")
     assert table.schema.equals(SCHEMA)
-    rows = {row["name"]: row for row in table.to_pylist() if row["split"] == "train"}
+    day = panel.sessions[session].item()
+    rows = {row["name"]: row for row in table.to_pylist() if row["date"] == day}
     assert list(rows) == [*panel.feature_names, *(f"target_{h}d" for h in HORIZONS)]
 
     block = blocks.block(one)
@@ -37,7 +41,7 @@ def test_rows_equal_moments_computed_by_hand_from_the_block(data: Data, tmp_path
         values = [float(block.x[n, -1, place]) for n in there]
         row = rows[name]
         assert (row["stocks"], row["present"]) == (len(stocks), len(values))
-        assert row["date"] == panel.sessions[session].item()
+        assert row["split"] == "train"
         if not values:
             assert row["mean"] is None
             continue
@@ -50,13 +54,30 @@ def test_rows_equal_moments_computed_by_hand_from_the_block(data: Data, tmp_path
     assert rows["target_1d"]["ic"] == pytest.approx(1.0)
 
 
+def test_sessions_outside_the_split_are_taken_up_to_a_number(data: Data, tmp_path: Path) -> None:
+    panel = load_panel(data.dataset, "all")
+    blocks = BlockDataset(panel, None, 5)
+    seen = InputsSeen(panel, Split(np.arange(200, 204), np.arange(220, 224), np.arange(230, 234), purge_sessions=0))
+    for _ in range(2):
+        seen.see("train", blocks.block(np.arange(202, 206)))
+    seen.see("train", blocks.block(np.arange(240, 280)))
+    seen.write(tmp_path / "inputs.parquet")
+    rows = pq.read_table(tmp_path / "inputs.parquet").to_pylist()
+    days = [row["date"] for row in rows if row["name"] == "target_1d"]
+    of_the_split, foreign = [202, 203], [204, 205, 204, 205, *range(240, 240 + SAMPLED_SESSIONS - 4)]
+    assert days == [panel.sessions[session].item() for session in (*of_the_split, *foreign)]
+
+
 def test_every_split_of_a_run_is_sampled_from_its_first_to_its_last_session(trained: Trained) -> None:
     run_dir = trained()
     rows = pq.read_table(run_dir / "inputs.parquet").to_pylist()
+    panel = load_panel(Path(read_run(run_dir)["dataset_path"]), "all")
+    first_with_members = panel.sessions[panel.member.any(axis=1)][0].item()
     for name, sessions in split_sessions(run_dir)._asdict().items():
         dates = sorted({row["date"] for row in rows if row["split"] == name})
         assert len(dates) == SAMPLED_SESSIONS
-        assert (dates[0], dates[-1]) == (sessions[0].item(), sessions[-1].item())
+        first = max(sessions[0].item(), first_with_members)
+        assert (dates[0], dates[-1]) == (first, sessions[-1].item())
 
 
 @pytest.mark.parametrize("count", [1, 2, SAMPLED_SESSIONS, 100])

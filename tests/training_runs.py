@@ -147,6 +147,13 @@ def of_other_sessions(sessions: Sessions) -> Callable[[Columns], Columns]:
     return change
 
 
+def without_inputs(run_dir: Path, leave_out: Callable[[dict[str, Any]], object]) -> None:
+    """Leaves out the rows of `inputs.parquet` for which `leave_out` is true."""
+    path = run_dir / "inputs.parquet"
+    table = pq.read_table(path)
+    pq.write_table(table.filter(pa.array([not leave_out(row) for row in table.to_pylist()])), path)
+
+
 def change_inputs(run_dir: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     """Updates every row of `inputs.parquet` that has a value by what `change` makes of it."""
     path = run_dir / "inputs.parquet"

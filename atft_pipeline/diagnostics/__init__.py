@@ -20,6 +20,7 @@ from atft_pipeline.diagnostics.ranking import Ranking, rank
 from atft_pipeline.diagnostics.record import Record, open_record
 from atft_pipeline.diagnostics.report import Diagnosis, ReportPaths, headline, write_report
 from atft_pipeline.diagnostics.rules import Finding, assess
+from atft_pipeline.diagnostics.run_inputs import RunInputs
 from atft_pipeline.diagnostics.signals import Value
 from atft_pipeline.errors import InputError
 
@@ -46,13 +47,13 @@ def diagnose(run_dir: Path, probes: Probes = "none") -> Diagnosis:
             signals, findings, ranking = _assessed(record)
             if ranking.conclusion != "healthy":
                 run_remedies(record, [c.id for c in ranking.causes[:PROBED_CAUSES] if c.id in REMEDIES])
-        final = record.verdict.get("final")
+        final, warnings = record.verdict.get("final"), record.verdict.get("warnings")
         return Diagnosis(
             run_dir=record.run_dir,
             run=record.run,
             final=final if isinstance(final, dict) else {},
             verdict_line=str(record.verdict.get("summary") or "no verdict was written"),
-            warnings=[str(warning) for warning in record.verdict.get("warnings") or []],
+            warnings=[str(warning) for warning in warnings] if isinstance(warnings, list) else [],
             slice=record.slice,
             criterion_epoch=record.criterion_epoch,
             signals=signals,
@@ -63,7 +64,7 @@ def diagnose(run_dir: Path, probes: Probes = "none") -> Diagnosis:
             experiments=advise(record, findings),
             results=experiment_rows(record.run_dir),
             attributions=attributions(record),
-            missing=list(record.missing),
+            missing=[*record.missing, *RunInputs(record).unusable],
             headline=headline(record, signals, findings, ranking),
         )
     finally:

@@ -24,6 +24,7 @@ from atft_pipeline.diagnostics.run_inputs import RunInputs
 from atft_pipeline.diagnostics.signals import Value, plain
 from atft_pipeline.errors import InputError
 from atft_pipeline.inputs_seen import SCHEMA as INPUTS
+from atft_pipeline.inputs_seen import sampled
 
 TARGET_TOLERANCE = 1e-6
 INPUT_TOLERANCE = 1e-3
@@ -41,7 +42,8 @@ SIGNALS: tuple[str, ...] = (
     "validation_elsewhere", "validation_in_training", "targets_unlike_dataset", "rows_not_scored",
     "predicted_ic_correlation", "ic_gap", "sharpe_ratio_to_daily", "squared_error_gap", "squared_error_gap_negated",
     "tied_scores", "inputs_unlike_dataset", "inputs_constant", "inputs_constant_share", "inputs_scaled",
-    "inputs_drifted", "labels_unlike_dataset", "stocks_not_given", "feature_ic", "feature_ic_name", "codes_that_leave",
+    "inputs_drifted", "labels_unlike_dataset", "stocks_not_given", "trained_elsewhere", "train_not_seen", "feature_ic",
+    "feature_ic_name", "codes_that_leave",
 )  # fmt: skip
 
 
@@ -203,7 +205,9 @@ def _given_inputs(inputs: RunInputs) -> dict[str, Value]:
         return {}
     record.connection.register("given", given)
     try:
-        return _told(lambda: _feature_ic(record)) | _told(lambda: _drift(record)) | _told(lambda: _inputs_agree(inputs))
+        parts = (lambda: _feature_ic(record), lambda: _drift(record), lambda: _sessions(inputs))
+        found = [_told(part) for part in (*parts, lambda: _inputs_agree(inputs))]
+        return {name: value for part in found for name, value in part.items()}
     finally:
         record.connection.unregister("given")
 
@@ -237,6 +241,25 @@ def _drift(record: Record) -> dict[str, Value]:
     known = [(before, after) for _, before, after in rows if before and after]
     drifted = sum(max(after / before, before / after) > DRIFTED for before, after in known)
     return {"inputs_drifted": float(drifted)} if known else {}
+
+
+def _sessions(inputs: RunInputs) -> dict[str, Value]:
+    """Sessions that the first epoch trained on, against the split that the configuration gives."""
+    record, sessions, split = inputs.record, inputs.sessions, inputs.split
+
+    def days(query: str, *parameters: object) -> NDArray[np.datetime64]:
+        found = record.connection.execute(query, list(parameters)).fetchnumpy()
+        return np.asarray(next(iter(found.values())), "datetime64[D]")
+
+    seen = days("SELECT DISTINCT date FROM given WHERE split = 'train'")
+    if not record.epochs_done or not len(seen):
+        return {}
+    inhabited = days(f"SELECT DISTINCT Date FROM read_parquet(?) WHERE {inputs.universe}", inputs.members)
+    trainable = split.train[np.isin(sessions[split.train], inhabited)]
+    return {
+        "trained_elsewhere": float(np.mean(~np.isin(seen, sessions[split.train]))),
+        "train_not_seen": float(np.mean(~np.isin(sessions[sampled(trainable)], seen))),
+    }
 
 
 def _leaving(inputs: RunInputs) -> dict[str, Value]:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from atft_pipeline.config import leaves, to_dict
+from atft_pipeline.dataset import read_manifest
 from atft_pipeline.diagnostics.record import Record
 from atft_pipeline.diagnostics.rules import Finding
+from atft_pipeline.errors import InputError
 from atft_pipeline.presets import PRESETS
 
 TRAINING_SECTIONS = ("split", "model", "train", "evaluation")
@@ -99,7 +103,8 @@ def commands(record: Record) -> dict[str, str]:
             f"atft evaluate {predictions} --score score_1d --target target_1d --split validation --slice {record.slice}"
         )
     return {
-        "dataset": _path(record, "dataset_path"),
+        "features": f"atft features {_source(record)} {_path(record, 'dataset_path')}",
+        "diagnose_all": f"atft diagnose {_quote(record.run_dir)} --probes all",
         "train": _train(record, f"{record.run_dir}-next", {}),
         "rerun": _train(record, f"{record.run_dir}-again", {}),
         "resume": _train(record, str(record.run_dir), {}),
@@ -120,6 +125,13 @@ def _train(record: Record, run_dir: str, overrides: Mapping[str, Any]) -> str:
 def _path(record: Record, name: str) -> str:
     stored = record.run.get(name)
     return _quote(stored) if stored else name.removesuffix("_path").upper()
+
+
+def _source(record: Record) -> str:
+    """Folder that the dataset was made from, as its manifest says; a word in its place where it cannot be read."""
+    with suppress(InputError, OSError, KeyError, TypeError):
+        return _quote(read_manifest(Path(str(record.run.get("dataset_path"))), "ml_dataset")["source"]["path"])
+    return "SOURCE"
 
 
 def _quote(path: object) -> str:

@@ -12,6 +12,7 @@ from atft_pipeline.diagnostics.record import Curve, Record, as_number
 from atft_pipeline.diagnostics.signals import Value, plain, planned_lr
 
 TERM_READS_NOTHING = 0.2
+REVERSED = -0.05
 """Effective over configured weight under which a term counts as without effect; honest losses are within 1e-4 of 1."""
 NOTICEABLE_SHARE = 0.05
 """Share of the loss's pull under which a term's conflict with the others decides nothing."""
@@ -183,7 +184,15 @@ def _effective(record: Record) -> dict[str, float] | None:
 def terms_without_effect(record: Record) -> float | None:
     """Loss terms with a weight whose gradient is not in the loss's."""
     effective = _effective(record)
-    return None if effective is None else float(sum(ratio < TERM_READS_NOTHING for ratio in effective.values()))
+    return (
+        None if effective is None else float(sum(REVERSED < ratio < TERM_READS_NOTHING for ratio in effective.values()))
+    )
+
+
+def terms_reversed(record: Record) -> float | None:
+    """Loss terms that the training increases instead of lowering."""
+    effective = _effective(record)
+    return None if effective is None else float(sum(ratio <= REVERSED for ratio in effective.values()))
 
 
 def effective_weights(record: Record) -> str | None:
@@ -292,6 +301,7 @@ _ALL: tuple[Callable[[Record], Value], ...] = (
     loss_jump_on_resume,
     plateau_against_losses,
     terms_without_effect,
+    terms_reversed,
     effective_weights,
     unexplained_gradient,
     term_conflict,

@@ -15,7 +15,8 @@ SHOWN = 6
 def runs_beside(record: Record) -> list[dict[str, str]]:
     """A row per run of the same dataset in the same folder, this one first, then the newest.
 
-    `same Sharpe`: equal to this run's to the last bit though the weights are others, which no two honest runs are.
+    `same Sharpe, other weights`: equal to this run's to the last bit though the weights are others, which no two honest
+    runs are.
     Empty where there is no other.
     """
     own = _row(record.run_dir, record.run, record.verdict)
@@ -27,9 +28,11 @@ def runs_beside(record: Record) -> list[dict[str, str]]:
         if run.get("dataset_fingerprint") == record.run.get("dataset_fingerprint") is not None:
             same = _final(verdict) is not None and _final(verdict) == _final(record.verdict)
             others = verdict.get("weights_hash") != record.verdict.get("weights_hash")
-            found.append(_row(path.parent, run, verdict) | {"same Sharpe": "YES" if same and others else "no"})
+            found.append(
+                _row(path.parent, run, verdict) | {"same Sharpe, other weights": "YES" if same and others else "no"}
+            )
     newest = sorted(found, key=lambda row: row["started"], reverse=True)[:SHOWN]
-    return [own | {"same Sharpe": "(this run)"}, *newest] if newest else []
+    return [own | {"same Sharpe, other weights": "(this run)"}, *newest] if newest else []
 
 
 def _row(run_dir: Path, run: dict[str, Any], verdict: dict[str, Any]) -> dict[str, str]:

@@ -87,7 +87,13 @@ def _sharpe(record: Record, axes: Axes) -> bool:
         list(values), sharpes, yerr=[INTERVAL_SE * se for se in errors], marker="o", markersize=3, capsize=2,
         linewidth=1, label=f"validation, {record.slice}\n± {INTERVAL_SE} se",
     )  # fmt: skip
-    axes.axhline(record.criterion_sharpe, color="tab:red", linestyle="--", linewidth=1, label="criterion")
+    axes.axhline(
+        record.criterion_sharpe,
+        color="tab:red",
+        linestyle="--",
+        linewidth=1,
+        label=f"criterion {record.criterion_sharpe:g}",
+    )
     axes.set_ylabel("daily Sharpe, gross")
     return True
 

@@ -374,7 +374,7 @@ PROBE_SIGNALS: dict[str, tuple[str, ...]] = {
     ),
     "graph": ("edges_unlike_dataset",),
     "baseline": ("baseline_ic", "baseline_ic_t", "baseline_train_ic", "over_baseline_t"),
-    "ablate": ("idle_components", "idle_component_names"),
+    "ablate": ("drop_t_temporal_encoder", "drop_t_gat"),
     "replay": ("replay_differs", "replay_initial_differs"),
 }  # fmt: skip
 """Signals that rules may ask for, by the probe that measures them."""

@@ -95,7 +95,9 @@ def rank(findings: Sequence[Finding], counts: Counts | None = None, rules: Seque
     for channel in dict.fromkeys(rule.channel for rule in rules):
         heard = [r for r in rules if r.channel == channel and status.get(r.id) in ("fired", "not_fired")]
         for name in classes:
-            ratios = [table.log_ratio(rule, status[rule.id] == "fired", name) for rule in heard]
+            # What speaks of a cause itself comes before how such a rule behaves in other runs.
+            own = [rule for rule in heard if name in rule.suspects] or heard
+            ratios = [table.log_ratio(rule, status[rule.id] == "fired", name) for rule in own]
             if ratios:
                 scores[name] += max(-CAP, min(CAP, max(ratios, key=abs)))
     top = max(scores.values())
@@ -189,9 +191,9 @@ def _group(rule: Rule) -> str:
 
 
 def _speaking(name: str, rules: Sequence[Rule], status: Mapping[str, str], table: Likelihoods) -> tuple[str, ...]:
-    fired = [rule for rule in rules if status.get(rule.id) == "fired"]
+    fired = [rule for rule in rules if status.get(rule.id) == "fired" and name in rule.suspects]
     ratios = {rule.id: table.log_ratio(rule, True, name) for rule in fired}
-    return tuple(id for id, ratio in sorted(ratios.items(), key=lambda pair: -pair[1]) if ratio > math.log(2.0))
+    return tuple(id for id, ratio in sorted(ratios.items(), key=lambda pair: -pair[1]) if ratio > 0.0)
 
 
 def _deciding(causes: Sequence[RankedCause], rules: Sequence[Rule], status: Mapping[str, str]) -> tuple[str, ...]:

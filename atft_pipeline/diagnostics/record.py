@@ -16,6 +16,7 @@ from typing import Any
 
 import duckdb
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from atft_pipeline.errors import InputError
@@ -252,6 +253,10 @@ def _load_table(
     loaded = pa.concat_tables(parts) if parts else schema.empty_table()
     if parts and not loaded.num_rows:
         missing.append(f"{name}/: parts without rows")
+    if loaded.num_rows and not any(
+        _has_finite(loaded[field.name]) for field in schema if pa.types.is_floating(field.type)
+    ):
+        missing.append(f"{name}/: {loaded.num_rows:,} rows without one finite value")
     connection.register("loaded", loaded)
     connection.execute(
         f"""CREATE TABLE {name} AS SELECT * EXCLUDE (part) FROM loaded
@@ -261,6 +266,10 @@ def _load_table(
     )
     connection.unregister("loaded")
     return loaded.num_rows
+
+
+def _has_finite(values: pa.ChunkedArray) -> bool:
+    return bool(pc.any(pc.is_finite(values)).as_py())
 
 
 def _read_part(path: Path, run_dir: Path, schema: pa.Schema, missing: list[str]) -> pa.Table | None:

@@ -130,7 +130,6 @@ class Diagnosis:
         return [
             ("Key finding", f"**{self.headline}**"),
             ("Final results", _final_results(self)),
-            ("Costs, capacity and exposures", _attributions(self.attributions)),
             ("Stability", _stability(self.signals)),
             (
                 "Gradient flow",
@@ -138,11 +137,12 @@ class Diagnosis:
             ),
             ("Plateau analysis", _rules_of(self, ("curves", "learning rate"))),
             ("Causes with evidence", _causes(self)),
-            ("Probes", _probes(self.probes)),
+            ("Probes", _probes(self)),
             ("Decision points answered", _decision_points(self)),
             ("Recommended next steps", _next_steps(self)),
             ("Experiments", _experiments(self.experiments, self.results)),
             ("Comparison with earlier runs", _compared(self.earlier)),
+            ("Costs, capacity and exposures", _attributions(self.attributions)),
             ("What was validated and what was not", _coverage(self)),
         ]
 
@@ -152,12 +152,15 @@ class Diagnosis:
 
 def headline(record: Record, signals: Signals, findings: Sequence[Finding], ranking: Ranking) -> str:
     """The most important thing about the run in one or two sentences, with its figures."""
-    state, figures = _state(record), _figures(signals, record.slice)
+    state, figures = _state(record), _figures(signals, record)
     proven = [f for f in findings if f.decisive and f.status == "fired" and f.severity == "invalid"]
     evidence = {f.rule: f.evidence for f in findings}
     said = ranking.sentence
     if ranking.conclusion == "cause" and ranking.causes[0].evidence:
         said = f"{said} Evidence: {evidence[ranking.causes[0].evidence[0]]}."
+    ended = [f for f in findings if f.status == "fired" and f.severity == "failure"]
+    if ended and ended[0].evidence not in said:
+        said = f"{ended[0].cause[0].upper()}{ended[0].cause[1:]}: {ended[0].evidence}. {said}"
     blind = _blind(sum(f.status == "not_assessable" for f in findings))
     if proven:
         return f"{state}Invalid: the Sharpe must not be read: {proven[0].cause} ({proven[0].evidence}). {said}{blind}"
@@ -172,20 +175,22 @@ def _state(record: Record) -> str:
     return ""
 
 
-def _figures(signals: Signals, universe: str) -> str:
+def _figures(signals: Signals, record: Record) -> str:
     sharpe, se, demanded = (signals.get(name) for name in ("sharpe", "sharpe_se", "sharpe_demanded"))
     if not isinstance(sharpe, float) or not isinstance(demanded, float):
         return "No Sharpe was measured."
     interval = f" ± {se:.4f}" if isinstance(se, float) else ""
     verb = "above" if sharpe > demanded else "not above"
+    is_early = demanded != record.criterion_sharpe
+    milestone = f", the milestone before the criterion's epoch {record.criterion_epoch}" if is_early else ""
     ics = ", ".join(
         f"{label} {value:.4f}"
         for label, name in (("IC", "ic_last"), ("RankIC", "rank_ic_last"))
         if isinstance(value := signals.get(name), float)
     )
     return (
-        f"Sharpe {sharpe:.4f}{interval} at epoch {signals['sharpe_epoch']:.0f} (validation, {universe}, gross) is"
-        f" {verb} {demanded:.2f}{'; ' + ics if ics else ''}."
+        f"Sharpe {sharpe:.4f}{interval} at epoch {signals['sharpe_epoch']:.0f} (validation, {record.slice}, gross) is"
+        f" {verb} {demanded:.2f}{milestone}{'; ' + ics if ics else ''}."
     )
 
 
@@ -269,16 +274,20 @@ def _fired(diagnosis: Diagnosis) -> str:
     return "\n".join(lines)
 
 
-def _probes(probes: Sequence[Mapping[str, Any]]) -> str:
-    if not probes:
-        return "None were made: `atft diagnose RUN_DIR --probes leading` makes those of the three most probable causes."
+def _probes(diagnosis: Diagnosis) -> str:
+    if not diagnosis.probes:
+        return f"None were made: `{_with_probes(diagnosis)}` makes those of the three most probable causes."
     rows = []
-    for probe in probes:
+    for probe in diagnosis.probes:
         measured = ", ".join(f"{name} {_figure(value)}" for name, value in (probe.get("figures") or {}).items())
         rows.append(
             [str(probe.get("probe")), measured or f"not made: {probe.get('not_made')}", _number(probe.get("seconds"))]
         )
     return _table(["probe", "measured", "seconds"], rows)
+
+
+def _with_probes(diagnosis: Diagnosis) -> str:
+    return f"atft diagnose {shlex.quote(str(diagnosis.run_dir))} --probes leading"
 
 
 def _figure(value: object) -> str:
@@ -302,12 +311,18 @@ AFFIRMATIVE_WHEN_QUIET = (
     "Is the Sharpe this run's own?",
     "Does the Sharpe depend on the weights?",
     "Is the criterion decided?",
+    "Is the run whole, repeatable and fed in time?",
+    "Do the features reach the model as the dataset has them?",
+    "Is the dataset what its source gives?",
+    "Does every component contribute?",
 )
 """Questions whose rules fire for a no."""
+OBSERVATIONS = frozenset(rule.id for rule in RULES if rule.severity == "observation")
+"""Rules that answer nothing by themselves."""
 
 
 def _answer(question: str, findings: Sequence[Finding]) -> tuple[str, str]:
-    fired = [f for f in findings if f.status == "fired"]
+    fired = [f for f in findings if f.status == "fired" and f.rule not in OBSERVATIONS]
     blind = [f for f in findings if f.status == "not_assessable"]
     yes, no = ("no", "yes") if question in AFFIRMATIVE_WHEN_QUIET else ("yes", "no")
     if fired:
@@ -316,7 +331,7 @@ def _answer(question: str, findings: Sequence[Finding]) -> tuple[str, str]:
     if len(blind) == len(findings):
         return "not assessable", "; ".join(dict.fromkeys(f.evidence for f in blind))
     partly = f" ({len(blind)} of {len(findings)} rules not assessable)" if blind else ""
-    return no + partly, "; ".join(f.evidence for f in findings if f.status == "not_fired")
+    return no + partly, "; ".join(f.evidence for f in findings if f.status != "not_assessable")
 
 
 def _next_steps(diagnosis: Diagnosis) -> str:
@@ -328,7 +343,7 @@ def _next_steps(diagnosis: Diagnosis) -> str:
             by_command.setdefault(finding.next_step.partition(": atft ")[2] or finding.next_step, finding.next_step)
     steps = list(by_command.values())
     if diagnosis.ranking.conclusion == "inconclusive" and not diagnosis.probes:
-        steps.append(f"measure what would decide: atft diagnose {shlex.quote(str(diagnosis.run_dir))} --probes leading")
+        steps.append(f"measure what would decide: {_with_probes(diagnosis)}")
     if not steps:
         return "None that the record asks for."
     return "\n".join(f"{number}. {_as_code(step)}" for number, step in enumerate(steps, start=1))

@@ -49,6 +49,19 @@ class RunInputs:
     def graph(self) -> Path:
         return self._of_the_run("graph", "stock_graph")
 
+    @property
+    def unusable(self) -> list[str]:
+        """What of it cannot be used, and why: rules that need it are not assessable."""
+        found = []
+        for what in ("config", "split", "graph"):
+            if what == "graph" and not self.record.config("model.graph"):
+                continue
+            try:
+                getattr(self, what)
+            except (InputError, OSError, duckdb.Error) as error:
+                found.append((str(error).splitlines() or [type(error).__name__])[0])
+        return list(dict.fromkeys(found))
+
     def _of_the_run(self, what: str, kind: str) -> Path:
         path = Path(str(self.record.run.get(f"{what}_path")))
         if read_manifest(path, kind).get("fingerprint") != self.record.run.get(f"{what}_fingerprint"):

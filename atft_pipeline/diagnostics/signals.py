@@ -7,6 +7,7 @@ where Kendall's tau over the epochs says the curve has one, so that noise around
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -498,8 +499,12 @@ def lr_below_1e5_left_share(record: Record) -> float | None:
 
 
 def lr_low_share(record: Record) -> float | None:
-    """Share of the first 20 epochs run at 3e-6 or less, i.e. around 1e-6."""
-    rates = [lr for epoch, lr in record.curve("lr").items() if epoch <= 20]
+    """Share of the first 20 epochs run at 3e-6 or less, i.e. around 1e-6.
+
+    The last fifth of the plan is left out: there a schedule is meant to have come down.
+    """
+    last = min(20.0, math.ceil(0.8 * (record.epochs_planned or 25)))
+    rates = [lr for epoch, lr in record.curve("lr").items() if epoch <= last]
     return sum(lr <= 3e-6 for lr in rates) / len(rates) if rates else None
 
 
@@ -566,6 +571,18 @@ def lr_to_plan(record: Record) -> float | None:
     plan, rates = planned_lr(record), _after_warmup(record, record.curve("lr"))
     ratios = [lr / plan[epoch] for epoch, lr in rates.items() if plan.get(epoch)]
     return min(ratios, default=None)
+
+
+def lr_over_plan(record: Record) -> float | None:
+    """Largest rate / planned rate after the warm-up; None for `plateau`. A rate of the plan's epoch before is in time:
+    what is recorded is the last step's, and steps may be few."""
+    if record.config("train.schedule.name") == "plateau":
+        return None
+    plan, rates = planned_lr(record), _after_warmup(record, record.curve("lr"))
+    ratios = [
+        lr / max(plan[epoch], plan[epoch - 1]) for epoch, lr in rates.items() if plan.get(epoch) and plan.get(epoch - 1)
+    ]
+    return max(ratios, default=None)
 
 
 # Loss terms ------------------------------------------------------------------------------------------------------
@@ -744,6 +761,14 @@ def failure_reason(record: Record) -> str | None:
     return str(record.run.get("reason") or "no reason recorded") if record.run else None
 
 
+def failure_not_finite(record: Record) -> float | None:
+    """1 where the run failed for a number that was not finite."""
+    has_failed = failed(record)
+    if not has_failed:
+        return has_failed
+    return float(bool(re.search(r"\b(nan|inf|infinite|not finite|non-?finite)\b", failure_reason(record) or "", re.I)))
+
+
 def abandoned(record: Record) -> float | None:
     """1 when run.json says running and no process holds the run's lock: it was killed."""
     status = record.run.get("status")
@@ -786,6 +811,15 @@ def _size(value: object) -> float | None:
 
 def epochs_done(record: Record) -> float | None:
     return float(record.epochs_done)
+
+
+def epochs_missing(record: Record) -> float | None:
+    """Epochs before the newest of which the training or the evaluation left no row; None where neither left any."""
+    recorded = [set(record.curve("lr")), {int(e) for (e,) in record.rows("SELECT DISTINCT epoch FROM evals")}]
+    if not any(recorded):
+        return None
+    # The newest epoch of a killed run may be half written.
+    return float(sum(any(epoch not in of for of in recorded) for epoch in range(1, record.epochs_done)))
 
 
 def epochs_planned(record: Record) -> float | None:
@@ -842,6 +876,7 @@ _ALL: tuple[Callable[[Record], Value], ...] = (
     lr_spread,
     lr_planned_spread,
     lr_to_plan,
+    lr_over_plan,
     sharpe_weight,
     sharpe_loss_share,
     swallowed_terms,
@@ -862,6 +897,7 @@ _ALL: tuple[Callable[[Record], Value], ...] = (
     degeneracy_resets,
     failed,
     failure_reason,
+    failure_not_finite,
     abandoned,
     non_finite_losses,
     loader_wait_share,
@@ -869,6 +905,7 @@ _ALL: tuple[Callable[[Record], Value], ...] = (
     live_features,
     dead_features,
     epochs_done,
+    epochs_missing,
     epochs_planned,
 )
 

@@ -101,7 +101,7 @@ def _assess(run_dir: Path, epoch: int) -> Fired:
         raise InputError(f"{run_dir}: its record until epoch {epoch} is of another version ({why})") from error
     finally:
         record.connection.close()
-    return {f.rule: f for f in findings if f.status == "fired" and f.severity != "observation"}
+    return {f.rule: f for f in findings if f.status == "fired" and f.severity != "observation" and f.group != "noise"}
 
 
 def _files(run_dir: Path) -> Files:
