@@ -52,6 +52,12 @@ class Fault:
     only_report: bool = False
     """The model is as good as ever, the report is false: nothing can be lost, something is provably untrue."""
 
+    @property
+    def only_record(self) -> bool:
+        """Nothing is planted before or during the training."""
+        early = (self.settings, self.market, self.generate, self.data, self.code, self.resumed)
+        return self.record is not None and not any(early)
+
 
 class Planted(RuntimeError):
     """The crash that a plant makes."""

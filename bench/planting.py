@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -134,7 +135,7 @@ def twin_of(task: Task) -> Task:
     """The same run without its faults."""
     spoilt = task.market.generate or task.market.arguments["strength"] == 0.0
     place = market(int(str(task.market.arguments["seed"]))) if spoilt else task.market
-    return Task(f"twin-{place.name}-{task.seed}", place, task.seed)
+    return Task(f"twin-{place.name}-{task.seed}", place, task.seed, settings=task.settings)
 
 
 def prepare(folder: Path, place: Market) -> Path:
@@ -168,6 +169,12 @@ def _trained(folder: Path, task: Task, run_dir: Path) -> str:
     if any(FAULTS[fault].record for fault in task.faults):
         twin = Task(f"other-{task.market.name}", task.market, 1000)
         other = str(make_run(folder, twin))
+    if task.faults and all(FAULTS[fault].only_record for fault in task.faults):
+        # The training is the twin's to the last bit; what it has written is changed afterwards.
+        shutil.copytree(make_run(folder, twin_of(task)), run_dir)
+        for fault in task.faults:
+            FAULTS[fault].record(run_dir, Path(str(other)))  # type: ignore[misc]
+        return ""
     content: dict[str, Any] = {
         "run": str(run_dir), "market": str(folder / "markets" / task.market.name), "faults": task.faults,
         "settings": {"train.seed": task.seed, **task.settings}, "other": other,

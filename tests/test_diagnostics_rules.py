@@ -216,6 +216,7 @@ FIRES: dict[str, Callable[[], Tables]] = {
     "sharpe_not_of_daily_returns": spoilt(_foreign_evals),
     "sharpe_not_of_predictions": spoilt(_foreign_predictions),
     "sharpe_never_changes": spoilt(_same_sharpe),
+    "sharpe_alone_stands_still": spoilt(_same_sharpe),
     "predictions_constant": spoilt(_constant_scores),
     "evaluation_invalid": spoilt(lambda t: t.set_evals("valid", lambda epoch: float(epoch != 7))),
     "weights_never_change": spoilt(_frozen_hash("weights_hash")),
@@ -239,7 +240,6 @@ FIRES: dict[str, Callable[[], Tables]] = {
     "lr_decayed_early": spoilt(_lr(lambda e: 1e-3 * 0.3**e)),
     "lr_below_plan": spoilt(_lr(lambda e: 1e-3 * 0.5**e)),
     "lr_around_1e6": spoilt(_lr(lambda _: 1e-6)),
-    "lr_above_plan": spoilt(_lr(lambda e: 1e-3 if e < 16 else 5e-4)),
     "lr_constant_against_plan": spoilt(_lr(lambda _: 1e-3)),
     "loss_term_swallowed": spoilt(
         lambda t: t.set_series("loss_raw", lambda _: 0.0, term="sharpe"), train__loss__sharpe=0.5
@@ -254,6 +254,7 @@ FIRES: dict[str, Callable[[], Tables]] = {
     ),
     "encoder_gradient_falling": spoilt(_gradient("temporal_encoder", lambda e: 0.5**e)),
     "encoder_gradient_low": spoilt(_gradient("temporal_encoder", lambda _: 1e-6)),
+    "encoder_never_heard": spoilt(_gradient("temporal_encoder", lambda _: 1e-6)),
     "gradients_rising": spoilt(_gradient("prediction_head", lambda e: 2.0**e)),
     "graph_dominates_encoder": spoilt(_gradient("gat", lambda _: 9.0)),
     "clipping_bites": spoilt(lambda t: t.set_series("clipped_share", lambda _: 0.9)),
@@ -261,6 +262,7 @@ FIRES: dict[str, Callable[[], Tables]] = {
     "degeneracy_resets_many": spoilt(lambda t: t.set_series("degeneracy_reset", lambda e: float(e % 4 == 0))),
     "sampling_noise": spoilt(_undecided),
     "verdict_is_the_maximum": spoilt(_best_epoch_as_final),
+    "verdict_from_elsewhere": spoilt(_foreign_verdict_value),
     "ic_not_of_daily_rows": spoilt(_evals("ic_mean", lambda _, own: own + 0.01)),
     "sharpe_of_another_unit": spoilt(_evals("sharpe_daily", lambda _, own: own * math.sqrt(245))),
     "weights_hash_returns": spoilt(_hashes(lambda epoch: "w3" if epoch == EPOCHS else f"w{epoch}")),
@@ -314,6 +316,9 @@ FIRES: dict[str, Callable[[], Tables]] = {
     "worse_than_constant_in_training": spoilt(_mse(train=1.01, validation=1.0)),
     "fits_training_alone": spoilt(_mse(train=0.7, validation=1.2)),
     "encoder_says_nothing": spoilt(_series("stock_spread", 1e-4, component="backbone_projection")),
+    "encoder_fell_silent": spoilt(
+        lambda t: t.set_series("stock_spread", lambda e: 0.5 * 0.5**e, component="backbone_projection")
+    ),
     "graph_smooths": spoilt(_series("stock_spread", 1e-4, component="gat")),
     "stocks_look_alike": spoilt(_series("stock_spread", 1e-4, component="fusion")),
     "head_hears_nothing": spoilt(

@@ -261,6 +261,11 @@ def encoder_spread(record: Record) -> float | None:
     return _late(record, "stock_spread", "backbone_projection")
 
 
+def encoder_spread_max(record: Record) -> float | None:
+    """The same at the epoch where it is largest: what is cut off is so from the first."""
+    return max(record.curve("stock_spread", component="backbone_projection").values(), default=None)
+
+
 def graph_spread(record: Record) -> float | None:
     return _late(record, "stock_spread", "gat")
 
@@ -310,6 +315,7 @@ _ALL: tuple[Callable[[Record], Value], ...] = (
     validation_gain,
     loss_spike,
     encoder_spread,
+    encoder_spread_max,
     graph_spread,
     fusion_spread,
     graph_or_encoder_spread,

@@ -4,7 +4,7 @@ Classes are the causes, `healthy` and `unknown`. A rule that was assessed speaks
 it fires in runs of that class, counted on planted runs (`likelihoods.json`, written by the diagnostics bench) and
 smoothed towards what the rule table says. Of the rules in one channel, which see the same thing, the strongest alone
 counts for a class. A rule that could not be assessed says nothing. While a rule stands that proves the report false,
-only causes of the evaluation are read.
+only causes of the evaluation are read; while one stands that nothing else brings about, only its causes are named.
 """
 
 from __future__ import annotations
@@ -120,8 +120,9 @@ def rank(findings: Sequence[Finding], counts: Counts | None = None, rules: Seque
         key=lambda ranked: -ranked.probability,
     )
     missing = _deciding(causes, rules, status)
-    standing = [r.id for r in rules if status.get(r.id) == "fired" and r.severity in NEVER_FINE]
-    conclusion = _concluded(probability, standing)
+    fired = [rule for rule in rules if status.get(rule.id) == "fired"]
+    standing = [rule.id for rule in fired if rule.severity in NEVER_FINE]
+    conclusion = _concluded(probability, standing, [rule.suspects for rule in fired if rule.root])
     return Ranking(
         conclusion,
         tuple(causes),
@@ -206,13 +207,16 @@ def _deciding(causes: Sequence[RankedCause], rules: Sequence[Rule], status: Mapp
     )
 
 
-def _concluded(probability: Mapping[str, float], standing: Sequence[str]) -> Conclusion:
+def _concluded(probability: Mapping[str, float], standing: Sequence[str], only: Sequence[Sequence[str]]) -> Conclusion:
+    """`only`: suspects of each root rule that fired."""
     (first, best), (_, second) = sorted(probability.items(), key=lambda pair: -pair[1])[:2]
     if best < CONCLUSIVE or best < MARGIN * second:
         return "inconclusive"
     if first == HEALTHY:
         return "inconclusive" if standing else "healthy"
-    return "unknown" if first == UNKNOWN else "cause"
+    if first == UNKNOWN:
+        return "unknown"
+    return "cause" if all(first in suspects for suspects in only) else "inconclusive"
 
 
 def _sentence(

@@ -66,6 +66,8 @@ class Rule:
     """Evidence group: of the rules of one channel, which see the same thing, the strongest alone counts."""
     suspects: tuple[str, ...] = ()
     """Ids of the causes that it speaks for, the first above all; empty where it only describes."""
+    root: bool = False
+    """No other cause brings it about: while it stands, none but its suspects is named."""
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -173,6 +175,23 @@ RULES: tuple[Rule, ...] = (
         ("cached_predictions", "metric_of_other_run", "unrankable_scores_ranked", "wrong_checkpoint"),
     ),
     Rule(
+        "sharpe_alone_stands_still",
+        "the Sharpe stands still while the predictions change: it is not theirs",
+        "validity",
+        "invalid",
+        _when(
+            ("sharpe_repeat_span", ">=", 3),
+            ("daily_sharpe_gap", ">", RECOMPUTED_SHARPE_TOLERANCE),
+            ("predictions_hash_repeats", "<=", 0),
+        ),
+        "one value over {sharpe_repeat_span:.0f} epochs ({sharpe_by_epoch}), and the hashes of the predictions differ;"
+        " their daily returns give another, by up to {daily_sharpe_gap:.2g}",
+        "find where the figure is read from, then train again into a fresh directory: {rerun}",
+        "Is the Sharpe this run's own?",
+        "sharpe stands still",
+        ("metric_of_other_run",),
+    ),
+    Rule(
         "predictions_constant",
         "the predictions are constant within a session: there is no ranking to evaluate",
         "validity",
@@ -245,6 +264,18 @@ RULES: tuple[Rule, ...] = (
         ("maximum_over_history",),
     ),
     Rule(
+        "verdict_from_elsewhere",
+        "the verdict's Sharpe is neither its epoch's nor the best of all",
+        "validity",
+        "invalid",
+        _when(("verdict_sharpe_gap", ">", RECOMPUTED_SHARPE_TOLERANCE), ("verdict_maximum_gap", ">=", 1e-9)),
+        "verdict {verdict_sharpe:.4f}, evaluations {sharpe_by_epoch}",
+        "find where the figure is read from, then train again into a fresh directory: {rerun}",
+        "Is the Sharpe this run's own?",
+        "verdict is maximum",
+        ("metric_of_other_run", "early_epoch_as_final", "unit_of_sharpe"),
+    ),
+    Rule(
         "ic_not_of_daily_rows",
         "the recorded IC does not follow from this run's own daily rows",
         "validity",
@@ -261,7 +292,11 @@ RULES: tuple[Rule, ...] = (
         "the Sharpe is annualised, or pooled over rows, under the name of a daily one",
         "validity",
         "invalid",
-        _when(("daily_sharpe_gap", ">", RECOMPUTED_SHARPE_TOLERANCE), ("ic_gap", "<=", RECOMPUTED_SHARPE_TOLERANCE)),
+        _when(
+            ("daily_sharpe_gap", ">", RECOMPUTED_SHARPE_TOLERANCE),
+            ("ic_gap", "<=", RECOMPUTED_SHARPE_TOLERANCE),
+            ("sharpe_repeat_span", "<", 3),
+        ),
         "the IC follows from the daily rows and the Sharpe does not: {sharpe_ratio_to_daily:.2f} times mean/std of"
         " daily.gross",
         "recompute it from the stored predictions: {evaluate}",
@@ -451,6 +486,7 @@ RULES: tuple[Rule, ...] = (
         "Do the features reach the model as the dataset has them?",
         "training sessions",
         ("wrong_split",),
+        root=True,
     ),
     Rule(
         "targets_of_another_definition",
@@ -475,6 +511,7 @@ RULES: tuple[Rule, ...] = (
         "Is the Sharpe this run's own?",
         "targets of source",
         ("target_shifted",),
+        root=True,
     ),
     Rule(
         "evaluation_twice_differs",
@@ -607,6 +644,7 @@ RULES: tuple[Rule, ...] = (
         "Is the run whole, repeatable and fed in time?",
         "initial weights drawn again",
         ("not_deterministic",),
+        root=True,
     ),
     Rule(
         "rate_jumps_on_resume",
@@ -727,7 +765,8 @@ RULES: tuple[Rule, ...] = (
         "compare a training block with the dataset row by row, then train again: {rerun}",
         "Do the features reach the model as the dataset has them?",
         "labels",
-        ("labels_misaligned",),
+        ("labels_misaligned", "target_shifted"),
+        root=True,
     ),
     Rule(
         "stocks_not_given",
@@ -752,6 +791,7 @@ RULES: tuple[Rule, ...] = (
         "Is the Sharpe this run's own?",
         "feature ic",
         ("look_ahead_in_feature", "target_shifted"),
+        root=True,
     ),
     Rule(
         "result_too_good",
@@ -764,6 +804,7 @@ RULES: tuple[Rule, ...] = (
         "Is the Sharpe this run's own?",
         "too good",
         ("look_ahead_in_feature", "target_shifted", "wrong_split"),
+        root=True,
     ),
     Rule(
         "features_know_later",
@@ -777,6 +818,7 @@ RULES: tuple[Rule, ...] = (
         "Is the dataset what its source gives?",
         "features made again",
         ("look_ahead_in_feature",),
+        root=True,
     ),
     Rule(
         "rows_unlike_source",
@@ -789,6 +831,7 @@ RULES: tuple[Rule, ...] = (
         "Is the dataset what its source gives?",
         "rows made again",
         ("survivorship",),
+        root=True,
     ),
     Rule(
         "no_stock_leaves",
@@ -958,24 +1001,12 @@ RULES: tuple[Rule, ...] = (
         "the learning rate fell faster than its schedule foresees",
         "learning rate",
         "defect",
-        _when(("lr_to_plan", "<", 0.5)),
+        _when(("lr_to_plan", "<", 0.5), ("lr_spread_to_plan", ">=", 0.1)),
         "at its lowest it was {lr_to_plan:.2f} of the planned rate; last {lr_last:.1e}",
         "check that the schedule steps once per optimizer step and knows the planned epochs: {resume}",
         "Learning rate below 1e-5 by epoch 20: decayed too early?",
         "rate against plan",
         ("lr_decayed_early",),
-    ),
-    Rule(
-        "lr_above_plan",
-        "the learning rate is above what its schedule foresees",
-        "learning rate",
-        "defect",
-        _when(("lr_over_plan", ">", 2.0), ("lr_planned_spread", ">", 1.5)),
-        "at its highest it was {lr_over_plan:.1f} times the planned rate; last {lr_last:.1e}",
-        "check that the schedule steps once per optimizer step and is not begun anew: {rerun}",
-        "Learning rate constant: scheduler not stepping?",
-        "rate above plan",
-        ("scheduler_never_steps", "resumed_wrongly"),
     ),
     Rule(
         "lr_around_1e6",
@@ -991,11 +1022,11 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "lr_constant_against_plan",
-        "the scheduler does not step: the learning rate is constant against its plan",
+        "the scheduler does not step, or begins anew: the learning rate is constant against its plan",
         "learning rate",
         "defect",
-        _when(("lr_spread", "<", 1.05), ("lr_planned_spread", ">", 1.5)),
-        "largest over smallest rate after the warm-up: {lr_spread:.2f}, planned {lr_planned_spread:.2f}",
+        _when(("lr_spread_to_plan", "<", 0.1), ("lr_planned_spread", ">", 1.5)),
+        "largest over smallest rate: {lr_spread:.2f}, planned after the warm-up {lr_planned_spread:.2f}",
         "check that LearningRateSchedule.step() runs after every optimizer step, then train again: {rerun}",
         "Learning rate constant: scheduler not stepping?",
         "rate against plan",
@@ -1085,6 +1116,7 @@ RULES: tuple[Rule, ...] = (
         "Encoder gradients low?",
         "parameter bits",
         ("updates_lost",),
+        root=True,
     ),
     Rule(
         "plateau_against_losses",
@@ -1109,6 +1141,7 @@ RULES: tuple[Rule, ...] = (
         "Encoder gradients low?",
         "in the optimizer",
         ("not_in_optimizer",),
+        root=True,
     ),
     Rule(
         "component_frozen",
@@ -1121,6 +1154,7 @@ RULES: tuple[Rule, ...] = (
         "Encoder gradients low?",
         "trainable",
         ("frozen_component",),
+        root=True,
     ),
     # Loss terms ----------------------------------------------------------------------------------------------------
     Rule(
@@ -1183,6 +1217,7 @@ RULES: tuple[Rule, ...] = (
         "Sharpe term absent from the loss?",
         "pull of terms",
         ("term_without_effect",),
+        root=True,
     ),
     Rule(
         "term_reversed",
@@ -1195,6 +1230,7 @@ RULES: tuple[Rule, ...] = (
         "Sharpe term absent from the loss?",
         "pull of terms",
         ("term_reversed",),
+        root=True,
     ),
     Rule(
         "loss_unexplained",
@@ -1300,8 +1336,8 @@ RULES: tuple[Rule, ...] = (
         "{gradient_warnings:.0f} warnings (an epoch of a component with l2 under 1e-7): {gradient_warning_names}",
         "raise the learning rate (experiment D): {experiment_d}",
         "Encoder gradients low?",
-        "gradients reach",
-        ("encoder_bypassed", "zeros_reach_head", "frozen_component"),
+        "gradients vanish",
+        ("lr_too_high", "encoder_bypassed", "zeros_reach_head", "frozen_component"),
     ),
     Rule(
         "encoder_gradient_falling",
@@ -1323,8 +1359,19 @@ RULES: tuple[Rule, ...] = (
         "median l2 {encoder_gradient:.2g}",
         "raise the learning rate (experiment D): {experiment_d}",
         "Encoder gradients low?",
+        "gradients low",
+    ),
+    Rule(
+        "encoder_never_heard",
+        "the temporal encoder never had a gradient worth the name",
+        "gradients",
+        "explanation",
+        _when(("encoder_gradient_max", "<", 1e-5)),
+        "largest l2 of an epoch {encoder_gradient_max:.2g}",
+        "check what stands between encoder and loss, then train again: {rerun}",
+        "Encoder gradients low?",
         "gradients reach",
-        ("encoder_bypassed",),
+        ("encoder_bypassed", "zeros_reach_head", "frozen_component"),
     ),
     Rule(
         "gradients_rising",
@@ -1392,12 +1439,25 @@ RULES: tuple[Rule, ...] = (
         "what the encoder hands on is the same for all stocks",
         "gradients",
         "defect",
-        _when(("encoder_spread", "<", 0.01)),
-        "spread over the stocks of the backbone's output: {encoder_spread:.2g} of its size",
+        _when(("encoder_spread_max", "<", 0.01)),
+        "spread over the stocks of the backbone's output, largest epoch: {encoder_spread_max:.2g} of its size",
         "check what stands between encoder and fusion, then train again: {rerun}",
         "Encoder gradients low?",
         "encoder output",
-        ("encoder_bypassed", "lr_too_high"),
+        ("encoder_bypassed",),
+    ),
+    Rule(
+        "encoder_fell_silent",
+        "what the encoder hands on came to be the same for all stocks",
+        "gradients",
+        "defect",
+        _when(("encoder_spread", "<", 0.01), ("encoder_spread_max", ">=", 0.01)),
+        "spread over the stocks of the backbone's output: {encoder_spread:.2g} of its size, at most"
+        " {encoder_spread_max:.2g} before",
+        "lower the rate: {train} --set train.optimizer.lr=1e-3",
+        "Encoder gradients falling?",
+        "encoder output over epochs",
+        ("lr_too_high", "predictions_collapse"),
     ),
     Rule(
         "graph_smooths",

@@ -556,12 +556,19 @@ def _spread(curve: Curve) -> float | None:
 
 
 def lr_spread(record: Record) -> float | None:
-    """Largest over smallest rate after the warm-up."""
-    return _spread(_after_warmup(record, record.curve("lr")))
+    """Largest over smallest rate at the ends of the epochs."""
+    return _spread(record.curve("lr"))
 
 
 def lr_planned_spread(record: Record) -> float | None:
     return _spread(_after_warmup(record, planned_lr(record)))
+
+
+def lr_spread_to_plan(record: Record) -> float | None:
+    """Logarithm of that spread over the planned one's: 0 where the rate stands still, near 1 where it does as planned.
+    A plan that hardly moves counts as one of half."""
+    spread, planned = lr_spread(record), lr_planned_spread(record)
+    return None if spread is None or planned is None else math.log(spread) / math.log(max(planned, 1.5))
 
 
 def lr_to_plan(record: Record) -> float | None:
@@ -571,18 +578,6 @@ def lr_to_plan(record: Record) -> float | None:
     plan, rates = planned_lr(record), _after_warmup(record, record.curve("lr"))
     ratios = [lr / plan[epoch] for epoch, lr in rates.items() if plan.get(epoch)]
     return min(ratios, default=None)
-
-
-def lr_over_plan(record: Record) -> float | None:
-    """Largest rate / planned rate after the warm-up; None for `plateau`. A rate of the plan's epoch before is in time:
-    what is recorded is the last step's, and steps may be few."""
-    if record.config("train.schedule.name") == "plateau":
-        return None
-    plan, rates = planned_lr(record), _after_warmup(record, record.curve("lr"))
-    ratios = [
-        lr / max(plan[epoch], plan[epoch - 1]) for epoch, lr in rates.items() if plan.get(epoch) and plan.get(epoch - 1)
-    ]
-    return max(ratios, default=None)
 
 
 # Loss terms ------------------------------------------------------------------------------------------------------
@@ -621,16 +616,20 @@ def sharpe_loss_share(record: Record) -> float | None:
 
 
 def _swallowed(record: Record) -> list[str] | None:
-    """Terms with a weight whose raw value is not recorded, or is the same at every one of three or more epochs."""
+    """Terms with a weight whose raw value is not recorded, or is the same at every one of three or more epochs.
+
+    Not the variance penalty at 0, where it is while the scores spread as they should.
+    """
     curves = {term: record.curve("loss_raw", split="train", term=term) for term in LOSS_TERMS}
     weights = _weights(record)
     if not weights or max(map(len, curves.values())) < 3:
         return None
-    return [
-        term
-        for term, weight in weights.items()
-        if weight > 0 and (not curves[term] or max(curves[term].values()) == min(curves[term].values()))
-    ]
+
+    def stands_still(term: str) -> bool:
+        values = set(curves[term].values())
+        return len(values) <= 1 and not (term == "variance_penalty" and values == {0.0})
+
+    return [term for term, weight in weights.items() if weight > 0 and stands_still(term)]
 
 
 def swallowed_terms(record: Record) -> float | None:
@@ -662,6 +661,11 @@ def _late_to_early(curve: Curve) -> float | None:
         return None
     early, late = _early_late(curve)
     return late / early if early > 0 else None
+
+
+def encoder_gradient_max(record: Record) -> float | None:
+    """Largest gradient l2 of the temporal encoder over the epochs."""
+    return max(_gradients(record).get("temporal_encoder", {}).values(), default=None)
 
 
 def encoder_gradient(record: Record) -> float | None:
@@ -875,14 +879,15 @@ _ALL: tuple[Callable[[Record], Value], ...] = (
     lr_low_share,
     lr_spread,
     lr_planned_spread,
+    lr_spread_to_plan,
     lr_to_plan,
-    lr_over_plan,
     sharpe_weight,
     sharpe_loss_share,
     swallowed_terms,
     swallowed_term_names,
     encoder_gradient_ratio,
     encoder_gradient,
+    encoder_gradient_max,
     gradient_rise,
     gradient_rise_name,
     graph_to_encoder_gradient,
