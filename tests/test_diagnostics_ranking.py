@@ -178,6 +178,41 @@ def test_no_run_is_called_healthy_while_a_defect_stands(severity: Severity, conc
     assert ranked([*RULES, odd], counts, **all_quiet, odd="not_fired").conclusion == "healthy"
 
 
+def test_in_a_channel_what_speaks_of_a_cause_comes_before_what_other_runs_did() -> None:
+    """Ridge finds a signal: the rule that asks for none is quiet, and no loud rule of its channel makes up for it."""
+    nothing, more = rule("nothing", "no_signal", channel="ridge"), rule("more", "underfit", channel="ridge")
+    counts = {
+        "nothing": {"no_signal": (19, 20), HEALTHY: (2, 100)},
+        "more": {"overfit": (15, 20), "underfit": (18, 20), HEALTHY: (2, 100)},
+    }
+    before = probabilities(rank([], counts, [nothing, more]))
+    after = probabilities(ranked([nothing, more], counts, nothing="not_fired", more="fired"))
+    assert after["no_signal"] / after[HEALTHY] < before["no_signal"] / before[HEALTHY]
+    assert after["underfit"] / after[HEALTHY] > before["underfit"] / before[HEALTHY]
+
+
+def test_evidence_of_a_cause_is_of_rules_that_name_it() -> None:
+    """That another fires in many sick runs is no evidence for this one."""
+    named, common = rule("named", "overfit"), rule("common", "underfit")
+    counts = {"common": {"no_signal": (20, 20), HEALTHY: (0, 100)}}
+    evidence = {c.id: c.evidence for c in ranked([named, common], counts, named="fired", common="fired").causes}
+    assert (evidence["overfit"], evidence["underfit"], evidence["no_signal"]) == (("named",), ("common",), ())
+
+
+@pytest.mark.parametrize(("suspect", "conclusion"), [("look_ahead_in_feature", "inconclusive"), ("overfit", "cause")])
+def test_while_a_root_rule_stands_none_but_its_suspects_is_named(suspect: str, conclusion: str) -> None:
+    root = replace(rule("root", suspect), root=True)
+    witnesses = [rule(f"witness {number}", "overfit") for number in range(4)]
+    counts = {one.id: {"overfit": (50, 50), HEALTHY: (0, 500)} for one in witnesses}
+    statuses: dict[str, Status] = dict.fromkeys((one.id for one in (root, *witnesses)), "fired")
+    ranking = ranked([root, *witnesses], counts, **statuses)
+    assert (ranking.conclusion, ranking.causes[0].id) == (conclusion, "overfit")
+    assert ("root fired" in ranking.sentence) == (conclusion == "inconclusive")
+    free = ranked([replace(root, root=False), *witnesses], counts, **statuses)
+    odds = [found["overfit"] / found[UNKNOWN] for found in map(probabilities, (ranking, free))]
+    assert odds[0] / odds[1] == pytest.approx(1.0 if suspect == "overfit" else math.exp(-CAP), rel=1e-6)
+
+
 # The veto --------------------------------------------------------------------------------------------------------
 
 

@@ -6,6 +6,7 @@ import base64
 import json
 import re
 import shlex
+from collections import defaultdict
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,8 +16,8 @@ from run_directories import BASE_LR, frozen_failure, healthy
 
 from atft_pipeline.config import parse_assignments, to_dict, with_overrides
 from atft_pipeline.diagnostics import Diagnosis, diagnose, write_report
-from atft_pipeline.diagnostics.report import markdown_to_html
-from atft_pipeline.diagnostics.rules import RULES
+from atft_pipeline.diagnostics.report import _answer, markdown_to_html
+from atft_pipeline.diagnostics.rules import RULES, assess
 from atft_pipeline.presets import preset, quick
 
 SECTIONS = [
@@ -229,3 +230,52 @@ def test_markdown_becomes_html_with_cells_and_code_escaped() -> None:
         markdown_to_html("```\n--set 'x=\"1\"' & more\n```")
         == "<pre>--set &#x27;x=&quot;1&quot;&#x27; &amp; more</pre>"
     )
+
+
+def test_a_quiet_rule_says_its_figures_and_not_its_accusation(tmp_path: Path) -> None:
+    diagnosis = diagnose(healthy().write(tmp_path / "run"))
+    for rule, finding in zip(RULES, diagnosis.findings, strict=True):
+        if finding.status == "not_fired":
+            assert finding.evidence.startswith(rule.needs[0].replace("_", " "))
+
+
+def test_an_observation_answers_no_question() -> None:
+    (clipping,) = (rule for rule in RULES if rule.id == "clipping_bites")
+    (finding,) = assess({"clipped_share": 1.0}, defaultdict(str), [clipping])
+    assert (finding.status, finding.severity) == ("fired", "observation")
+    assert _answer(finding.report_line, [finding]) == ("no", finding.evidence)
+
+
+@pytest.mark.parametrize("warnings", [5, None, "text", {"a": 1}])
+def test_warnings_of_another_shape_are_no_error(tmp_path: Path, warnings: object) -> None:
+    tables = healthy()
+    tables.verdict["warnings"] = warnings
+    assert diagnose(tables.write(tmp_path / "run")).warnings == []
+
+
+def test_a_recorded_error_stands_in_the_headline(tmp_path: Path) -> None:
+    tables = healthy()
+    tables.run.update(status="failed", reason="RuntimeError: the source went away", epochs_done=0)
+    tables.series, tables.evals, tables.daily, tables.predictions, tables.verdict = [], [], [], {}, {}
+    diagnosis = diagnose(tables.write(tmp_path / "run"))
+    assert "the source went away" in diagnosis.headline
+    assert diagnosis.ranking.causes[0].id == "crashed"
+
+
+def test_tables_without_a_finite_value_are_named(tmp_path: Path) -> None:
+    tables = healthy()
+    for row in (*tables.series, *tables.evals):
+        row["value"] = float("nan")
+    missing = diagnose(tables.write(tmp_path / "run")).missing
+    assert {item.split("/:")[0] for item in missing if "without one finite value" in item} == {"series", "evals"}
+
+
+def test_the_threshold_before_the_criterions_epoch_is_called_a_milestone(tmp_path: Path) -> None:
+    tables = healthy()
+    tables.run["epochs_planned"] = tables.run["epochs_done"] = 5
+    for name in ("series", "evals", "daily"):
+        setattr(tables, name, [row for row in getattr(tables, name) if row["epoch"] <= 5])
+    tables.verdict = {}
+    headline = diagnose(tables.write(tmp_path / "run")).headline
+    assert "the milestone before the criterion's epoch 20" in headline
+    assert "milestone" not in diagnose(healthy().write(tmp_path / "whole")).headline

@@ -100,6 +100,10 @@ def rank(findings: Sequence[Finding], counts: Counts | None = None, rules: Seque
             ratios = [table.log_ratio(rule, status[rule.id] == "fired", name) for rule in own]
             if ratios:
                 scores[name] += max(-CAP, min(CAP, max(ratios, key=abs)))
+    fired = [rule for rule in rules if status.get(rule.id) == "fired"]
+    for name in scores:
+        if name in BY_ID and any(rule.root and name not in rule.suspects for rule in fired):
+            scores[name] -= CAP
     top = max(scores.values())
     weights = {name: math.exp(score - top) for name, score in scores.items()}
     total = sum(weights.values())
@@ -120,9 +124,12 @@ def rank(findings: Sequence[Finding], counts: Counts | None = None, rules: Seque
         key=lambda ranked: -ranked.probability,
     )
     missing = _deciding(causes, rules, status)
-    fired = [rule for rule in rules if status.get(rule.id) == "fired"]
+    first = max(probability, key=probability.__getitem__)
+    # Of a healthy run nothing may stand, of a cause nothing that it does not bring about.
     standing = [rule.id for rule in fired if rule.severity in NEVER_FINE]
-    conclusion = _concluded(probability, standing, [rule.suspects for rule in fired if rule.root])
+    if first in BY_ID:
+        standing = [rule.id for rule in fired if rule.root and first not in rule.suspects]
+    conclusion = _concluded(probability, standing)
     return Ranking(
         conclusion,
         tuple(causes),
@@ -207,16 +214,15 @@ def _deciding(causes: Sequence[RankedCause], rules: Sequence[Rule], status: Mapp
     )
 
 
-def _concluded(probability: Mapping[str, float], standing: Sequence[str], only: Sequence[Sequence[str]]) -> Conclusion:
-    """`only`: suspects of each root rule that fired."""
+def _concluded(probability: Mapping[str, float], standing: Sequence[str]) -> Conclusion:
     (first, best), (_, second) = sorted(probability.items(), key=lambda pair: -pair[1])[:2]
     if best < CONCLUSIVE or best < MARGIN * second:
         return "inconclusive"
-    if first == HEALTHY:
-        return "inconclusive" if standing else "healthy"
     if first == UNKNOWN:
         return "unknown"
-    return "cause" if all(first in suspects for suspects in only) else "inconclusive"
+    if standing:
+        return "inconclusive"
+    return "healthy" if first == HEALTHY else "cause"
 
 
 def _sentence(
@@ -233,7 +239,7 @@ def _sentence(
     if conclusion == "unknown":
         return f"Something is wrong that no known cause fits, with probability {probability[UNKNOWN]:.2f}."
     leading = ", ".join(f"{cause.name} ({cause.probability:.2f})" for cause in causes[:3])
-    against = f"; {', '.join(standing)} fired, which no good run does" if standing else ""
+    against = f"; {', '.join(standing)} fired, which the first does not explain" if standing else ""
     would = f"; not measured, and it would decide: {', '.join(missing)}" if missing else ""
     classes = f"healthy {probability.get(HEALTHY, 0.0):.2f}, unknown {probability[UNKNOWN]:.2f}"
     return f"Inconclusive: {classes}, {leading}{against}{would}."

@@ -253,9 +253,9 @@ def _load_table(
     loaded = pa.concat_tables(parts) if parts else schema.empty_table()
     if parts and not loaded.num_rows:
         missing.append(f"{name}/: parts without rows")
-    if loaded.num_rows and not any(
-        _has_finite(loaded[field.name]) for field in schema if pa.types.is_floating(field.type)
-    ):
+    floats = [field.name for field in schema if pa.types.is_floating(field.type)]
+    figures = ["value"] if "value" in floats else floats
+    if loaded.num_rows and not any(_has_finite(loaded[column]) for column in figures):
         missing.append(f"{name}/: {loaded.num_rows:,} rows without one finite value")
     connection.register("loaded", loaded)
     connection.execute(

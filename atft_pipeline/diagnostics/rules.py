@@ -1488,7 +1488,7 @@ RULES: tuple[Rule, ...] = (
         "no component but the head has a gradient",
         "gradients",
         "defect",
-        _when(("components_heard", "<=", 0), ("frozen_components", "<=", 0)),
+        _when(("components_heard", "<=", 0), ("head_gradient", ">", 0), ("frozen_components", "<=", 0)),
         "gradient l2 exactly 0 at every epoch: {silent_component_names}",
         "check what the head reads (a padding, a wrong position): {rerun}",
         "Encoder gradients low?",

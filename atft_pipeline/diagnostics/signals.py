@@ -717,6 +717,11 @@ def components_heard(record: Record) -> float | None:
     return float(sum(max(curve.values()) > 0.0 for curve in others)) if others else None
 
 
+def head_gradient(record: Record) -> float | None:
+    """Largest gradient l2 of the prediction head over the epochs."""
+    return max(_gradients(record).get("prediction_head", {}).values(), default=None)
+
+
 def gradient_summary(record: Record) -> str | None:
     parts = []
     for name, curve in _gradients(record).items():
@@ -894,6 +899,7 @@ _ALL: tuple[Callable[[Record], Value], ...] = (
     silent_components,
     silent_component_names,
     components_heard,
+    head_gradient,
     gradient_summary,
     clipped_share,
     gradient_warnings,
