@@ -41,6 +41,9 @@ SETS = {"fit": 100, "quoted": 200}
 BITES = 2.0
 """Standard errors of the paired daily IC."""
 CONFIDENT = 0.8
+OF_THE_PLANTING = ("replay_differs", "predictions_not_of_checkpoint")
+"""Rules that see the planting and not the fault: what is patched into one process is not there when another computes
+again, while code that is really wrong is wrong again."""
 
 
 @dataclass(frozen=True)
@@ -211,7 +214,7 @@ def learn(judged: Sequence[Judged]) -> dict[str, dict[str, list[int]]]:
             continue
         name = j.truth[0] if j.truth else HEALTHY
         for finding in j.findings:
-            if finding.status != "not_assessable":
+            if finding.status != "not_assessable" and finding.rule not in OF_THE_PLANTING:
                 counts[finding.rule][name][0] += finding.status == "fired"
                 counts[finding.rule][name][1] += 1
     return {rule: {name: list(c) for name, c in sorted(of.items())} for rule, of in sorted(counts.items())}

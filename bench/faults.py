@@ -679,7 +679,7 @@ def _sharpened(factor: float) -> Callable[[], None]:
 def slow_loader() -> None:
     def make(original: Any) -> Any:
         def block(self: Any, indices: Any) -> Any:
-            time.sleep(0.1)
+            time.sleep(0.2)
             return original(self, indices)
 
         return block
@@ -782,6 +782,8 @@ def weights_forgotten_every_epoch() -> None:
     replace(training.Trainer, "_epoch", make)
 
 
+BODY = ("variable_selection", "temporal_encoder", "backbone_projection", "gat", "fusion")
+"""Every component that learns but the head."""
 SHARPE_TERM: Settings = {"train.loss.sharpe": 0.3}
 IC_TERM: Settings = {"train.loss.ic": 0.5}
 
@@ -829,10 +831,8 @@ _ALL: tuple[Fault, ...] = (
     Fault("clipping_too_tight", "clipping_too_tight", {
         "train.optimizer.clip_norm": 1e-3, "train.optimizer.lr": 0.1}, code=sgd_clipped_hard),
     Fault("parameters_in_bf16", "updates_lost", {"train.optimizer.lr": 1e-4}, code=parameters_in_bf16),
-    Fault("optimizer_lacks_all_but_head", "not_in_optimizer", code=_without(
-        "variable_selection", "temporal_encoder", "backbone_projection", "fusion")),
-    Fault("frozen", "frozen_component", code=_frozen(
-        "variable_selection", "temporal_encoder", "backbone_projection", "fusion")),
+    Fault("optimizer_lacks_all_but_head", "not_in_optimizer", {"model.skip": False}, code=_without(*BODY)),
+    Fault("frozen", "frozen_component", {"model.skip": False}, code=_frozen(*BODY)),
     Fault("encoder_bypassed", "encoder_bypassed", {"model.skip": False, "model.graph": True}, code=encoder_bypassed),
     Fault("zeros_reach_head", "zeros_reach_head", code=zeros_reach_head),
     # Loss

@@ -23,6 +23,7 @@ from training_runs import (
     of_other_sessions,
     split_sessions,
     with_scores,
+    without_inputs,
 )
 
 from atft_pipeline.dataset import membership_path, read_manifest, write_manifest
@@ -35,18 +36,18 @@ from atft_pipeline.diagnostics.signals import Value
 GAPS = (
     "validation_elsewhere", "validation_in_training", "targets_unlike_dataset", "rows_not_scored", "ic_gap",
     "squared_error_gap", "tied_scores", "inputs_unlike_dataset", "inputs_constant", "inputs_scaled", "inputs_drifted",
-    "labels_unlike_dataset", "stocks_not_given",
+    "labels_unlike_dataset", "stocks_not_given", "trained_elsewhere", "train_not_seen",
 )  # fmt: skip
 """Signals that are 0 where everything is what it says."""
 OF_DATASET = (
     "validation_elsewhere", "validation_in_training", "targets_unlike_dataset", "rows_not_scored",
     "inputs_unlike_dataset", "inputs_constant", "inputs_constant_share", "inputs_scaled", "labels_unlike_dataset",
-    "stocks_not_given",
+    "stocks_not_given", "trained_elsewhere", "train_not_seen",
 )  # fmt: skip
 """Signals that cannot be told without the very dataset of the run."""
 OF_INPUTS = (
     "inputs_unlike_dataset", "inputs_constant", "inputs_constant_share", "inputs_scaled", "inputs_drifted",
-    "labels_unlike_dataset", "stocks_not_given", "feature_ic", "feature_ic_name",
+    "labels_unlike_dataset", "stocks_not_given", "trained_elsewhere", "train_not_seen", "feature_ic", "feature_ic_name",
 )  # fmt: skip
 OF_PREDICTIONS = (
     "validation_elsewhere", "validation_in_training", "targets_unlike_dataset", "rows_not_scored",
@@ -242,8 +243,24 @@ INPUT_FAULTS: dict[str, tuple[Callable[[Path], None], dict[str, float]]] = {
         lambda run: change_inputs(run, lambda row: {"stocks": 3} if row["split"] == "train" else {}),
         {"stocks_not_given": 0.9},
     ),
+    "half of the training never comes by": (
+        lambda run: _without_second_half(run),
+        {"train_not_seen": 0.5, "trained_elsewhere": 0.0},
+    ),
+    "trains on validation": (
+        lambda run: change_inputs(run, lambda row: {"split": "train"} if row["split"] == "validation" else {}),
+        {"trained_elsewhere": 0.5, "train_not_seen": 0.0},
+    ),
     "knows tomorrow": (of_feature(RETURNS, lambda _: {"ic": 0.9}), {"feature_ic": 0.9}),
 }
+
+
+def _without_second_half(run_dir: Path) -> None:
+    """Of the training sessions sampled."""
+    rows = pq.read_table(run_dir / "inputs.parquet").to_pylist()
+    dates = sorted({row["date"] for row in rows if row["split"] == "train"})
+    middle = dates[len(dates) // 2 - 1]
+    without_inputs(run_dir, lambda row: row["split"] == "train" and row["date"] > middle)
 
 
 def _without_spread(run_dir: Path, day: Any) -> None:

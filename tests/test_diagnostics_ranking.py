@@ -191,6 +191,15 @@ def test_in_a_channel_what_speaks_of_a_cause_comes_before_what_other_runs_did() 
     assert after["underfit"] / after[HEALTHY] > before["underfit"] / before[HEALTHY]
 
 
+def test_an_observation_speaks_of_its_suspects_alone() -> None:
+    """That a market lacks something says nothing of the runs that happened to be made on it."""
+    seen = rule("seen", "survivorship", severity="observation")
+    counts = {"seen": {"overfit": (20, 20), "survivorship": (20, 20), HEALTHY: (5, 100)}}
+    before, after = probabilities(rank([], counts, [seen])), probabilities(ranked([seen], counts, seen="fired"))
+    assert after["overfit"] / after[HEALTHY] == pytest.approx(before["overfit"] / before[HEALTHY])
+    assert after["survivorship"] / after[HEALTHY] > before["survivorship"] / before[HEALTHY]
+
+
 def test_evidence_of_a_cause_is_of_rules_that_name_it() -> None:
     """That another fires in many sick runs is no evidence for this one."""
     named, common = rule("named", "overfit"), rule("common", "underfit")

@@ -96,7 +96,8 @@ def rank(findings: Sequence[Finding], counts: Counts | None = None, rules: Seque
         heard = [r for r in rules if r.channel == channel and status.get(r.id) in ("fired", "not_fired")]
         for name in classes:
             # What speaks of a cause itself comes before how such a rule behaves in other runs.
-            own = [rule for rule in heard if name in rule.suspects] or heard
+            own = [rule for rule in heard if name in rule.suspects]
+            own = own or [rule for rule in heard if rule.severity != "observation"]
             ratios = [table.log_ratio(rule, status[rule.id] == "fired", name) for rule in own]
             if ratios:
                 scores[name] += max(-CAP, min(CAP, max(ratios, key=abs)))

@@ -542,7 +542,7 @@ RULES: tuple[Rule, ...] = (
         "many stocks share one score: missing scores were filled",
         "validity",
         "invalid",
-        _when(("tied_scores", ">", 0.02), ("score_dispersion", ">=", 1e-6)),
+        _when(("tied_scores", ">", 0.02), ("score_dispersion", ">=", 1e-3)),
         "{tied_scores:.0%} of the scores equal another of their session to the last bit",
         "find what fills missing scores; then train again: {rerun}",
         "Are the predictions degenerate?",
@@ -657,6 +657,7 @@ RULES: tuple[Rule, ...] = (
         "Is the run whole, repeatable and fed in time?",
         "resume",
         ("resumed_wrongly",),
+        root=True,
     ),
     Rule(
         "loss_jumps_on_resume",
@@ -680,7 +681,6 @@ RULES: tuple[Rule, ...] = (
         "train again into a fresh directory: {rerun}",
         "Is the run whole, repeatable and fed in time?",
         "epochs",
-        ("resumed_wrongly",),
     ),
     # Data ----------------------------------------------------------------------------------------------------------
     Rule(

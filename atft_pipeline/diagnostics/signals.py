@@ -568,7 +568,7 @@ def lr_spread_to_plan(record: Record) -> float | None:
     """Logarithm of that spread over the planned one's: 0 where the rate stands still, near 1 where it does as planned.
     A plan that hardly moves counts as one of half."""
     spread, planned = lr_spread(record), lr_planned_spread(record)
-    return None if spread is None or planned is None else math.log(spread) / math.log(max(planned, 1.5))
+    return math.log(spread) / math.log(max(planned, 1.5)) if spread and planned else None
 
 
 def lr_to_plan(record: Record) -> float | None:
