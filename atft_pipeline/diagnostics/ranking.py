@@ -39,6 +39,8 @@ UNKNOWN_FLOOR = 0.015
 """An unknown fault may set off anything."""
 NEVER_FINE = ("invalid", "failure", "defect")
 """Severities that are wrong whatever came of them: while such a rule stands, no run is called healthy."""
+DEFECT_STANDS = 2.3
+"""A defect makes nothing of all that speaks for a healthy run beside it: 10 to 1 against."""
 CONCLUSIVE, MARGIN = 0.5, 3.0
 """Posterior and odds against the next class without which nothing is concluded."""
 
@@ -105,6 +107,8 @@ def rank(findings: Sequence[Finding], counts: Counts | None = None, rules: Seque
     for name in scores:
         if name in BY_ID and any(rule.root and name not in rule.suspects for rule in fired):
             scores[name] -= CAP
+    if HEALTHY in scores and any(rule.severity in NEVER_FINE for rule in fired):
+        scores[HEALTHY] -= DEFECT_STANDS
     top = max(scores.values())
     weights = {name: math.exp(score - top) for name, score in scores.items()}
     total = sum(weights.values())

@@ -759,13 +759,17 @@ RULES: tuple[Rule, ...] = (
         "training targets do not stand beside the features they belong to",
         "data",
         "defect",
-        _when(("labels_unlike_dataset", ">", 0.3), ("inputs_unlike_dataset", "<=", 0)),
+        _when(
+            ("labels_unlike_dataset", ">", 0.3),
+            ("inputs_unlike_dataset", "<=", 0),
+            ("targets_unlike_dataset", "<=", 0.001),
+        ),
         "in {labels_unlike_dataset:.0%} of the sampled training cells a feature's correlation with the target is"
         " another than in the dataset, though features and targets have the same moments",
         "compare a training block with the dataset row by row, then train again: {rerun}",
         "Do the features reach the model as the dataset has them?",
         "labels",
-        ("labels_misaligned", "target_shifted"),
+        ("labels_misaligned",),
         root=True,
     ),
     Rule(
