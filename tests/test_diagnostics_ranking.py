@@ -23,15 +23,26 @@ from atft_pipeline.diagnostics.causes import (
     UNKNOWN_PRIOR,
 )
 from atft_pipeline.diagnostics.probes import PROBES
-from atft_pipeline.diagnostics.ranking import CAP, CONCLUSIVE, MARGIN, NEVER_FINE, Counts, Ranking, learned, rank
+from atft_pipeline.diagnostics.ranking import (
+    CAP,
+    CONCLUSIVE,
+    DEFECT_STANDS,
+    MARGIN,
+    NEVER_FINE,
+    Counts,
+    Ranking,
+    learned,
+    rank,
+)
 from atft_pipeline.diagnostics.rules import RULES, Finding, Rule, Severity, Status
 
 NOTHING_LEARNED: Counts = {}
+EQUALLY: Counts = {"a": dict.fromkeys((HEALTHY, "overfit", "underfit"), (10**9, 2 * 10**9))}
 CLASSES = {cause.id for cause in CAUSES} | {HEALTHY, UNKNOWN}
 PRIORS = {cause.id: cause.prior for cause in CAUSES} | {HEALTHY: HEALTHY_PRIOR, UNKNOWN: UNKNOWN_PRIOR}
 
 
-def rule(id: str, *suspects: str, channel: str = "", severity: Severity = "defect") -> Rule:
+def rule(id: str, *suspects: str, channel: str = "", severity: Severity = "explanation") -> Rule:
     return Rule(id, id, "curves", severity, (), "", "", "", channel or id, suspects)
 
 
@@ -134,7 +145,7 @@ def test_rules_of_two_channels_add_up() -> None:
     first, second = rule("first", "overfit"), rule("second", "overfit")
     alone = probabilities(ranked([first], first="fired"))
     both = probabilities(ranked([first, second], first="fired", second="fired"))
-    assert both["overfit"] / both[HEALTHY] > 10 * alone["overfit"] / alone[HEALTHY]
+    assert both["overfit"] / both[HEALTHY] > 5 * alone["overfit"] / alone[HEALTHY]
 
 
 @pytest.mark.parametrize(("status", "sign"), [("fired", 1), ("not_fired", -1)])
@@ -168,14 +179,22 @@ def test_only_rule_that_speaks_for_a_cause_is_expected_to_fire_more_often_than_o
 
 @pytest.mark.parametrize(("severity", "conclusion"), [("defect", "inconclusive"), ("explanation", "healthy")])
 def test_no_run_is_called_healthy_while_a_defect_stands(severity: Severity, conclusion: str) -> None:
-    """Though every other rule is quiet, and the odds are what they are without it."""
+    """Though every other rule is quiet, and it fired in most of the healthy runs that it was fitted on."""
     odd = rule("odd", severity=severity)
     all_quiet: dict[str, Status] = dict.fromkeys((one.id for one in RULES), "not_fired")
-    counts = {"odd": {HEALTHY: (10, 20), "overfit": (10, 20)}}
+    counts = {"odd": {HEALTHY: (18, 20), "overfit": (2, 20)}}
     ranking = ranked([*RULES, odd], counts, **all_quiet, odd="fired")
     assert ranking.healthy > CONCLUSIVE
     assert (ranking.conclusion, "odd fired" in ranking.sentence) == (conclusion, conclusion == "inconclusive")
     assert ranked([*RULES, odd], counts, **all_quiet, odd="not_fired").conclusion == "healthy"
+
+
+def test_a_defect_weighs_against_health_beyond_what_it_says_of_a_cause() -> None:
+    odds = []
+    for severity in ("defect", "observation"):
+        found = probabilities(ranked([rule("a", "overfit", severity=severity)], EQUALLY, a="fired"))
+        odds.append(found["overfit"] / found[HEALTHY])
+    assert odds[0] / odds[1] == pytest.approx(math.exp(DEFECT_STANDS))
 
 
 def test_in_a_channel_what_speaks_of_a_cause_comes_before_what_other_runs_did() -> None:
