@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import planted_run
 import polars as pl
 from faults import FAULTS, UNKNOWN_FAULTS
 from harness import put_between
@@ -84,7 +85,7 @@ def diagnosed(folder: Path, task: Task) -> list[Finding]:
     if not stored.exists():
         make_run(folder, task)
         stored.parent.mkdir(parents=True, exist_ok=True)
-        child("planted_diagnosis.py", json.dumps({"run": str(folder / "runs" / task.name), "out": str(stored)}))
+        stored.write_text(child(planted_run.diagnosed, {"run": str(folder / "runs" / task.name)}))
     return [Finding(**row) for row in json.loads(stored.read_text())]
 
 

@@ -1,15 +1,13 @@
-"""One run with one fault planted, in a process of its own: `python bench/planted_run.py '{"run": ..., ...}'`.
+"""What the diagnostics bench does in processes of their own: a market, a run with its faults, the diagnosis of a run.
 
-The argument is a JSON object: `run` (directory to write), `market` (folder with source, dataset and graph of a market),
-`faults` (ids of faults.FAULTS), `settings`, and `other` (a healthy run of the same market, for plants that
-need one). The diagnosis happens elsewhere.
+Each function takes one dict, so that a task can be read where it is made.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +15,12 @@ import torch
 from faults import FAULTS, Planted
 
 from atft_pipeline.config import with_overrides
+from atft_pipeline.diagnostics import diagnose
+from atft_pipeline.diagnostics.probes import PROBES, run_probes
+from atft_pipeline.diagnostics.record import open_record
 from atft_pipeline.errors import RunFailure
 from atft_pipeline.presets import quick
+from atft_pipeline.synthetic import generate_market, write_tables
 from atft_pipeline.training import Trainer, train
 
 BASE: dict[str, object] = {
@@ -41,8 +43,21 @@ class Killed(BaseException):
     """Ends the training process as a kill does: nothing is recorded."""
 
 
-def run(task: dict[str, Any]) -> None:
+def generate(task: dict[str, Any]) -> str:
+    """Writes a market's tables to folder `out`, from the generator's `arguments` and perhaps with a `fault` (id or "")
+    in its generator."""
+    plant = FAULTS[task["fault"]].generate if task["fault"] else None
+    if plant is not None:
+        plant()
+    write_tables(generate_market(**task["arguments"]), Path(task["out"]))
+    return ""
+
+
+def run(task: dict[str, Any]) -> str:
+    """Trains into directory `run` on folder `market` (source, dataset, graph) with `settings` and `faults` (ids), and
+    says what ended it early; `other` is a healthy run of the same market, for plants that need one."""
     torch.set_num_threads(1)
+    said = ""
     faults = [FAULTS[name] for name in task["faults"]]
     market, run_dir = Path(task["market"]), Path(task["run"])
     dataset, graph = market / "dataset.parquet", market / "graph.parquet"
@@ -66,10 +81,11 @@ def run(task: dict[str, Any]) -> None:
     try:
         train(config, dataset, graph, run_dir, device="cpu", log=lambda _: None)
     except (RunFailure, Planted) as error:  # anything else is a fault of the bench
-        print(f"{run_dir.name}: {error}", file=sys.stderr)
+        said = f"{run_dir.name}: {error}\n"
     for fault in faults:
         if fault.record:
             fault.record(run_dir, Path(task["other"]))
+    return said
 
 
 def half(config: Any, dataset: Path, graph: Path, run_dir: Path) -> None:
@@ -88,5 +104,10 @@ def half(config: Any, dataset: Path, graph: Path, run_dir: Path) -> None:
         Trainer._epoch = original  # type: ignore[method-assign]
 
 
-if __name__ == "__main__":
-    run(json.loads(sys.argv[1]))
+def diagnosed(task: dict[str, Any]) -> str:
+    """Findings of `run`, all probes made but the remedies, which rank nothing, as JSON."""
+    torch.set_num_threads(1)
+    record = open_record(Path(task["run"]))
+    run_probes(record, PROBES)
+    record.connection.close()
+    return json.dumps([asdict(finding) for finding in diagnose(Path(task["run"])).findings])
