@@ -794,7 +794,7 @@ _ALL: tuple[Fault, ...] = (
     Fault("frozen_at_other_run", "metric_of_other_run", record=frozen_at_other_run, only_report=True),
     Fault("maximum_over_history", "maximum_over_history", record=maximum_over_history, only_report=True),
     Fault("early_epoch_as_final", "early_epoch_as_final", record=early_epoch_as_final, only_report=True),
-    Fault("initial_checkpoint", "initial_checkpoint", code=evaluate_initial_weights),
+    Fault("initial_checkpoint", "initial_checkpoint", code=evaluate_initial_weights, only_report=True),
     Fault("old_checkpoint", "wrong_checkpoint", code=evaluate_old_weights, only_report=True),
     Fault("other_weights_scored", "cached_predictions", code=other_weights_scored, only_report=True),
     Fault("cached_predictions", "cached_predictions", code=cached_predictions, only_report=True),

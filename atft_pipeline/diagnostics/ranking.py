@@ -36,7 +36,7 @@ QUIET = 0.01
 OFTEN_FINE = 0.05
 """The same of a rule that describes: what explains a low Sharpe is seen in good runs too."""
 UNKNOWN_FLOOR = 0.015
-"""An unknown fault may set off anything."""
+"""An unknown fault may set off anything but a root rule."""
 NEVER_FINE = ("invalid", "failure", "defect")
 """Severities that are wrong whatever came of them: while such a rule stands, no run is called healthy."""
 DEFECT_STANDS = 2.3
@@ -171,7 +171,7 @@ class Likelihoods:
             rate = (fired + SMOOTHING * self._expected(rule, name)) / (assessed + SMOOTHING)
         else:
             rate = self._background(rule)
-            rate = max(rate, UNKNOWN_FLOOR) if name == UNKNOWN else rate
+            rate = max(rate, UNKNOWN_FLOOR) if name == UNKNOWN and not rule.root else rate
         return min(max(rate, 1e-3), 1.0 - 1e-3)
 
     def _expected(self, rule: Rule, name: str) -> float:

@@ -450,6 +450,7 @@ RULES: tuple[Rule, ...] = (
         "Is the Sharpe this run's own?",
         "split",
         ("wrong_split",),
+        root=True,
     ),
     Rule(
         "validation_elsewhere",
@@ -462,6 +463,7 @@ RULES: tuple[Rule, ...] = (
         "Is the Sharpe this run's own?",
         "split",
         ("wrong_split",),
+        root=True,
     ),
     Rule(
         "trained_elsewhere",
@@ -472,8 +474,9 @@ RULES: tuple[Rule, ...] = (
         "{trained_elsewhere:.0%} of the training sessions sampled in the first epoch are outside the configured split",
         "find what gives the training its sessions, then train again: {rerun}",
         "Is the Sharpe this run's own?",
-        "training split",
+        "split",
         ("wrong_split",),
+        root=True,
     ),
     Rule(
         "train_not_seen",
@@ -484,7 +487,7 @@ RULES: tuple[Rule, ...] = (
         "{train_not_seen:.0%} of a sample of them did not come by in the first epoch",
         "find what draws the blocks of an epoch, then train again: {rerun}",
         "Do the features reach the model as the dataset has them?",
-        "training sessions",
+        "split",
         ("wrong_split",),
         root=True,
     ),
