@@ -149,7 +149,7 @@ def wilson(hits: int, of: int) -> tuple[float, float]:
 
 def figures(judged: Sequence[Judged]) -> dict[str, tuple[int, int, str]]:
     """Name -> hits, of how many, what is demanded."""
-    single = [j for j in judged if len(j.task.faults) == 1 and j.truth and j.task.faults[0] in FAULTS]
+    single = [j for j in judged if len(j.task.faults) == 1 and j.truth and j.task.faults[0] not in UNKNOWN_FAULTS]
     faulty = [j for j in judged if j.truth]
     healthy = [j for j in judged if not j.truth]
     named = [j for j in judged if j.conclusion == "cause"]

@@ -797,7 +797,7 @@ RULES: tuple[Rule, ...] = (
         "make its rows again without later quotes, and compare: `{diagnose_all}`",
         "Is the Sharpe this run's own?",
         "feature ic",
-        ("look_ahead_in_feature", "target_shifted"),
+        ("look_ahead_in_feature", "target_shifted", "labels_misaligned"),
         root=True,
     ),
     Rule(
