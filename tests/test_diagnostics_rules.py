@@ -122,6 +122,11 @@ def _undecided(tables: Tables) -> None:
         row["se"] = 0.06 if row["metric"] == "sharpe_daily" else None
 
 
+def _clearly_below(tables: Tables) -> None:
+    _undecided(tables)
+    tables.set_evals("sharpe_daily", lambda _: -0.15)
+
+
 def _evals(metric: str, value: Callable[[int, float], float]) -> Callable[[Tables], None]:
     """Replaces the recorded values; `value` gets epoch and honest value."""
 
@@ -261,6 +266,7 @@ FIRES: dict[str, Callable[[], Tables]] = {
     "predictions_collapse": spoilt(lambda t: t.set_series("degeneracy_event", lambda e: float(e == 6))),
     "degeneracy_resets_many": spoilt(lambda t: t.set_series("degeneracy_reset", lambda e: float(e % 4 == 0))),
     "sampling_noise": spoilt(_undecided),
+    "sharpe_below_demanded": spoilt(_clearly_below),
     "verdict_is_the_maximum": spoilt(_best_epoch_as_final),
     "verdict_from_elsewhere": spoilt(_foreign_verdict_value),
     "ic_not_of_daily_rows": spoilt(_evals("ic_mean", lambda _, own: own + 0.01)),

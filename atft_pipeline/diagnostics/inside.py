@@ -13,6 +13,7 @@ from atft_pipeline.diagnostics.signals import Value, plain, planned_lr
 
 TERM_READS_NOTHING = 0.2
 REVERSED = -0.05
+LATE_EPOCHS = 6
 """Effective over configured weight under which a term counts as without effect; honest losses are within 1e-4 of 1."""
 NOTICEABLE_SHARE = 0.05
 """Share of the loss's pull under which a term's conflict with the others decides nothing."""
@@ -236,7 +237,8 @@ def validation_gain(record: Record) -> float | None:
 
 def _late_gain(record: Record, split: str) -> float | None:
     values = list(record.curve("loss_raw", split=split, term="mse").values())
-    return 1.0 - float(np.mean(values[-max(1, len(values) // 4) :])) if values else None
+    # Before some epochs are done every loss is worse than a constant's.
+    return 1.0 - float(np.mean(values[-(len(values) // 4 or 1) :])) if len(values) >= LATE_EPOCHS else None
 
 
 def loss_spike(record: Record) -> float | None:

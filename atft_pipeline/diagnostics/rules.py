@@ -1599,6 +1599,18 @@ RULES: tuple[Rule, ...] = (
         "experiment d",
         ("lr_too_low",),
     ),
+    Rule(
+        "sharpe_below_demanded",
+        "the Sharpe is below what is demanded, beyond chance",
+        "ic",
+        "explanation",
+        _when(("sharpe_shortfall", ">", 0.0), ("sharpe_distance_se", ">=", 1.645)),
+        "Sharpe {sharpe:.4f} ± {sharpe_se:.4f} against {sharpe_demanded:.2f}: {sharpe_distance_se:.1f} standard errors"
+        " below",
+        "make every probe: `{diagnose_all}`",
+        "Is the criterion decided?",
+        "result",
+    ),
     # Noise ---------------------------------------------------------------------------------------------------------
     Rule(
         "sampling_noise",

@@ -503,7 +503,7 @@ def lr_low_share(record: Record) -> float | None:
 
     The last fifth of the plan is left out: there a schedule is meant to have come down.
     """
-    last = min(20.0, math.ceil(0.8 * (record.epochs_planned or 25)))
+    last = min(20, int(0.8 * (record.epochs_planned or 25)))
     rates = [lr for epoch, lr in record.curve("lr").items() if epoch <= last]
     return sum(lr <= 3e-6 for lr in rates) / len(rates) if rates else None
 
