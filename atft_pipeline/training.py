@@ -153,7 +153,7 @@ def _remove_remnants(run_dir: Path) -> None:
     """Half-written files of an attempt that was killed; the lock says that it writes no more."""
     for name in (*TABLES, "predictions", "checkpoints", "validity"):
         remove_remnants(run_dir / name)
-    for name in ("run.json", "verdict.json"):
+    for name in ("run.json", "verdict.json", "inputs.parquet"):
         remove_remnants(run_dir, name)
 
 
