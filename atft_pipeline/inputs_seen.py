@@ -20,7 +20,6 @@ from atft_pipeline.splits import Split
 if TYPE_CHECKING:  # the diagnosis reads what is written here, and needs no torch
     from atft_pipeline.blocks import Block, Panel
 
-SPLITS = ("train", "validation", "test")
 SAMPLED_SESSIONS: int = 16
 """Sessions of each split that have a member of the universe, evenly spaced, first and last included."""
 
@@ -48,9 +47,10 @@ class InputsSeen:
 
     def __init__(self, panel: Panel, split: Split) -> None:
         self._panel = panel
-        self._sessions = {name: frozenset(getattr(split, name).tolist()) for name in SPLITS}
-        self._wanted = {name: set(sampled(_with_members(panel, getattr(split, name))).tolist()) for name in SPLITS}
-        self._foreign = dict.fromkeys(SPLITS, SAMPLED_SESSIONS)
+        parts = {"train": split.train, "validation": split.validation, "test": split.test}
+        self._sessions = {name: frozenset(part.tolist()) for name, part in parts.items()}
+        self._wanted = {name: set(sampled(_with_members(panel, part)).tolist()) for name, part in parts.items()}
+        self._foreign = dict.fromkeys(parts, SAMPLED_SESSIONS)
         self._rows: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
 
     def see(self, split: str, block: Block) -> None:

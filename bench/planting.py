@@ -173,7 +173,7 @@ def _trained(folder: Path, task: Task, run_dir: Path) -> str:
         other = str(make_run(folder, twin))
     if task.faults and all(FAULTS[fault].only_record for fault in task.faults):
         # The training is the twin's to the last bit; what it has written is changed afterwards.
-        shutil.copytree(make_run(folder, twin_of(task)), run_dir)
+        shutil.copytree(make_run(folder, twin_of(task)), run_dir, dirs_exist_ok=True)
         for fault in task.faults:
             FAULTS[fault].record(run_dir, Path(str(other)))  # type: ignore[misc]
         return ""

@@ -198,6 +198,14 @@ def test_figures_that_do_not_follow_from_the_daily_rows(run: Path) -> None:
     assert found["sharpe_ratio_to_daily"] == pytest.approx(3.0)
 
 
+def _without_second_half(run_dir: Path) -> None:
+    """Of the training sessions sampled."""
+    rows = pq.read_table(run_dir / "inputs.parquet").to_pylist()
+    dates = sorted({row["date"] for row in rows if row["split"] == "train"})
+    middle = dates[len(dates) // 2 - 1]
+    without_inputs(run_dir, lambda row: row["split"] == "train" and row["date"] > middle)
+
+
 INPUT_FAULTS: dict[str, tuple[Callable[[Path], None], dict[str, float]]] = {
     "constant": (
         of_feature(RETURNS, lambda _: {"std": 0.0, "mean": 0.0, "ic": None}),
@@ -244,7 +252,7 @@ INPUT_FAULTS: dict[str, tuple[Callable[[Path], None], dict[str, float]]] = {
         {"stocks_not_given": 0.9},
     ),
     "half of the training never comes by": (
-        lambda run: _without_second_half(run),
+        _without_second_half,
         {"train_not_seen": 0.5, "trained_elsewhere": 0.0},
     ),
     "trains on validation": (
@@ -253,14 +261,6 @@ INPUT_FAULTS: dict[str, tuple[Callable[[Path], None], dict[str, float]]] = {
     ),
     "knows tomorrow": (of_feature(RETURNS, lambda _: {"ic": 0.9}), {"feature_ic": 0.9}),
 }
-
-
-def _without_second_half(run_dir: Path) -> None:
-    """Of the training sessions sampled."""
-    rows = pq.read_table(run_dir / "inputs.parquet").to_pylist()
-    dates = sorted({row["date"] for row in rows if row["split"] == "train"})
-    middle = dates[len(dates) // 2 - 1]
-    without_inputs(run_dir, lambda row: row["split"] == "train" and row["date"] > middle)
 
 
 def _without_spread(run_dir: Path, day: Any) -> None:

@@ -284,7 +284,6 @@ def test_graph_whose_weights_are_zero_is_idle_though_it_hands_on_what_it_was_giv
     change_weights(run, 3, lambda name, value: 0.0 * value if name.startswith("gat.") else value)
     found = probed("ablate", run)
     assert found["drop_t_gat"] == 0.0
-    assert "gat" in str(found["idle_component_names"]).split(", ")
     assert found["drop_t_fusion"] != 0.0
 
 

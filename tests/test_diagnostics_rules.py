@@ -78,6 +78,13 @@ def _constant_scores(tables: Tables) -> None:
         row["score_1d"] = 0.25
 
 
+def _nearly_constant(tables: Tables) -> None:
+    """Scores so close together that float32 makes many of them one."""
+    for rows in tables.predictions.values():
+        for row in rows:
+            row["score_1d"] = 0.25 + round(row["score_1d"], 1) * 1e-4
+
+
 def _frozen_hash(column: str) -> Callable[[Tables], None]:
     def change(tables: Tables) -> None:
         for row in tables.evals:
@@ -453,6 +460,40 @@ def test_rule_is_quiet_on_a_healthy_run(rule: Rule, tmp_path: Path, request: pyt
         diagnosis = request.getfixturevalue("trained_diagnosis" if audited else "healthy_diagnosis")
     quiet = finding(diagnosis, rule.id)
     assert quiet.status == "not_fired", f"{quiet.condition}: {quiet.evidence}"
+
+
+def _of_three_epochs(tables: Tables) -> None:
+    """A cosine of three epochs, whose last is at the floor, with losses still above a constant's."""
+    for name in ("series", "evals", "daily"):
+        setattr(tables, name, [row for row in getattr(tables, name) if row["epoch"] <= 3])
+    tables.run |= {"epochs_planned": 3, "epochs_done": 3}
+    _lr(lambda epoch: {1: 1e-3, 2: 3e-4, 3: 2e-6}[epoch])(tables)
+    _mse(train=1.05, validation=1.05)(tables)
+
+
+LOOKS_ALIKE: dict[str, Callable[[], Tables]] = {
+    "lr_around_1e6": spoilt(_of_three_epochs),
+    "worse_than_constant_in_training": spoilt(_of_three_epochs),
+    "loss_term_swallowed": spoilt(
+        lambda t: t.set_series("loss_raw", lambda _: 0.0, term="variance_penalty"), train__loss__variance_penalty=0.1
+    ),
+    "head_hears_nothing": spoilt(_all(*(_series("grad_l2", 0.0, component=name) for name in COMPONENTS))),
+    "sharpe_of_another_unit": spoilt(_same_sharpe),
+    "encoder_says_nothing": spoilt(
+        lambda t: t.set_series("stock_spread", lambda e: 0.5 * 0.5**e, component="backbone_projection")
+    ),
+    "term_without_effect": spoilt(_series("effective_weight", -0.5, term="sharpe"), train__loss__sharpe=0.5),
+    "lr_below_plan": spoilt(_lr(lambda _: 1e-4)),
+    "scores_tied": spoilt(_nearly_constant),
+    "run_failed": spoilt(lambda t: t.run.update(status="failed", reason="epoch 3: the gradient is inf")),
+    "verdict_from_elsewhere": spoilt(_best_epoch_as_final),
+}
+"""Runs that another rule has to speak of."""
+
+
+@pytest.mark.parametrize("id", LOOKS_ALIKE)
+def test_rule_is_quiet_on_what_looks_alike(id: str, tmp_path: Path) -> None:
+    assert finding(diagnose(LOOKS_ALIKE[id]().write(tmp_path / "run")), id).status != "fired"
 
 
 @pytest.mark.parametrize(("rule", "signal"), [(rule, name) for rule in RULES for name in rule.needs])

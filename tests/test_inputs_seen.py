@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 import statistics
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from conftest import Trained
-from training_runs import Data, split_sessions
+from training_runs import Data, settings, split_sessions, train_quietly
 
-from atft_pipeline.blocks import BlockDataset, load_panel
+from atft_pipeline import scoring, training
+from atft_pipeline.blocks import Block, BlockDataset, load_panel
 from atft_pipeline.config import HORIZONS
 from atft_pipeline.inputs_seen import SAMPLED_SESSIONS, SCHEMA, InputsSeen, correlations, moments, sampled
 from atft_pipeline.lineage import read_run
@@ -78,6 +82,30 @@ def test_every_split_of_a_run_is_sampled_from_its_first_to_its_last_session(trai
         assert len(dates) == SAMPLED_SESSIONS
         first = max(sessions[0].item(), first_with_members)
         assert (dates[0], dates[-1]) == (first, sessions[-1].item())
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_what_is_recorded_is_what_the_model_gets(
+    split: str, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A change on the way from the loader to the model, behind everything that makes blocks, stands in the record."""
+    original = training.to_device if split == "train" else scoring.to_device
+
+    def shifted(block: Block, device: torch.device) -> Block:
+        return replace(original(block, device), x=block.x + 3.0)
+
+    monkeypatch.setattr(training if split == "train" else scoring, "to_device", shifted)
+    run_dir = train_quietly(settings({"train.epochs": 1}), data, tmp_path / "run").run_dir
+    means = {
+        name: [row["mean"] for row in pq.read_table(run_dir / "inputs.parquet").to_pylist() if _is_input(row, name)]
+        for name in ("train", "validation", "test")
+    }
+    moved = {name for name, values in means.items() if np.median(values) > 2.0}
+    assert moved == ({"train"} if split == "train" else {"validation", "test"})
+
+
+def _is_input(row: dict[str, Any], split: str) -> bool:
+    return row["split"] == split and row["mean"] is not None and not row["name"].startswith("target_")
 
 
 @pytest.mark.parametrize("count", [1, 2, SAMPLED_SESSIONS, 100])

@@ -22,7 +22,7 @@ from run_directories import BASE_LR, EPOCHS, Tables, healthy
 
 from atft_pipeline import monitor
 from atft_pipeline.dashboard import duration, plain, sparkline
-from atft_pipeline.diagnostics import standing
+from atft_pipeline.diagnostics import diagnose, standing
 from atft_pipeline.diagnostics.record import open_record
 from atft_pipeline.diagnostics.standing import StandingWarning, complete_epochs, standing_warnings
 from atft_pipeline.lineage import exclusive
@@ -134,6 +134,16 @@ def test_an_observation_is_no_warning(demanded: float, warns: bool, tmp_path: Pa
     tables.set_series("gradient_warning", lambda _: 1.0, component="gat")
     rules = {warning.rule for warning in standing_warnings(going_on(tables, tmp_path / "run"))}
     assert ("gradient_warnings" in rules) == warns
+
+
+@pytest.mark.parametrize("rule", ["sampling_noise", "sharpe_below_demanded"])
+def test_a_sharpe_within_chance_of_what_is_demanded_is_no_warning(rule: str, tmp_path: Path) -> None:
+    """One that is below beyond chance is."""
+    tables = healthy()
+    tables.set_evals("sharpe_daily", lambda _: 0.05 if rule == "sampling_noise" else -0.4)
+    run = going_on(tables, tmp_path / "run")
+    assert next(f for f in diagnose(run).findings if f.rule == rule).status == "fired"
+    assert (rule in {warning.rule for warning in standing_warnings(run)}) == (rule == "sharpe_below_demanded")
 
 
 def test_a_run_of_two_epochs_has_no_warning_yet(tmp_path: Path) -> None:

@@ -236,8 +236,7 @@ def ablate(inputs: RunInputs) -> Figures:
 
     Of the graph, which hands its input on, what it adds to it.
 
-    `drop_t_NAME`: t of the paired daily difference; `idle_components`: those whose permutation costs nothing (t under
-    1), of the last checkpoint's weights on the validation sessions.
+    `drop_t_NAME`: t of the paired daily difference, of the last checkpoint's weights on the validation sessions.
     """
     import torch
 
@@ -257,7 +256,7 @@ def ablate(inputs: RunInputs) -> Figures:
         handed_on = arguments[0] if isinstance(module, GraphAttention) else torch.zeros_like(output)
         return handed_on + (output - handed_on)[order]
 
-    whole, found, idle = daily(), {}, []
+    whole, found = daily(), Figures()
     for name, child in model.named_children():
         if name in ("adaptive_norm", "prediction_head") or not any(True for _ in child.parameters()):
             continue
@@ -265,9 +264,7 @@ def ablate(inputs: RunInputs) -> Figures:
         mean, error = mean_and_error(whole - daily())
         handle.remove()
         found[f"drop_t_{name}"] = mean / error if error else 0.0
-        if found[f"drop_t_{name}"] < 1.0:
-            idle.append(name)
-    return {**found, "idle_components": float(len(idle)), "idle_component_names": ", ".join(idle) or "none"}
+    return found
 
 
 def replay(inputs: RunInputs) -> Figures:
