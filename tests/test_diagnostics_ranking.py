@@ -241,6 +241,17 @@ def test_while_a_root_rule_stands_none_but_its_suspects_is_named(suspect: str, c
     assert odds[0] / odds[1] == pytest.approx(1.0 if suspect == "overfit" else math.exp(-CAP), rel=1e-6)
 
 
+def test_an_unknown_fault_brings_no_root_rule_about() -> None:
+    plain, root = (replace(rule("a", "overfit"), root=root) for root in (False, True))
+    counts = {"a": {HEALTHY: (0, 500), "underfit": (0, 500)}}
+    odds = [
+        found[UNKNOWN] / found[HEALTHY]
+        for found in (probabilities(ranked([one], counts, a="fired")) for one in (plain, root))
+    ]
+    assert odds[0] > 10 * UNKNOWN_PRIOR / HEALTHY_PRIOR
+    assert odds[1] == pytest.approx(UNKNOWN_PRIOR / HEALTHY_PRIOR)
+
+
 # The veto --------------------------------------------------------------------------------------------------------
 
 

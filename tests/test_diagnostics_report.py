@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 from collections import defaultdict
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from run_directories import BASE_LR, frozen_failure, healthy
 
 from atft_pipeline.config import parse_assignments, to_dict, with_overrides
 from atft_pipeline.diagnostics import Diagnosis, diagnose, write_report
-from atft_pipeline.diagnostics.report import _answer, markdown_to_html
+from atft_pipeline.diagnostics.record import open_record
+from atft_pipeline.diagnostics.report import _answer, headline, markdown_to_html
 from atft_pipeline.diagnostics.rules import RULES, assess
 from atft_pipeline.presets import preset, quick
 
@@ -258,8 +260,13 @@ def test_a_recorded_error_stands_in_the_headline(tmp_path: Path) -> None:
     tables.run.update(status="failed", reason="RuntimeError: the source went away", epochs_done=0)
     tables.series, tables.evals, tables.daily, tables.predictions, tables.verdict = [], [], [], {}, {}
     diagnosis = diagnose(tables.write(tmp_path / "run"))
-    assert "the source went away" in diagnosis.headline
     assert diagnosis.ranking.causes[0].id == "crashed"
+    assert diagnosis.headline.count("the source went away") == 1
+    record = open_record(diagnosis.run_dir)
+    undecided = replace(diagnosis.ranking, conclusion="inconclusive", sentence="Inconclusive.")
+    said = headline(record, diagnosis.signals, diagnosis.findings, undecided)
+    record.connection.close()
+    assert said.count("the source went away") == 1
 
 
 def test_tables_without_a_finite_value_are_named(tmp_path: Path) -> None:

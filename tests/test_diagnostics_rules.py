@@ -78,13 +78,6 @@ def _constant_scores(tables: Tables) -> None:
         row["score_1d"] = 0.25
 
 
-def _nearly_constant(tables: Tables) -> None:
-    """Scores so close together that float32 makes many of them one."""
-    for rows in tables.predictions.values():
-        for row in rows:
-            row["score_1d"] = 0.25 + round(row["score_1d"], 1) * 1e-4
-
-
 def _frozen_hash(column: str) -> Callable[[Tables], None]:
     def change(tables: Tables) -> None:
         for row in tables.evals:
@@ -484,7 +477,6 @@ LOOKS_ALIKE: dict[str, Callable[[], Tables]] = {
     ),
     "term_without_effect": spoilt(_series("effective_weight", -0.5, term="sharpe"), train__loss__sharpe=0.5),
     "lr_below_plan": spoilt(_lr(lambda _: 1e-4)),
-    "scores_tied": spoilt(_nearly_constant),
     "run_failed": spoilt(lambda t: t.run.update(status="failed", reason="epoch 3: the gradient is inf")),
     "verdict_from_elsewhere": spoilt(_best_epoch_as_final),
 }
@@ -494,6 +486,14 @@ LOOKS_ALIKE: dict[str, Callable[[], Tables]] = {
 @pytest.mark.parametrize("id", LOOKS_ALIKE)
 def test_rule_is_quiet_on_what_looks_alike(id: str, tmp_path: Path) -> None:
     assert finding(diagnose(LOOKS_ALIKE[id]().write(tmp_path / "run")), id).status != "fired"
+
+
+@pytest.mark.parametrize(("dispersion", "status"), [(0.03, "fired"), (1e-4, "not_fired")])
+def test_scores_so_close_that_float32_makes_many_of_them_one_are_not_filled_ones(
+    dispersion: float, status: str, healthy_signals: dict[str, Any]
+) -> None:
+    (rule,) = (rule for rule in RULES if rule.id == "scores_tied")
+    assert status_of(rule, healthy_signals | {"tied_scores": 0.3, "score_dispersion": dispersion}) == status
 
 
 @pytest.mark.parametrize(("rule", "signal"), [(rule, name) for rule in RULES for name in rule.needs])

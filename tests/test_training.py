@@ -356,6 +356,20 @@ train_quietly(settings(), Data(Path({dataset!r}), Path({graph!r})), Path({run!r}
 """
 
 
+@pytest.mark.parametrize(
+    "name", ["run.json", "verdict.json", "inputs.parquet", "series/epoch_001.parquet", "checkpoints/resume.pt"]
+)
+def test_what_a_killed_writer_left_is_removed(name: str, tmp_path: Path) -> None:
+    """Of the training's own files: a report may be written beside it."""
+    left, report = (tmp_path / path for path in (name, "report.md"))
+    left, report = (path.with_name(f".{path.name}.abcdefgh") for path in (left, report))
+    for scratch in (left, report):
+        scratch.mkdir(parents=True)
+        (scratch / "half").write_bytes(b"half")
+    training._remove_remnants(tmp_path)
+    assert (left.exists(), report.exists()) == (False, True)
+
+
 def test_a_run_killed_while_it_writes_loses_one_epoch_and_nothing_else(data, trained, tmp_path):
     run_dir = tmp_path / "run"
     tests = str(Path(__file__).parent)
