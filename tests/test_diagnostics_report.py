@@ -13,10 +13,12 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from conftest import Trained
 from run_directories import BASE_LR, frozen_failure, healthy
 
 from atft_pipeline.config import parse_assignments, to_dict, with_overrides
 from atft_pipeline.diagnostics import Diagnosis, diagnose, write_report
+from atft_pipeline.diagnostics.experiments import commands
 from atft_pipeline.diagnostics.record import open_record
 from atft_pipeline.diagnostics.report import _answer, headline, markdown_to_html
 from atft_pipeline.diagnostics.rules import RULES, assess
@@ -286,3 +288,13 @@ def test_the_threshold_before_the_criterions_epoch_is_called_a_milestone(tmp_pat
     headline = diagnose(tables.write(tmp_path / "run")).headline
     assert "the milestone before the criterion's epoch 20" in headline
     assert "milestone" not in diagnose(healthy().write(tmp_path / "whole")).headline
+
+
+def test_the_command_that_builds_the_dataset_names_its_source(trained: Trained, tmp_path: Path) -> None:
+    record = open_record(trained())
+    dataset = shlex.quote(record.run["dataset_path"])
+    assert commands(record)["features"] == f"atft features market {dataset}"
+    record.connection.close()
+    unreadable = open_record(healthy().write(tmp_path / "run"))
+    assert commands(unreadable)["features"].startswith("atft features SOURCE ")
+    unreadable.connection.close()
