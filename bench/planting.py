@@ -7,7 +7,7 @@ import os
 import shutil
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
@@ -108,21 +108,21 @@ DOUBLES: tuple[tuple[str, str], ...] = (
 )
 
 
-def tasks(name: str, first: int, rounds: Sequence[int] = (1, 2)) -> list[Task]:
-    """Runs of one set: healthy ones, every fault once a round, and pairs of faults; other `first`, other seeds."""
+def tasks(first: int) -> list[Task]:
+    """Runs of one set: healthy ones, every fault on two markets, and pairs of faults; other `first`, other seeds."""
     by_kind = markets_of(first)
     found = [
-        Task(f"{name}-healthy-{variant}-{kind}", by_kind[kind], first + number, settings=settings)
+        Task(f"{first}-healthy-{variant}-{kind}", by_kind[kind], first + number, settings=settings)
         for number, (variant, settings) in enumerate(HEALTHY.items())
         for kind in (("strong", "heavy")[number % 2], ("low", "hard")[number // 2 % 2])
     ]
-    for number in rounds:
+    for number in (1, 2):
         place = by_kind[("strong", "heavy")[(number - 1) % 2]]
         for fault in FAULTS.values():
-            found.append(Task(f"{name}-{fault.id}-{number}", _market_of(fault, place, first + 10 + number),
+            found.append(Task(f"{first}-{fault.id}-{number}", _market_of(fault, place, first + 10 + number),
                               first + 50 + number, (fault.id,)))  # fmt: skip
     for pair in DOUBLES:
-        found.append(Task(f"{name}-{'+'.join(pair)}", by_kind["strong"], first + 60, pair))
+        found.append(Task(f"{first}-{'+'.join(pair)}", by_kind["strong"], first + 60, pair))
     return found
 
 

@@ -160,8 +160,11 @@ def _resumed_elsewhere(tables: Tables) -> None:
     tables.set_series("lr", lambda epoch: rates[epoch] * (0.1 if epoch > 10 else 1.0))
 
 
+SPIKE_EPOCH = 9
+
+
 def _spike(tables: Tables) -> None:
-    next(row for row in tables.series if row["metric"] == "loss" and row["epoch"] == 9)["value"] = 4.0
+    next(row for row in tables.series if row["metric"] == "loss" and row["epoch"] == SPIKE_EPOCH)["value"] = 4.0
 
 
 def _loss_lost_on_resume(tables: Tables) -> None:
@@ -464,7 +467,17 @@ def _of_three_epochs(tables: Tables) -> None:
     _mse(train=1.05, validation=1.05)(tables)
 
 
+def _spike_after_a_reset(tables: Tables) -> None:
+    """The guard draws the head anew at the end of the epoch before the jump."""
+    tables.set_series("degeneracy_reset", lambda epoch: float(epoch == SPIKE_EPOCH - 1))
+
+
 LOOKS_ALIKE: dict[str, Callable[[], Tables]] = {
+    "loss_spikes": spoilt(_all(_spike, _spike_after_a_reset)),
+    "terms_in_conflict": spoilt(
+        _all(_series("gradient_cosine", -0.8), _series("gradient_share", 0.45, term="variance_penalty")),
+        train__loss__variance_penalty=1.0,
+    ),
     "lr_around_1e6": spoilt(_of_three_epochs),
     "worse_than_constant_in_training": spoilt(_of_three_epochs),
     "loss_term_swallowed": spoilt(

@@ -242,10 +242,14 @@ def _late_gain(record: Record, split: str) -> float | None:
 
 
 def loss_spike(record: Record) -> float | None:
-    """(largest - median) over the range from the 10th to the 90th percentile of the step losses after epoch 1."""
+    """(largest - median) over the range from the 10th to the 90th percentile of the step losses after epoch 1.
+
+    The epoch after one at whose end the guard drew the head anew is left out: that jump is the guard's.
+    """
     (row,) = record.rows(
         """SELECT (max(value) - median(value)) / nullif(quantile_cont(value, 0.9) - quantile_cont(value, 0.1), 0)
-           FROM series WHERE metric = 'loss' AND step IS NOT NULL AND epoch > 1 AND isfinite(value)"""
+           FROM series WHERE metric = 'loss' AND step IS NOT NULL AND epoch > 1 AND isfinite(value)
+           AND epoch NOT IN (SELECT epoch + 1 FROM series WHERE metric = 'degeneracy_reset' AND value > 0)"""
     )
     return None if row[0] is None else float(row[0])
 

@@ -34,6 +34,9 @@ OPERATORS: dict[str, Callable[[float, float], bool]] = {
 FLAT_LOSS = 2e-4
 """Relative change of a loss that reads as none. With standardised targets the mse can fall by IC² only: 0.0009 for an
 IC of 0.03, so a threshold of a per cent would call every healthy run flat."""
+PENALTY_DOMINATES = 1 / 3
+"""Share of the pull from which on it is the variance penalty that decides: where it has won it stands in balance with
+the squared error, each with half. It pulls against that one by design, so the two are no terms in conflict then."""
 RECOMPUTED_SHARPE_TOLERANCE = 1e-6
 STORED_SHARPE_TOLERANCE = 1e-3
 DEGENERACY_RESETS_ALLOWED = 5
@@ -1257,7 +1260,7 @@ RULES: tuple[Rule, ...] = (
         "loss terms pull against each other",
         "loss terms",
         "explanation",
-        _when(("term_conflict", "<", -0.5)),
+        _when(("term_conflict", "<", -0.5), ("variance_penalty_share", "<=", PENALTY_DOMINATES)),
         "smallest cosine of a term's gradient with the others': {term_conflict:.2f}",
         "leave the term out and compare: {train} --set train.loss.rank_ic=0",
         "Sharpe weight too low?",
@@ -1269,7 +1272,7 @@ RULES: tuple[Rule, ...] = (
         "the variance penalty is most of what the loss pulls at",
         "loss terms",
         "explanation",
-        _when(("variance_penalty_share", ">", 0.5)),
+        _when(("variance_penalty_share", ">", PENALTY_DOMINATES)),
         "{variance_penalty_share:.0%} of the gradient by terms",
         "lower its weight: {train} --set train.loss.variance_penalty=0.01",
         "Sharpe weight too low?",
