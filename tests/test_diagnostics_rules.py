@@ -298,7 +298,9 @@ FIRES: dict[str, Callable[[], Tables]] = {
     "baseline_finds_more": spoilt(_never_learnt),
     "relation_reversed": spoilt(_probed("baseline", baseline_ic=-0.06, baseline_ic_t=-3.0)),
     "ic_negative": spoilt(_negative_ic),
-    "steps_too_large": spoilt(_series("update_to_weight", 0.2, component="fusion")),
+    "steps_too_large": spoilt(
+        lambda t: t.set_series("update_to_weight", lambda e: 0.2 if e == 1 else 0.01, component="fusion")
+    ),
     "steps_too_small": spoilt(_series("update_to_weight", 1e-7)),
     "loss_spikes": spoilt(_spike),
     "loss_jumps_on_resume": spoilt(_loss_lost_on_resume),

@@ -83,6 +83,12 @@ def largest_update(record: Record) -> float | None:
     return max(_by_component(record, "update_to_weight").values(), default=None)
 
 
+def peak_update(record: Record) -> float | None:
+    """The same, largest over epochs: steps that are too large blow the weights up until their ratio looks usual."""
+    curves = [record.curve("update_to_weight", component=name) for name in record.components("update_to_weight")]
+    return max((ratio for curve in curves for ratio in curve.values()), default=None)
+
+
 def update_per_lr(record: Record) -> float | None:
     """l2 of all components' updates over the learning rate, median over epochs; Adam's is near sqrt(parameters)."""
     rates, found = record.curve("lr"), []
@@ -305,6 +311,7 @@ _ALL: tuple[Callable[[Record], Value], ...] = (
     lost_update_share,
     parameter_bits,
     largest_update,
+    peak_update,
     update_per_lr,
     clip_ratio,
     optimizer_is_adaptive,
