@@ -861,7 +861,7 @@ _ALL: tuple[Fault, ...] = (
     Fault("labels_of_previous_session", "labels_misaligned", code=labels_of_previous_session),
     # Capacity
     Fault("underfit", "underfit", {
-        **NARROW, "model.graph": False, "model.dropout": 0.8, "train.optimizer.weight_decay": 10.0}),
+        **NARROW, "model.graph": False, "model.dropout": 0.9, "train.optimizer.weight_decay": 30.0}),
     Fault("overfit", "overfit", {
         "split.train_fraction": 0.2, "train.batch_size": 1200, "train.optimizer.lr": 5e-3,
         "train.optimizer.weight_decay": 0.0, "model.hidden_size": 32, "train.weight_ema": 0.0}),
