@@ -10,14 +10,14 @@ help:  ## list the targets
 
 $(STAMP): pyproject.toml constraints.txt packaging_hook.py atft_pipeline_defaults.pth
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
 	touch $(STAMP)
 
 run: $(STAMP)  ## embedded market to a judged model_50ep, with evaluation and diagnostics
 	$(BIN)/python -m assets
 
 test: $(STAMP) lint chromium  ## lint, types and the whole test suite
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 chromium:  ## the browser that the tests open pages with: Debian's, installed where this is root's machine
 	@if command -v chromium || command -v chromium-browser || command -v google-chrome; then :; \

@@ -153,6 +153,7 @@ class Likelihoods:
         # Channels with a rule that speaks for a cause above all: one of several may well be silent.
         first = {(rule.suspects[0], rule.channel) for rule in rules if rule.suspects}
         self.witnesses = Counter(cause for cause, _ in first)
+        self.background = {rule.id: self._background(rule) for rule in rules}
 
     def log_ratio(self, rule: Rule, fired: bool, name: str) -> float:
         """log P(outcome | class) - log P(outcome | healthy)."""
@@ -170,7 +171,7 @@ class Likelihoods:
             fired, assessed = self._count(rule, name)
             rate = (fired + SMOOTHING * self._expected(rule, name)) / (assessed + SMOOTHING)
         else:
-            rate = self._background(rule)
+            rate = self.background[rule.id]
             rate = max(rate, UNKNOWN_FLOOR) if name == UNKNOWN and not rule.root else rate
         return min(max(rate, 1e-3), 1.0 - 1e-3)
 
