@@ -36,12 +36,13 @@ from atft_pipeline.diagnostics.causes import BY_ID, HEALTHY, UNKNOWN
 from atft_pipeline.diagnostics.ranking import learned, rank
 from atft_pipeline.diagnostics.rules import Finding
 from atft_pipeline.lineage import code_revision
+from atft_pipeline.metrics import mean_and_error
 
 LIKELIHOODS = Path(__file__).parents[1] / "atft_pipeline" / "diagnostics" / "likelihoods.json"
 SETS = {"fit": (100, 200), "quoted": (300,)}
 """First seeds of the markets of each set."""
 BITES = 2.0
-"""Standard errors of the paired daily IC."""
+"""Standard errors of the paired expected daily IC."""
 CONFIDENT = 0.8
 OF_THE_PLANTING = ("replay_differs", "predictions_not_of_checkpoint")
 """Rules that see the planting and not the fault: what is patched into one process is not there when another computes
@@ -99,9 +100,8 @@ def bite(folder: Path, task: Task) -> float | None:
     joined = without.join(planted, on="Date", suffix="_planted")
     if joined.height < 10:
         return None
-    lost = joined["ic"] - joined["ic_planted"]
-    spread = float(lost.std() or 0.0)  # type: ignore[arg-type]
-    return float(lost.mean()) / spread * math.sqrt(joined.height) if spread > 0 else 0.0  # type: ignore[arg-type]
+    lost, error = mean_and_error((joined["ic"] - joined["ic_planted"]).to_numpy())
+    return lost / error if error > 0 else 0.0
 
 
 def _expected_ic(folder: Path, task: Task) -> pl.DataFrame:
@@ -250,9 +250,7 @@ def main() -> None:
     started, home = time.perf_counter(), options.work_dir / code_revision()
     with ThreadPoolExecutor(AT_ONCE) as pool:
         list(pool.map(lambda place: prepare(home, place), {task.market.name: task.market for task in wanted}.values()))
-        list(pool.map(lambda task: (diagnosed(home, task), truth_of(home, task)), wanted))
-    counts = {} if options.fit else learned()
-    judged = [judge(home, task, counts) for task in wanted]
+        judged = list(pool.map(lambda task: judge(home, task, {} if options.fit else learned()), wanted))
     if options.fit:
         content = learn(judged)
         write_likelihoods(content, len(judged))

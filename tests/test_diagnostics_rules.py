@@ -322,7 +322,7 @@ FIRES: dict[str, Callable[[], Tables]] = {
     "loss_unexplained": spoilt(_series("gradient_residual", 0.4)),
     "terms_in_conflict": spoilt(_series("gradient_cosine", -0.8), train__loss__rank_ic=0.5),
     "variance_penalty_dominates": spoilt(
-        _series("gradient_share", 0.9, term="variance_penalty"), train__loss__variance_penalty=0.1
+        _series("gradient_share", 0.45, term="variance_penalty"), train__loss__variance_penalty=0.1
     ),
     "worse_than_constant_in_training": spoilt(_mse(train=1.01, validation=1.0)),
     "fits_training_alone": spoilt(_mse(train=0.7, validation=1.2)),

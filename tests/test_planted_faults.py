@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from atft_process import REPO
@@ -40,12 +41,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("planted")
 
 
-def findings(folder: Path, *faults: str) -> list[Finding]:
-    from diagnostics import diagnosed
+def small(*faults: str) -> Any:
+    """The task of one run."""
     from planting import Task, market
 
-    place = market(7, size=(60, 260))
-    return diagnosed(folder, Task(f"small-{'+'.join(faults) or 'healthy'}", place, 3, faults, SMALL))
+    return Task(f"small-{'+'.join(faults) or 'healthy'}", market(7, size=(60, 260)), 3, faults, SMALL)
+
+
+def findings(folder: Path, *faults: str) -> list[Finding]:
+    from diagnostics import diagnosed
+
+    return diagnosed(folder, small(*faults))
 
 
 @pytest.mark.parametrize("fault", PLANTED)
@@ -62,6 +68,18 @@ def test_planted_fault_is_the_first_cause(fault: str, folder: Path) -> None:
 def test_healthy_run_is_let_be(folder: Path) -> None:
     ranking = rank(findings(folder))
     assert ranking.conclusion not in ("cause", "unknown"), ranking.sentence
+
+
+@pytest.mark.usefixtures("bench")
+def test_a_plant_bites_and_the_same_run_once_more_does_not(folder: Path) -> None:
+    from diagnostics import BITES, bite, diagnosed
+
+    for task in (small("ic_detached"), small()):
+        diagnosed(folder, task)
+    lost = bite(folder, small("ic_detached"))
+    assert lost is not None
+    assert lost > BITES
+    assert bite(folder, small()) == 0.0
 
 
 @pytest.mark.usefixtures("bench")

@@ -1269,7 +1269,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "variance_penalty_dominates",
-        "the variance penalty is most of what the loss pulls at",
+        "the variance penalty decides where the loss pulls",
         "loss terms",
         "explanation",
         _when(("variance_penalty_share", ">", PENALTY_DOMINATES)),
