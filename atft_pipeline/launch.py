@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -159,8 +160,8 @@ def _launched(layout: Layout, task: tuple[Any, ...], log: Log) -> tuple[dict[int
     with handled(signal.SIG_IGN, signal.SIGINT):
         # It imports for seconds: Ctrl-C reaches it too, and it has nothing to say about it.
         importlib.import_module("multiprocessing.forkserver").ensure_running()
-    lines = processes.SimpleQueue()
-    with tempfile.TemporaryDirectory(prefix="atft-") as folder, _forwarded(lines, log):
+    reader, lines = processes.Pipe(duplex=False)
+    with tempfile.TemporaryDirectory(prefix="atft-") as folder, _forwarded(reader, lines, log):
         try:
             return elastic_launch(_launch_config(layout, folder), _started)(lines, *task), None
         except ChildFailedError as error:
@@ -187,7 +188,7 @@ def _launch_config(layout: Layout, folder: str) -> LaunchConfig:
     )
 
 
-def _started(lines: Any, threads: int, work: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+def _started(lines: Connection, threads: int, work: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
     """A process's life: `work`, told apart by how it ends."""
     threading.Thread(target=_end_with_launcher, daemon=True).start()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -195,7 +196,7 @@ def _started(lines: Any, threads: int, work: Callable[..., Any], arguments: tupl
     if threads:
         torch.set_num_threads(threads)
     try:
-        return work(lines.put, *arguments)
+        return work(lines.send, *arguments)
     except (InputError, RunFailure):
         raise
     except OSError as error:
@@ -246,11 +247,15 @@ def _explained(layout: Layout, rank: int, failure: ProcessFailure) -> InputError
 
 
 @contextmanager
-def _forwarded(lines: Any, log: Log) -> Iterator[None]:
-    """Passes what the processes put into `lines` to `log`, in a thread; at the end, what is there already."""
+def _forwarded(reader: Connection, lines: Connection, log: Log) -> Iterator[None]:
+    """Passes what the processes send through `lines` to `log`, in a thread, until none of them holds it any more.
+
+    A pipe and no queue: a queue has a lock, which a process killed while it writes keeps for ever. Its half of a line
+    is lost; whole ones are written at once (POSIX: up to PIPE_BUF, 4,096 bytes), whoever else writes.
+    """
 
     def forward() -> None:
-        while (line := lines.get()) is not None:
+        for line in _received(reader):
             log(line)
 
     thread = threading.Thread(target=forward, daemon=True)
@@ -258,8 +263,18 @@ def _forwarded(lines: Any, log: Log) -> Iterator[None]:
     try:
         yield
     finally:
-        lines.put(None)
-        thread.join(timeout=5)  # a process killed within a line leaves half of it
+        lines.close()
+        thread.join(timeout=5)  # no longer, where what a process has started outlives it
+
+
+def _received(reader: Connection) -> Iterator[str]:
+    """Whole lines, until the last writer is gone, perhaps within one."""
+    while True:
+        try:
+            line = reader.recv()
+        except (EOFError, OSError):
+            return
+        yield line
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,14 @@ def _raise(error: BaseException) -> None:
 def killed(log: Log, *arguments: Any) -> Any:
     in_step(lambda: os.kill(os.getpid(), signal.SIGKILL), rank=1)
     return launch._train(log, *arguments)
+
+
+def killed_within_a_line(log: Log) -> None:
+    """The first process is killed while it waits for room in the pipe; its listener is still at the line before."""
+    if os.environ["RANK"] == "0":
+        log("a line")
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        log("x" * 1_000_000)
 
 
 def faulty(log: Log, *arguments: Any) -> Any:

@@ -241,6 +241,30 @@ def test_a_dying_process_fails_the_run_with_its_own_error(
     assert record(run_dir) == undisturbed
 
 
+WITHIN_A_LINE = """
+import time
+import process_work
+from atft_pipeline.launch import Layout, RunFailure, launch
+said = []
+def log(line):
+    said.append(line)
+    time.sleep(2)
+try:
+    launch(Layout(2), process_work.killed_within_a_line, threads=1, log=log)
+except RunFailure as failure:
+    print(failure, said)
+"""
+
+
+def test_a_process_killed_while_it_writes_a_line_is_not_waited_for() -> None:
+    """It once kept a queue's lock, for which the launcher waited for ever."""
+    tests = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-c", WITHIN_A_LINE], cwd=tests, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.stdout == "process 0 of 2 was ended by signal 9 (SIGKILL) ['a line']\n", done.stderr
+
+
 def test_a_loss_that_is_not_finite_is_told_by_the_leading_process(
     data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
