@@ -372,6 +372,12 @@ def _unit_error(panel: Panel) -> None:
     panel.features[start:, :, scaled] *= 100.0
 
 
+def _sorted_by_name(panel: Panel) -> None:
+    """From the validation on the columns are in the order of their names."""
+    start = int(0.6 * len(panel.sessions))
+    panel.features[start:] = panel.features[start:][:, :, np.argsort(panel.feature_names)]
+
+
 def filter_on_validation() -> None:
     """Only rows whose outcome is beyond a hundredth count in validation, a filter meant for training."""
 
@@ -541,6 +547,21 @@ def trained_towards_minus() -> None:
     def make(original: Any) -> Any:
         def call(self: Any, score: Any, target: Any, *arguments: Any, **options: Any) -> Any:
             return original(self, score, -target if score.requires_grad else target, *arguments, **options)
+
+        return call
+
+    replace(CompositeLoss, "__call__", make)
+
+
+def loss_of_few_stocks() -> None:
+    """The loss that trains knows the targets of ten stocks."""
+
+    def make(original: Any) -> Any:
+        def call(self: Any, score: Any, target: Any, *arguments: Any, **options: Any) -> Any:
+            if score.requires_grad:
+                target = target.clone()
+                target[10:] = float("nan")
+            return original(self, score, target, *arguments, **options)
 
         return call
 
@@ -822,6 +843,7 @@ _ALL: tuple[Fault, ...] = (
     Fault("future_graph", "future_graph", data=future_graph, only_report=True),
     Fault("features_not_found", "features_missing", code=_panel(_few_names_found)),
     Fault("unit_error", "unit_error", {"model.normalisation": "none"}, code=_panel(_unit_error)),
+    Fault("columns_sorted", "inputs_altered", code=_panel(_sorted_by_name)),
     Fault("filter_on_validation", "train_filter_on_validation", code=filter_on_validation, only_report=True),
     Fault("regime_shift", "regime_shift", generate=regime_shift),
     Fault("survivorship", "survivorship", data=survivors_only, only_report=True),
@@ -857,6 +879,7 @@ _ALL: tuple[Fault, ...] = (
     Fault("variance_penalty_dominates", "variance_penalty_dominates", {"train.loss.variance_penalty": 30.0},
           code=penalty_floor_out_of_reach),
     Fault("trained_towards_minus", "term_reversed", code=trained_towards_minus),
+    Fault("loss_of_few_stocks", "loss_altered", code=loss_of_few_stocks),
     Fault("labels_of_other_stocks", "labels_misaligned", code=labels_of_other_stocks),
     Fault("labels_of_previous_session", "labels_misaligned", code=labels_of_previous_session),
     # Capacity

@@ -18,6 +18,7 @@ from training_runs import (
     Data,
     change_inputs,
     change_predictions,
+    exchange_inputs,
     header,
     newest_predictions,
     of_other_sessions,
@@ -35,19 +36,20 @@ from atft_pipeline.diagnostics.signals import Value
 
 GAPS = (
     "validation_elsewhere", "validation_in_training", "targets_unlike_dataset", "rows_not_scored", "ic_gap",
-    "squared_error_gap", "tied_scores", "inputs_unlike_dataset", "inputs_constant", "inputs_scaled", "inputs_drifted",
-    "labels_unlike_dataset", "stocks_not_given", "trained_elsewhere", "train_not_seen",
+    "squared_error_gap", "tied_scores", "inputs_unlike_dataset", "inputs_constant", "inputs_scaled", "inputs_exchanged",
+    "inputs_drifted", "labels_unlike_dataset", "stocks_not_given", "trained_elsewhere", "train_not_seen",
 )  # fmt: skip
 """Signals that are 0 where everything is what it says."""
 OF_DATASET = (
     "validation_elsewhere", "validation_in_training", "targets_unlike_dataset", "rows_not_scored",
-    "inputs_unlike_dataset", "inputs_constant", "inputs_constant_share", "inputs_scaled", "labels_unlike_dataset",
-    "stocks_not_given", "trained_elsewhere", "train_not_seen",
+    "inputs_unlike_dataset", "inputs_constant", "inputs_constant_share", "inputs_scaled", "inputs_exchanged",
+    "inputs_exchanged_example", "labels_unlike_dataset", "stocks_not_given", "trained_elsewhere", "train_not_seen",
 )  # fmt: skip
 """Signals that cannot be told without the very dataset of the run."""
 OF_INPUTS = (
-    "inputs_unlike_dataset", "inputs_constant", "inputs_constant_share", "inputs_scaled", "inputs_drifted",
-    "labels_unlike_dataset", "stocks_not_given", "trained_elsewhere", "train_not_seen", "feature_ic", "feature_ic_name",
+    "inputs_unlike_dataset", "inputs_constant", "inputs_constant_share", "inputs_scaled", "inputs_exchanged",
+    "inputs_exchanged_example", "inputs_drifted", "labels_unlike_dataset", "stocks_not_given",
+    "trained_elsewhere", "train_not_seen", "feature_ic", "feature_ic_name",
 )  # fmt: skip
 OF_PREDICTIONS = (
     "validation_elsewhere", "validation_in_training", "targets_unlike_dataset", "rows_not_scored",
@@ -219,6 +221,18 @@ INPUT_FAULTS: dict[str, tuple[Callable[[Path], None], dict[str, float]]] = {
         of_feature(RETURNS, lambda row: {"std": 100 * row["std"], "mean": 100 * row["mean"]}),
         {"inputs_scaled": 1.0, "inputs_constant": 0.0, "inputs_unlike_dataset": 1.0},
     ),
+    "of another spread and other values": (
+        of_feature(RETURNS, lambda row: {"std": 100 * row["std"], "ic": row["ic"] and 0.5 - row["ic"]}),
+        {"inputs_scaled": 0.0, "inputs_unlike_dataset": 1.0, "inputs_exchanged": 0.0},
+    ),
+    "exchanged": (
+        lambda run: exchange_inputs(run, RETURNS, "returns_5d"),
+        {"inputs_exchanged": 2.0, "inputs_scaled": 0.0, "inputs_constant": 0.0},
+    ),
+    "exchanged in one session": (
+        lambda run: _exchanged_in(run, split_sessions(run).validation[0].item()),
+        {"inputs_exchanged": 0.0, "inputs_unlike_dataset": 0.0},
+    ),
     "shifted": (
         of_feature(RETURNS, lambda row: {"mean": row["mean"] + row["std"]}),
         {"inputs_unlike_dataset": 1.0, "inputs_scaled": 0.0, "inputs_constant": 0.0},
@@ -248,8 +262,8 @@ INPUT_FAULTS: dict[str, tuple[Callable[[Path], None], dict[str, float]]] = {
         {"inputs_drifted": 1.0},
     ),
     "stocks left out in training": (
-        lambda run: change_inputs(run, lambda row: {"stocks": 3} if row["split"] == "train" else {}),
-        {"stocks_not_given": 0.9},
+        lambda run: change_inputs(run, lambda row: {"stocks": 3, "mean": 9.0} if row["split"] == "train" else {}),
+        {"stocks_not_given": 0.9, "inputs_unlike_dataset": 0.0},
     ),
     "half of the training never comes by": (
         _without_second_half,
@@ -261,6 +275,16 @@ INPUT_FAULTS: dict[str, tuple[Callable[[Path], None], dict[str, float]]] = {
     ),
     "knows tomorrow": (of_feature(RETURNS, lambda _: {"ic": 0.9}), {"feature_ic": 0.9}),
 }
+
+
+def _exchanged_in(run_dir: Path, day: Any) -> None:
+    path = run_dir / "inputs.parquet"
+    rows = pq.read_table(path).to_pylist()
+    exchange_inputs(run_dir, RETURNS, "returns_5d")
+    exchanged = pq.read_table(path)
+    there = [row for row in exchanged.to_pylist() if row["date"] == day]
+    kept = [row for row in rows if row["date"] != day]
+    pq.write_table(pa.Table.from_pylist(kept + there, exchanged.schema), path)
 
 
 def _without_spread(run_dir: Path, day: Any) -> None:

@@ -18,6 +18,7 @@ from run_directories import COMPONENTS, EPOCHS, Tables, frozen_failure, healthy,
 from training_runs import (
     change_inputs,
     change_predictions,
+    exchange_inputs,
     of_other_sessions,
     split_sessions,
     with_scores,
@@ -314,12 +315,14 @@ FIRES: dict[str, Callable[[], Tables]] = {
     "experiment_d_helped": spoilt(lambda t: t.experiments.update(D=3.0)),
     "updates_clipped_away": spoilt(_series("update_to_weight", 1e-8)),
     "updates_lost": spoilt(_series("unchanged_share", 0.6, component="gat")),
+    "nothing_moves": spoilt(_series("update_to_weight", 0.0)),
     "plateau_against_losses": _plateau(lambda epoch: 1 + 0.001 * epoch),
     "not_in_optimizer": spoilt(_series("optimized_share", 0.5, component="gat")),
     "component_frozen": spoilt(_series("trainable_share", 0.0, component="gat")),
     "term_without_effect": spoilt(_series("effective_weight", 0.0, term="sharpe"), train__loss__sharpe=0.5),
     "term_reversed": spoilt(_series("effective_weight", -0.5, term="sharpe"), train__loss__sharpe=0.5),
     "loss_unexplained": spoilt(_series("gradient_residual", 0.4)),
+    "loss_altered": spoilt(_series("gradient_residual", 0.9)),
     "terms_in_conflict": spoilt(_series("gradient_cosine", -0.8), train__loss__rank_ic=0.5),
     "variance_penalty_dominates": spoilt(
         _series("gradient_share", 0.45, term="variance_penalty"), train__loss__variance_penalty=0.1
@@ -364,6 +367,7 @@ FIRES_ON_TRAINED: dict[str, Callable[[Path], None]] = {
         run,
         lambda row: {"std": 100 * row["std"]} if (row["name"], row["split"]) == ("returns_1d", "validation") else {},
     ),
+    "inputs_exchanged": lambda run: exchange_inputs(run, "returns_1d", "returns_5d"),
     "inputs_unlike_dataset": lambda run: change_inputs(
         run, lambda row: {"mean": row["mean"] + row["std"]} if row["name"] == "returns_1d" else {}
     ),

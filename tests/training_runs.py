@@ -154,6 +154,15 @@ def without_inputs(run_dir: Path, leave_out: Callable[[dict[str, Any]], object])
     pq.write_table(table.filter(pa.array([not leave_out(row) for row in table.to_pylist()])), path)
 
 
+def exchange_inputs(run_dir: Path, one: str, other: str) -> None:
+    """Each of two inputs gets the figures of the other."""
+    path = run_dir / "inputs.parquet"
+    table = pq.read_table(path)
+    renamed = {one: other, other: one}
+    names = [renamed.get(name, name) for name in table["name"].to_pylist()]
+    pq.write_table(table.set_column(table.schema.names.index("name"), "name", pa.array(names)), path)
+
+
 def change_inputs(run_dir: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     """Updates every row of `inputs.parquet` that has a value by what `change` makes of it."""
     path = run_dir / "inputs.parquet"

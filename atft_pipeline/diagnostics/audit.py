@@ -32,6 +32,8 @@ INPUT_TOLERANCE = 1e-3
 OF_SESSIONS = 0.5
 """A feature differs where more than this share of its sampled sessions does: one odd session is a revised dataset."""
 SCALED = 5.0
+SAME_IC = 0.02
+"""A change of unit leaves a session's correlation with the target as it is; another column or noise does not."""
 LEAVING_SESSIONS, LEAVING_ROWS, LEAVING_TAIL = 250, 60_000, 20
 """A hundredth of the stocks leaves in a year: on 240 stock-years none leaving has a probability of a tenth."""
 DRIFTED = 10.0
@@ -42,8 +44,8 @@ SIGNALS: tuple[str, ...] = (
     "validation_elsewhere", "validation_in_training", "targets_unlike_dataset", "rows_not_scored",
     "predicted_ic_correlation", "ic_gap", "sharpe_ratio_to_daily", "squared_error_gap", "squared_error_gap_negated",
     "tied_scores", "inputs_unlike_dataset", "inputs_constant", "inputs_constant_share", "inputs_scaled",
-    "inputs_drifted", "labels_unlike_dataset", "stocks_not_given", "trained_elsewhere", "train_not_seen", "feature_ic",
-    "feature_ic_name", "codes_that_leave",
+    "inputs_exchanged", "inputs_exchanged_example", "inputs_drifted", "labels_unlike_dataset", "stocks_not_given",
+    "trained_elsewhere", "train_not_seen", "feature_ic", "feature_ic_name", "codes_that_leave",
 )  # fmt: skip
 
 
@@ -293,35 +295,65 @@ def _inputs_agree(inputs: RunInputs) -> dict[str, Value]:
               GROUP BY Date)""",
         [inputs.rows, inputs.members],
     )
+    # Where stocks are left out every figure is another: that is the matter of the stocks and not of the features.
     rows = record.rows(
         f"""SELECT g.name, g.split,
-              avg((g.present != e.present OR abs(g.mean - e.mean) > {INPUT_TOLERANCE} * (abs(e.mean) + e.std)
-                   OR abs(g.std - e.std) > {INPUT_TOLERANCE} * (abs(e.mean) + e.std))::INT),
-              avg((coalesce(g.std, 0) = 0 AND coalesce(e.std, 0) > 0)::INT),
+              avg(({_unlike("g", "e")})::INT) FILTER (g.stocks = e.stocks),
+              avg((coalesce(g.std, 0) = 0 AND coalesce(e.std, 0) > 0)::INT) FILTER (g.stocks = e.stocks),
               median(g.std / nullif(e.std, 0)),
-              avg((abs(g.ic - e.ic) > 0.02)::INT),
+              avg((abs(g.ic - e.ic) > {SAME_IC})::INT) FILTER (g.stocks = e.stocks),
               avg((g.stocks != e.stocks)::INT),
               avg((e.std > 0)::INT)
             FROM given g JOIN expected e USING (date, name) GROUP BY g.name, g.split"""
     )
+    stocks: dict[str, Value] = {"stocks_not_given": max(_shares(rows, 6), default=None)}
+    rows = [row for row in rows if row[2] is not None]
     if not rows:
-        return {}
+        return stocks
 
     def features_where(condition: Callable[[Any], bool]) -> float:
         return float(len({row[0] for row in rows if not row[0].startswith("target_") and condition(row)}))
+
+    def scaled(row: Any) -> bool:
+        varies, same_ic = row[3] <= OF_SESSIONS, row[5] is not None and row[5] <= OF_SESSIONS
+        return bool(row[4]) and not 1 / SCALED <= row[4] <= SCALED and varies and same_ic
 
     varying = features_where(lambda row: (row[7] or 0.0) > OF_SESSIONS)  # figures of the market are one to all stocks
     constant = features_where(lambda row: row[3] > OF_SESSIONS)
     train = [row for row in rows if row[1] == "train" and not row[0].startswith("target_") and row[5] is not None]
     return {
-        "inputs_unlike_dataset": features_where(lambda row: (row[2] or 0.0) > OF_SESSIONS),
+        "inputs_unlike_dataset": features_where(lambda row: row[2] > OF_SESSIONS),
         "inputs_constant": constant,
         "inputs_constant_share": constant / max(varying, 1),
-        "inputs_scaled": features_where(
-            lambda row: bool(row[4]) and not 1 / SCALED <= row[4] <= SCALED and row[3] <= OF_SESSIONS
-        ),
+        "inputs_scaled": features_where(scaled),
         "labels_unlike_dataset": float(np.mean([row[5] for row in train])) if train else None,
-        "stocks_not_given": max(_shares(rows, 6), default=None),
+        **stocks,
+        **_exchanged(record),
+    }
+
+
+def _unlike(given: str, expected: str) -> str:
+    """SQL: whether moments of a feature in a session are others."""
+    g, e = given, expected
+    return f"""{g}.present != {e}.present OR abs({g}.mean - {e}.mean) > {INPUT_TOLERANCE} * (abs({e}.mean) + {e}.std)
+               OR abs({g}.std - {e}.std) > {INPUT_TOLERANCE} * (abs({e}.mean) + {e}.std)"""
+
+
+def _exchanged(record: Record) -> dict[str, Value]:
+    """Features that have moments and IC of another one, and not their own."""
+    found = record.rows(
+        f"""WITH sampled AS (SELECT split, count(DISTINCT date) AS sessions FROM given GROUP BY split)
+            SELECT g.name, o.name FROM given g
+              JOIN expected e USING (date, name) JOIN expected o ON o.date = g.date AND o.name != g.name
+              JOIN sampled USING (split)
+            WHERE NOT starts_with(g.name, 'target_') AND NOT starts_with(o.name, 'target_')
+              AND g.stocks = e.stocks AND o.std > 0 AND ({_unlike("g", "e")} OR abs(g.ic - e.ic) > {SAME_IC})
+              AND NOT ({_unlike("g", "o")}) AND abs(g.ic - o.ic) <= {INPUT_TOLERANCE}
+            GROUP BY g.split, g.name, o.name, sessions HAVING count(*) > {OF_SESSIONS} * sessions ORDER BY 1, 2"""
+    )
+    return {
+        "inputs_exchanged": float(len({place for place, _ in found})),
+        "inputs_exchanged_example": "{1} in the place of {0}".format(*found[0]) if found else "none",
     }
 
 

@@ -37,6 +37,8 @@ IC of 0.03, so a threshold of a per cent would call every healthy run flat."""
 PENALTY_DOMINATES = 1 / 3
 """Share of the pull from which on it is the variance penalty that decides: where it has won it stands in balance with
 the squared error, each with half. It pulls against that one by design, so the two are no terms in conflict then."""
+HARDLY_EXPLAINED = 0.5
+"""Share of the loss's gradient beyond which the weights read from it are of another loss; honest runs have 1e-14."""
 RECOMPUTED_SHARPE_TOLERANCE = 1e-6
 STORED_SHARPE_TOLERANCE = 1e-3
 DEGENERACY_RESETS_ALLOWED = 5
@@ -705,7 +707,7 @@ RULES: tuple[Rule, ...] = (
         "features that vary in the dataset reach the model as a constant",
         "data",
         "defect",
-        _when(("inputs_constant", ">", 0), ("inputs_constant_share", "<", 0.95)),
+        _when(("inputs_constant", ">", 0), ("inputs_constant_share", "<", 0.95), ("inputs_exchanged", "<=", 0)),
         "{inputs_constant:.0f} features are constant in sampled blocks",
         "check the names that the loader looks for, then train again: {rerun}",
         "Do the features reach the model as the dataset has them?",
@@ -730,7 +732,8 @@ RULES: tuple[Rule, ...] = (
         "data",
         "defect",
         _when(("inputs_scaled", ">", 0)),
-        "{inputs_scaled:.0f} features have a spread over five times or under a fifth of the dataset's",
+        "{inputs_scaled:.0f} features have a spread over five times or under a fifth of the dataset's, and the same"
+        " correlation with the target",
         "find the conversion between dataset and model, then train again: {rerun}",
         "Do the features reach the model as the dataset has them?",
         "inputs scaled",
@@ -741,7 +744,7 @@ RULES: tuple[Rule, ...] = (
         "features change their spread by an order of magnitude between training and validation",
         "data",
         "explanation",
-        _when(("inputs_drifted", ">", 0)),
+        _when(("inputs_drifted", ">", 0), ("inputs_exchanged", "<=", 0)),
         "{inputs_drifted:.0f} features, median spread within a session",
         "look for a unit that changes in the source; build again: `dagster asset materialize --select +key:ml_dataset`",
         "Do the features reach the model as the dataset has them?",
@@ -749,16 +752,36 @@ RULES: tuple[Rule, ...] = (
         ("unit_error",),
     ),
     Rule(
+        "inputs_exchanged",
+        "features reach the model in the place of others",
+        "data",
+        "defect",
+        _when(("inputs_exchanged", ">", 0)),
+        "{inputs_exchanged:.0f} features have the moments and the correlation with the target of another one:"
+        " {inputs_exchanged_example}",
+        "compare the order of the columns in training and scoring, then train again: {rerun}",
+        "Do the features reach the model as the dataset has them?",
+        "inputs differ",
+        ("inputs_altered",),
+        root=True,
+    ),
+    Rule(
         "inputs_unlike_dataset",
         "what the model was given is not what the dataset holds",
         "data",
         "defect",
-        _when(("inputs_unlike_dataset", ">", 0), ("inputs_constant", "<=", 0), ("inputs_scaled", "<=", 0)),
+        _when(
+            ("inputs_unlike_dataset", ">", 0),
+            ("inputs_constant", "<=", 0),
+            ("inputs_scaled", "<=", 0),
+            ("inputs_exchanged", "<=", 0),
+        ),
         "{inputs_unlike_dataset:.0f} features differ from the dataset in most sampled sessions",
         "find what changes them between dataset and model, then train again: {rerun}",
         "Do the features reach the model as the dataset has them?",
         "inputs differ",
-        ("look_ahead_in_feature", "unit_error"),
+        ("inputs_altered",),
+        root=True,
     ),
     Rule(
         "labels_unlike_dataset",
@@ -771,7 +794,7 @@ RULES: tuple[Rule, ...] = (
             ("targets_unlike_dataset", "<=", 0.001),
         ),
         "in {labels_unlike_dataset:.0%} of the sampled training cells a feature's correlation with the target is"
-        " another than in the dataset, though features and targets have the same moments",
+        " another than in the dataset, though the features are the dataset's",
         "compare a training block with the dataset row by row, then train again: {rerun}",
         "Do the features reach the model as the dataset has them?",
         "labels",
@@ -1116,6 +1139,18 @@ RULES: tuple[Rule, ...] = (
         ("updates_lost",),
     ),
     Rule(
+        "nothing_moves",
+        "no step moves a weight",
+        "learning rate",
+        "defect",
+        _when(("peak_update", "<=", 0), ("lr_peak", ">", 1e-7)),
+        "the largest update of any component in any epoch is {peak_update:.0f}; peak rate {lr_peak:.1e}",
+        "look at what follows the optimizer's step, and at the precision of the parameters: {rerun}",
+        "Encoder gradients low?",
+        "lost updates",
+        ("updates_lost",),
+    ),
+    Rule(
         "parameters_narrow",
         "parameters are kept in fewer than 32 bits",
         "learning rate",
@@ -1234,12 +1269,26 @@ RULES: tuple[Rule, ...] = (
         "the training raises a loss term instead of lowering it",
         "loss terms",
         "defect",
-        _when(("terms_reversed", ">", 0)),
+        _when(("terms_reversed", ">", 0), ("unexplained_gradient", "<=", HARDLY_EXPLAINED)),
         "effective over configured weights: {effective_weights}",
         "look for a minus in the loss, the labels or the step: {rerun}",
         "Sharpe term absent from the loss?",
         "pull of terms",
         ("term_reversed",),
+        root=True,
+    ),
+    Rule(
+        "loss_altered",
+        "the loss pulls where none of its terms does",
+        "loss terms",
+        "defect",
+        _when(("unexplained_gradient", ">", HARDLY_EXPLAINED), ("terms_without_effect", "<=", 0)),
+        "{unexplained_gradient:.0%} of its gradient is explained by no term of the block's scores and targets;"
+        " effective over configured weights: {effective_weights}",
+        "check which scores, targets and stocks the loss is given, and what is added to it: {rerun}",
+        "Sharpe term absent from the loss?",
+        "loss unexplained",
+        ("loss_altered",),
         root=True,
     ),
     Rule(

@@ -155,11 +155,16 @@ def _sharpe(gross: NDArray[np.float64]) -> float | None:
 
 
 def _moving_epochs(record: Record) -> set[int]:
-    """Epochs whose learning rate was large enough to move weights; by configuration where no rate is recorded."""
+    """Epochs whose learning rate was large enough to move weights; by configuration where no rate is recorded.
+
+    Less those in which no weight did move: what comes out of them must be the same.
+    """
     rates = record.curve("lr")
+    curves = [record.curve("update_to_weight", component=name) for name in record.components("update_to_weight")]
+    still = {epoch for curve in curves for epoch in curve if all(other.get(epoch) == 0.0 for other in curves)}
     if not rates and record.number("train.optimizer.lr", 0.0) > STILL_LEARNING_LR:
-        return {int(row[0]) for row in record.rows("SELECT DISTINCT epoch FROM evals")}
-    return {epoch for epoch, lr in rates.items() if lr > STILL_LEARNING_LR}
+        return {int(row[0]) for row in record.rows("SELECT DISTINCT epoch FROM evals")} - still
+    return {epoch for epoch, lr in rates.items() if lr > STILL_LEARNING_LR} - still
 
 
 def weights_hash_repeats(record: Record) -> float | None:
