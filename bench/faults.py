@@ -470,6 +470,11 @@ def parameters_in_bf16() -> None:
     replace(torch.optim.AdamW, "step", make)
 
 
+def steps_skipped() -> None:
+    """No step is taken, as after a loss scaler that found no scale."""
+    replace(torch.optim.AdamW, "step", lambda original: lambda self, *arguments, **options: None)
+
+
 def _without(*components: str) -> Callable[[], None]:
     """The optimizer never hears of the components."""
 
@@ -562,6 +567,18 @@ def loss_of_few_stocks() -> None:
                 target = target.clone()
                 target[3:] = float("nan")
             return original(self, score, target, *arguments, **options)
+
+        return call
+
+    replace(CompositeLoss, "__call__", make)
+
+
+def loss_of_other_stocks() -> None:
+    """The loss that trains compares every score with another stock's target."""
+
+    def make(original: Any) -> Any:
+        def call(self: Any, score: Any, target: Any, *arguments: Any, **options: Any) -> Any:
+            return original(self, score, target.roll(1, 0) if score.requires_grad else target, *arguments, **options)
 
         return call
 
@@ -865,6 +882,7 @@ _ALL: tuple[Fault, ...] = (
     Fault("clipping_too_tight", "clipping_too_tight", {
         "train.optimizer.clip_norm": 1e-3, "train.optimizer.lr": 0.1}, code=sgd_clipped_hard),
     Fault("parameters_in_bf16", "updates_lost", {"train.optimizer.lr": 1e-4}, code=parameters_in_bf16),
+    Fault("steps_skipped", "updates_lost", code=steps_skipped),
     Fault("optimizer_lacks_all_but_head", "not_in_optimizer", NARROW, code=_without(*BODY)),
     Fault("frozen", "frozen_component", NARROW, code=_frozen(*BODY)),
     Fault("encoder_bypassed", "encoder_bypassed", {"model.skip": False, "model.graph": True}, code=encoder_bypassed),
@@ -880,6 +898,7 @@ _ALL: tuple[Fault, ...] = (
           code=penalty_floor_out_of_reach),
     Fault("trained_towards_minus", "term_reversed", code=trained_towards_minus),
     Fault("loss_of_few_stocks", "loss_altered", code=loss_of_few_stocks),
+    Fault("loss_of_other_stocks", "loss_altered", code=loss_of_other_stocks),
     Fault("labels_of_other_stocks", "labels_misaligned", code=labels_of_other_stocks),
     Fault("labels_of_previous_session", "labels_misaligned", code=labels_of_previous_session),
     # Capacity

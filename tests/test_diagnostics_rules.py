@@ -495,6 +495,20 @@ LOOKS_ALIKE: dict[str, Callable[[], Tables]] = {
         lambda t: t.set_series("stock_spread", lambda e: 0.5 * 0.5**e, component="backbone_projection")
     ),
     "term_without_effect": spoilt(_series("effective_weight", -0.5, term="sharpe"), train__loss__sharpe=0.5),
+    "term_reversed": spoilt(
+        _all(_series("effective_weight", -0.5, term="sharpe"), _series("gradient_residual", 0.9)),
+        train__loss__sharpe=0.5,
+    ),
+    "loss_altered": spoilt(  # a loss that pulls nowhere
+        _all(_series("gradient_residual", 1.0), _series("grad_l2", 0.0, component="prediction_head"))
+    ),
+    "updates_clipped_away": spoilt(_series("update_to_weight", 0.0)),
+    "steps_too_small": spoilt(_series("update_to_weight", 0.0)),
+    "predictions_never_change": spoilt(_all(_frozen_hash("predictions_hash"), _series("update_to_weight", 0.0))),
+    "sharpe_never_changes": spoilt(_all(_same_sharpe, _series("update_to_weight", 0.0))),
+    "initial_weights_evaluated": spoilt(
+        _all(lambda t: [row.update(weights_hash="w0") for row in t.evals], _series("update_to_weight", 0.0))
+    ),
     "lr_below_plan": spoilt(_lr(lambda _: 1e-4)),
     "run_failed": spoilt(lambda t: t.run.update(status="failed", reason="epoch 3: the gradient is inf")),
     "verdict_from_elsewhere": spoilt(_best_epoch_as_final),
@@ -505,6 +519,26 @@ LOOKS_ALIKE: dict[str, Callable[[], Tables]] = {
 @pytest.mark.parametrize("id", LOOKS_ALIKE)
 def test_rule_is_quiet_on_what_looks_alike(id: str, tmp_path: Path) -> None:
     assert finding(diagnose(LOOKS_ALIKE[id]().write(tmp_path / "run")), id).status != "fired"
+
+
+@pytest.mark.parametrize("id", ["inputs_constant", "inputs_unlike_dataset"])
+def test_where_columns_are_exchanged_no_other_rule_explains_them(id: str, healthy_signals: dict[str, Any]) -> None:
+    (rule,) = (rule for rule in RULES if rule.id == id)
+    spoilt_inputs = {"inputs_constant": 3.0 * (id == "inputs_constant"), "inputs_unlike_dataset": 9.0}
+    assert status_of(rule, healthy_signals | spoilt_inputs) == "fired"
+    assert status_of(rule, healthy_signals | spoilt_inputs | {"inputs_exchanged": 6.0}) == "not_fired"
+
+
+NAMED: dict[str, Callable[[], Tables]] = {
+    "updates_lost": spoilt(_all(_series("update_to_weight", 0.0), _series("unchanged_share", 1.0))),
+    "loss_altered": spoilt(_all(_series("gradient_residual", 0.99), _series("effective_weight", 0.003))),
+    "term_reversed": spoilt(_all(_series("gradient_residual", 0.2), _series("effective_weight", -0.5))),
+}
+
+
+@pytest.mark.parametrize("cause", NAMED)
+def test_cause_comes_first_whatever_else_it_sets_off(cause: str, tmp_path: Path) -> None:
+    assert diagnose(NAMED[cause]().write(tmp_path / "run")).ranking.causes[0].id == cause
 
 
 @pytest.mark.parametrize(("dispersion", "status"), [(0.03, "fired"), (1e-4, "not_fired")])

@@ -32,8 +32,6 @@ INPUT_TOLERANCE = 1e-3
 OF_SESSIONS = 0.5
 """A feature differs where more than this share of its sampled sessions does: one odd session is a revised dataset."""
 SCALED = 5.0
-SAME_IC = 0.02
-"""A change of unit leaves a session's correlation with the target as it is; another column or noise does not."""
 LEAVING_SESSIONS, LEAVING_ROWS, LEAVING_TAIL = 250, 60_000, 20
 """A hundredth of the stocks leaves in a year: on 240 stock-years none leaving has a probability of a tenth."""
 DRIFTED = 10.0
@@ -300,14 +298,14 @@ def _inputs_agree(inputs: RunInputs) -> dict[str, Value]:
         f"""SELECT g.name, g.split,
               avg(({_unlike("g", "e")})::INT) FILTER (g.stocks = e.stocks),
               avg((coalesce(g.std, 0) = 0 AND coalesce(e.std, 0) > 0)::INT) FILTER (g.stocks = e.stocks),
-              median(g.std / nullif(e.std, 0)),
-              avg((abs(g.ic - e.ic) > {SAME_IC})::INT) FILTER (g.stocks = e.stocks),
+              median(g.std / nullif(e.std, 0)) FILTER (g.stocks = e.stocks),
+              avg((abs(g.ic - e.ic) > {INPUT_TOLERANCE})::INT) FILTER (g.stocks = e.stocks),
               avg((g.stocks != e.stocks)::INT),
               avg((e.std > 0)::INT)
             FROM given g JOIN expected e USING (date, name) GROUP BY g.name, g.split"""
     )
     stocks: dict[str, Value] = {"stocks_not_given": max(_shares(rows, 6), default=None)}
-    rows = [row for row in rows if row[2] is not None]
+    rows = [row for row in rows if row[2] is not None and row[6] <= OF_SESSIONS]
     if not rows:
         return stocks
 
@@ -315,6 +313,7 @@ def _inputs_agree(inputs: RunInputs) -> dict[str, Value]:
         return float(len({row[0] for row in rows if not row[0].startswith("target_") and condition(row)}))
 
     def scaled(row: Any) -> bool:
+        # A change of unit leaves the correlation with the target as it is; another column or noise does not.
         varies, same_ic = row[3] <= OF_SESSIONS, row[5] is not None and row[5] <= OF_SESSIONS
         return bool(row[4]) and not 1 / SCALED <= row[4] <= SCALED and varies and same_ic
 
@@ -332,28 +331,27 @@ def _inputs_agree(inputs: RunInputs) -> dict[str, Value]:
     }
 
 
-def _unlike(given: str, expected: str) -> str:
-    """SQL: whether moments of a feature in a session are others."""
-    g, e = given, expected
+def _unlike(g: str, e: str) -> str:
+    """SQL: whether the moments of a feature in a session are others in relation `g` than in relation `e`."""
     return f"""{g}.present != {e}.present OR abs({g}.mean - {e}.mean) > {INPUT_TOLERANCE} * (abs({e}.mean) + {e}.std)
                OR abs({g}.std - {e}.std) > {INPUT_TOLERANCE} * (abs({e}.mean) + {e}.std)"""
 
 
 def _exchanged(record: Record) -> dict[str, Value]:
-    """Features that have moments and IC of another one, and not their own."""
+    """Features that have the moments and the IC of another one, and not their own."""
     found = record.rows(
         f"""WITH sampled AS (SELECT split, count(DISTINCT date) AS sessions FROM given GROUP BY split)
-            SELECT g.name, o.name FROM given g
+            SELECT g.name, o.name, g.split FROM given g
               JOIN expected e USING (date, name) JOIN expected o ON o.date = g.date AND o.name != g.name
               JOIN sampled USING (split)
             WHERE NOT starts_with(g.name, 'target_') AND NOT starts_with(o.name, 'target_')
-              AND g.stocks = e.stocks AND o.std > 0 AND ({_unlike("g", "e")} OR abs(g.ic - e.ic) > {SAME_IC})
+              AND g.stocks = e.stocks AND o.std > 0 AND ({_unlike("g", "e")} OR abs(g.ic - e.ic) > {INPUT_TOLERANCE})
               AND NOT ({_unlike("g", "o")}) AND abs(g.ic - o.ic) <= {INPUT_TOLERANCE}
-            GROUP BY g.split, g.name, o.name, sessions HAVING count(*) > {OF_SESSIONS} * sessions ORDER BY 1, 2"""
+            GROUP BY g.split, g.name, o.name, sessions HAVING count(*) > {OF_SESSIONS} * sessions ORDER BY ALL"""
     )
     return {
-        "inputs_exchanged": float(len({place for place, _ in found})),
-        "inputs_exchanged_example": "{1} in the place of {0}".format(*found[0]) if found else "none",
+        "inputs_exchanged": float(len({place for place, _, _ in found})),
+        "inputs_exchanged_example": "{1} in the place of {0} ({2})".format(*found[0]) if found else "none",
     }
 
 

@@ -74,7 +74,7 @@ CAUSES: tuple[Cause, ...] = (
         ("scheduler_never_steps", "the scheduler does not step", "remedy", 1.0),
         ("scheduler_wrong_direction", "the plateau schedule follows the wrong metric or direction", "remedy", 0.5),
         ("clipping_too_tight", "gradients are clipped to almost nothing, which SGD does not undo", "remedy", 0.5),
-        ("updates_lost", "updates are lost in the parameters' precision", "replay", 0.5),
+        ("updates_lost", "updates are lost: undone, skipped, or below the precision of the parameters", "replay", 0.5),
         ("not_in_optimizer", "parameters are missing from the optimizer", "ablate", 1.0),
         ("frozen_component", "a component is frozen", "ablate", 1.0),
         ("encoder_bypassed", "the encoder is bypassed: what it says does not reach the head", "ablate", 1.0),

@@ -212,6 +212,13 @@ def unexplained_gradient(record: Record) -> float | None:
     return _median(record.curve("gradient_residual", term="total"))
 
 
+def unexplained_pull(record: Record) -> float | None:
+    """The same, 0 where the head gets no gradient at all: a loss that pulls nowhere does not pull elsewhere."""
+    unexplained = unexplained_gradient(record)
+    pulls = (_median(record.curve("grad_l2", component="prediction_head")) or 0.0) > 0.0
+    return unexplained if unexplained is None or pulls else 0.0
+
+
 def term_conflict(record: Record) -> float | None:
     """Smallest cosine of a term's pull with the others', of terms with a share worth the name; 1 with one term."""
     if not record.curve("gradient_residual", term="total"):
@@ -322,6 +329,7 @@ _ALL: tuple[Callable[[Record], Value], ...] = (
     terms_reversed,
     effective_weights,
     unexplained_gradient,
+    unexplained_pull,
     term_conflict,
     variance_penalty_share,
     train_gain,

@@ -157,7 +157,7 @@ def _sharpe(gross: NDArray[np.float64]) -> float | None:
 def _moving_epochs(record: Record) -> set[int]:
     """Epochs whose learning rate was large enough to move weights; by configuration where no rate is recorded.
 
-    Less those in which no weight did move: what comes out of them must be the same.
+    Epochs in which no weight moved are not among them: what comes out of those must be the same.
     """
     rates = record.curve("lr")
     curves = [record.curve("update_to_weight", component=name) for name in record.components("update_to_weight")]
@@ -211,8 +211,9 @@ def weights_hash_returns(record: Record) -> float | None:
 
 
 def initial_hash_share(record: Record) -> float | None:
-    """Share of the evaluations whose weights are the initial ones."""
-    initial, hashes = record.run.get("initial_weights_hash"), list(_hashes(record).values())
+    """Share of the evaluations whose weights are the initial ones, of those after epochs that moved weights."""
+    moving, initial = _moving_epochs(record), record.run.get("initial_weights_hash")
+    hashes = [found for epoch, found in _hashes(record).items() if epoch in moving]
     return float(np.mean([h == initial for h in hashes])) if initial and hashes else None
 
 
