@@ -159,12 +159,16 @@ def _moving_epochs(record: Record) -> set[int]:
 
     Epochs in which no weight moved are not among them: what comes out of those must be the same.
     """
-    rates = record.curve("lr")
-    curves = [record.curve("update_to_weight", component=name) for name in record.components("update_to_weight")]
-    still = {epoch for curve in curves for epoch in curve if all(other.get(epoch) == 0.0 for other in curves)}
+    rates, still = record.curve("lr"), _still_epochs(record)
     if not rates and record.number("train.optimizer.lr", 0.0) > STILL_LEARNING_LR:
         return {int(row[0]) for row in record.rows("SELECT DISTINCT epoch FROM evals")} - still
     return {epoch for epoch, lr in rates.items() if lr > STILL_LEARNING_LR} - still
+
+
+def _still_epochs(record: Record) -> set[int]:
+    """Epochs in which the step that was measured moved no weight."""
+    curves = [record.curve("update_to_weight", component=name) for name in record.components("update_to_weight")]
+    return {epoch for curve in curves for epoch in curve if all(other.get(epoch) == 0.0 for other in curves)}
 
 
 def weights_hash_repeats(record: Record) -> float | None:
@@ -212,8 +216,8 @@ def weights_hash_returns(record: Record) -> float | None:
 
 def initial_hash_share(record: Record) -> float | None:
     """Share of the evaluations whose weights are the initial ones, of those after epochs that moved weights."""
-    moving, initial = _moving_epochs(record), record.run.get("initial_weights_hash")
-    hashes = [found for epoch, found in _hashes(record).items() if epoch in moving]
+    still, initial = _still_epochs(record), record.run.get("initial_weights_hash")
+    hashes = [found for epoch, found in _hashes(record).items() if epoch not in still]
     return float(np.mean([h == initial for h in hashes])) if initial and hashes else None
 
 
