@@ -546,43 +546,25 @@ def ic_detached() -> None:
     losses.SESSION_TERMS["ic"] = losses.correlation_loss
 
 
-def trained_towards_minus() -> None:
-    """The loss that trains is given minus the targets."""
+def _loss_on(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[], None]:
+    """The loss that trains is given changed targets `[N, S, H]`; blocks and evaluation keep theirs."""
 
-    def make(original: Any) -> Any:
-        def call(self: Any, score: Any, target: Any, *arguments: Any, **options: Any) -> Any:
-            return original(self, score, -target if score.requires_grad else target, *arguments, **options)
+    def plant() -> None:
+        def make(original: Any) -> Any:
+            def call(self: Any, score: Any, target: Any, *arguments: Any, **options: Any) -> Any:
+                return original(self, score, change(target) if score.requires_grad else target, *arguments, **options)
 
-        return call
+            return call
 
-    replace(CompositeLoss, "__call__", make)
+        replace(CompositeLoss, "__call__", make)
 
-
-def loss_of_few_stocks() -> None:
-    """The loss that trains knows the targets of three stocks."""
-
-    def make(original: Any) -> Any:
-        def call(self: Any, score: Any, target: Any, *arguments: Any, **options: Any) -> Any:
-            if score.requires_grad:
-                target = target.clone()
-                target[3:] = float("nan")
-            return original(self, score, target, *arguments, **options)
-
-        return call
-
-    replace(CompositeLoss, "__call__", make)
+    return plant
 
 
-def loss_of_other_stocks() -> None:
-    """The loss that trains compares every score with another stock's target."""
-
-    def make(original: Any) -> Any:
-        def call(self: Any, score: Any, target: Any, *arguments: Any, **options: Any) -> Any:
-            return original(self, score, target.roll(1, 0) if score.requires_grad else target, *arguments, **options)
-
-        return call
-
-    replace(CompositeLoss, "__call__", make)
+def _of_three_stocks(target: torch.Tensor) -> torch.Tensor:
+    known = target.clone()
+    known[3:] = float("nan")
+    return known
 
 
 def weight_read_by_nothing() -> None:
@@ -896,9 +878,9 @@ _ALL: tuple[Fault, ...] = (
           code=_term("rank_ic", lambda original: lambda batch: 2.0 - original(batch))),
     Fault("variance_penalty_dominates", "variance_penalty_dominates", {"train.loss.variance_penalty": 30.0},
           code=penalty_floor_out_of_reach),
-    Fault("trained_towards_minus", "term_reversed", code=trained_towards_minus),
-    Fault("loss_of_few_stocks", "loss_altered", code=loss_of_few_stocks),
-    Fault("loss_of_other_stocks", "loss_altered", code=loss_of_other_stocks),
+    Fault("trained_towards_minus", "term_reversed", code=_loss_on(torch.neg)),
+    Fault("loss_of_few_stocks", "loss_altered", code=_loss_on(_of_three_stocks)),
+    Fault("loss_of_other_stocks", "loss_altered", code=_loss_on(lambda target: target.roll(1, 0))),
     Fault("labels_of_other_stocks", "labels_misaligned", code=labels_of_other_stocks),
     Fault("labels_of_previous_session", "labels_misaligned", code=labels_of_previous_session),
     # Capacity

@@ -230,7 +230,7 @@ INPUT_FAULTS: dict[str, tuple[Callable[[Path], None], dict[str, float]]] = {
         {"inputs_exchanged": 2.0, "inputs_scaled": 0.0, "inputs_constant": 0.0},
     ),
     "exchanged in one session": (
-        lambda run: _exchanged_in(run, split_sessions(run).validation[0].item()),
+        lambda run: exchange_inputs(run, RETURNS, "returns_5d", split_sessions(run).validation[0].item()),
         {"inputs_exchanged": 0.0, "inputs_unlike_dataset": 0.0},
     ),
     "shifted": (
@@ -275,16 +275,6 @@ INPUT_FAULTS: dict[str, tuple[Callable[[Path], None], dict[str, float]]] = {
     ),
     "knows tomorrow": (of_feature(RETURNS, lambda _: {"ic": 0.9}), {"feature_ic": 0.9}),
 }
-
-
-def _exchanged_in(run_dir: Path, day: Any) -> None:
-    path = run_dir / "inputs.parquet"
-    rows = pq.read_table(path).to_pylist()
-    exchange_inputs(run_dir, RETURNS, "returns_5d")
-    exchanged = pq.read_table(path)
-    there = [row for row in exchanged.to_pylist() if row["date"] == day]
-    kept = [row for row in rows if row["date"] != day]
-    pq.write_table(pa.Table.from_pylist(kept + there, exchanged.schema), path)
 
 
 def _without_spread(run_dir: Path, day: Any) -> None:

@@ -154,13 +154,12 @@ def without_inputs(run_dir: Path, leave_out: Callable[[dict[str, Any]], object])
     pq.write_table(table.filter(pa.array([not leave_out(row) for row in table.to_pylist()])), path)
 
 
-def exchange_inputs(run_dir: Path, one: str, other: str) -> None:
-    """Each of two inputs gets the figures of the other."""
-    path = run_dir / "inputs.parquet"
-    table = pq.read_table(path)
+def exchange_inputs(run_dir: Path, one: str, other: str, day: object = None) -> None:
+    """Each of two inputs gets the figures of the other, in the session `day` or in all."""
     renamed = {one: other, other: one}
-    names = [renamed.get(name, name) for name in table["name"].to_pylist()]
-    pq.write_table(table.set_column(table.schema.names.index("name"), "name", pa.array(names)), path)
+    change_inputs(
+        run_dir, lambda row: {"name": renamed.get(row["name"], row["name"])} if day in (None, row["date"]) else {}
+    )
 
 
 def change_inputs(run_dir: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
