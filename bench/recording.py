@@ -20,6 +20,7 @@ import torch
 
 from atft_pipeline import training
 from atft_pipeline.config import parse_assignments, with_overrides
+from atft_pipeline.inputs_seen import InputsSeen
 from atft_pipeline.lineage import RunRecord
 from atft_pipeline.presets import preset
 
@@ -30,7 +31,8 @@ RECORDING: tuple[tuple[Any, str], ...] = (
     (training, "log_steps"),
     (training, "log_epoch"),
     (training, "log_machine"),
-    (training, "write_inputs"),
+    (InputsSeen, "see"),
+    (InputsSeen, "write"),
     (RunRecord, "close_epoch"),
     (RunRecord, "log_evaluation"),
 )

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from atft_process import REPO
 from conftest import Trained
 from training_runs import Data, settings, split_sessions, train_quietly
 
@@ -130,3 +131,11 @@ def test_correlation_of_what_does_not_vary_is_none() -> None:
     np.testing.assert_allclose(correlations(columns, target), [1.0, np.nan, np.nan, -1.0])
     assert np.isnan(correlations(columns, np.ones(4))).all()
     assert np.isnan(correlations(columns[:0], target[:0])).all()
+
+
+def test_what_recording_costs_is_measured_on_parts_that_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(REPO / "bench"))
+    from recording import RECORDING
+
+    assert all(callable(getattr(owner, name)) for owner, name in RECORDING)
+    assert {(InputsSeen, "see"), (InputsSeen, "write")} <= set(RECORDING)
