@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+# What is installed is compiled when first imported: where that may not be kept, every command compiles it again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help run test chromium ui lint bench-quality bench-diagnostics constraints
 
