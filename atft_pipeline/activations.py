@@ -1,20 +1,24 @@
-"""What the components of a network put out on a block: do stocks still differ, do units still answer, where does
-attention look. N stocks, S sessions, D units.
+"""What the components of a network put out while it scores a block: do stocks still differ, do units still answer,
+where does attention look. N stocks, S sessions, D units.
 
-Measured on weights in evaluation mode, through hooks: whatever a component computes is seen, also what it should not.
+Seen through hooks on a pass that is made anyway: whatever a component computes is seen, also what it should not.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from atft_pipeline.blocks import Block
-
+OBSERVED_SESSIONS = 4
+"""The last sessions of the block: a longer look says the same and costs as much as scoring."""
+ATTENTION_ROWS = 64
+"""Of each attention map at least, where it has as many, at even distances: their mean entropy is asked for."""
 DEAD_UNIT_STD: float = 1e-6
 """A unit whose output varies less than this share of the component's root mean square, over all stocks and sessions."""
 ATTENTION = "attention_map"
@@ -24,56 +28,70 @@ Figures = dict[str, dict[str, float]]
 """Component -> metric -> value."""
 
 
-@torch.no_grad()
-def activation_figures(model: nn.Module, block: Block) -> Figures:
-    """Of each named component that puts out states of stocks:
+class Activations:
+    """States and attention weights of each named component, as it put them out."""
 
-    `stock_spread`: std over the stocks, root mean square over sessions and units, over the root mean square of the
-    output; 0 says that all stocks look the same. `dead_units`: share of the units that answer nothing.
-    `attention_entropy`: mean entropy of its attention weights over the log of how many are above 0; 0 looks at one
-    place, 1 at all alike.
-    """
-    outputs: defaultdict[str, list[Tensor]] = defaultdict(list)
-    entropies: defaultdict[str, list[Tensor]] = defaultdict(list)
+    def __init__(self) -> None:
+        self._states: defaultdict[str, list[Tensor]] = defaultdict(list)
+        self._attention: defaultdict[str, defaultdict[int, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
+
+    def see_states(self, component: str, output: Tensor) -> None:
+        """`output: [N, S, D]`; of another shape it is no state of stocks."""
+        if output.ndim == 3:
+            self._states[component].append(output[:, -OBSERVED_SESSIONS:].detach().double())
+
+    def see_attention(self, component: str, weights: Tensor) -> None:
+        rows = weights.detach().flatten(0, -2)
+        chosen = rows[:: max(len(rows) // ATTENTION_ROWS, 1)].float().clone()  # not a view, which would keep the map
+        self._attention[component][chosen.shape[-1]].append(chosen)
+
+    def figures(self) -> Figures:
+        """Of each component that put out states of stocks:
+
+        `stock_spread`: std over the stocks, root mean square over sessions and units, over the root mean square of the
+        output; 0 says that all stocks look the same. `dead_units`: share of the units that answer nothing.
+        `attention_entropy`: mean entropy of its attention weights over the log of how many are above 0; 0 looks at one
+        place, 1 at all alike.
+        """
+        figures: Figures = {name: _spread(torch.cat(parts)) for name, parts in self._states.items()}
+        for name, rows_by_length in self._attention.items():
+            entropies = torch.cat([_entropy(torch.cat(rows)) for rows in rows_by_length.values()])
+            if len(entropies):  # none where every row has but one place to look at
+                figures.setdefault(name, {})["attention_entropy"] = float(entropies.mean())
+        return figures
+
+
+@contextmanager
+def observing(model: nn.Module) -> Iterator[Activations]:
+    """What the components of `model` put out while the context lasts."""
+    found = Activations()
     handles = []
     for name, child in model.named_children():
-        handles.append(child.register_forward_hook(_keeping(outputs[name])))
+        handles.append(child.register_forward_hook(_telling(partial(found.see_states, name))))
         for inner, module in child.named_modules():
             if inner.split(".")[-1] == ATTENTION:
-                handles.append(module.register_forward_hook(_keeping(entropies[name], _entropy)))
-    was_training = model.training
-    model.eval()
+                handles.append(module.register_forward_hook(_telling(partial(found.see_attention, name))))
     try:
-        model(block)
+        yield found
     finally:
-        model.train(was_training)
         for handle in handles:
             handle.remove()
-    figures: Figures = {}
-    for name, parts in outputs.items():
-        if parts and all(part.ndim == 3 for part in parts):
-            figures[name] = _spread(torch.cat([part.double() for part in parts]))
-    for name, parts in entropies.items():
-        rows = torch.cat(parts) if parts else torch.empty(0)
-        if len(rows):  # none where every row has but one place to look at
-            figures.setdefault(name, {})["attention_entropy"] = float(rows.mean())
-    return figures
 
 
-def _keeping(into: list[Tensor], change: Callable[[Tensor], Tensor] = lambda x: x) -> Callable[..., None]:
+def _telling(see: Callable[[Tensor], None]) -> Callable[..., None]:
     def hook(module: nn.Module, inputs: Any, output: Any) -> None:  # noqa: ARG001
         if isinstance(output, Tensor):
-            into.append(change(output.detach().float()))
+            see(output)
 
     return hook
 
 
-def _entropy(weights: Tensor) -> Tensor:
-    """Of rows that sum to 1 along the last axis, relative to equal weights; rows with one place left out."""
-    places = (weights > 0).sum(dim=-1)
-    entropy = -torch.xlogy(weights, weights).sum(dim=-1)
+def _entropy(rows: Tensor) -> Tensor:
+    """Of rows `[R, K]` that sum to 1, relative to equal weights; rows with one place left out."""
+    places = (rows > 0).sum(dim=-1)
+    entropy = -torch.xlogy(rows, rows).sum(dim=-1)
     several = places > 1
-    return (entropy[several] / places[several].log()).reshape(-1)
+    return entropy[several] / places[several].log()
 
 
 def _spread(output: Tensor) -> dict[str, float]:

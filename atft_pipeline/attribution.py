@@ -389,9 +389,9 @@ class _Context:
             if manifest["fingerprint"] != fingerprint:
                 made, now = (str(value or "unknown")[:12] for value in (fingerprint, manifest["fingerprint"]))
                 raise InputError(f"{dataset} is now dataset {now}, the run was made on {made}")
-            self.membership = read_membership(dataset, ["Date", "Code", "is_investable", "Sector33Code"])
-            self.target = read_table(dataset, ["target_1d"]).column("target_1d")
-        except InputError as error:
+            members = read_membership(dataset, ["Date", "Code", "is_investable", "Sector33Code"])
+            self.members = members.append_column("target_1d", read_table(dataset, ["target_1d"]).column("target_1d"))
+        except (InputError, pa.ArrowException) as error:
             self.missing = Missing(str(error))
             return
         self.turnover = _turnover_values(dataset, manifest)
@@ -399,31 +399,15 @@ class _Context:
     def around(self, sessions: Days, codes: NDArray[Any]) -> Surroundings:
         if self.missing:
             return Surroundings(self.missing, self.missing, (), self.missing)
-        place = _Cells.of(self.membership, sessions, codes)
-        names, number = self._sectors(place)
+        members = _between(self.members, sessions[0], sessions[-1])
+        place = _Cells.of(members, sessions, codes)
+        names, number = _sectors(members, place)
         return Surroundings(
-            market=self._market(place),
+            market=_market(members, place),
             sector=number if (number >= 0).any() else Missing("Sector33Code is null for every stock scored"),
             sector_names=names,
             median_turnover=self._median_turnover(sessions, codes),
         )
-
-    def _market(self, place: _Cells) -> Array | Missing:
-        """Mean `target_1d` of the investable stocks, scored or not: the targets are free of quarantined quotes."""
-        target = _floats(self.target)
-        used = (place.session >= 0) & np.isfinite(target) & _flags(self.membership.column("is_investable"))
-        count = np.bincount(place.session[used], minlength=place.shape[0])
-        total = np.bincount(place.session[used], weights=target[used], minlength=place.shape[0])
-        if not count.any():
-            return Missing("no investable stock has a target_1d in these sessions")
-        return np.where(count > 0, total / np.maximum(count, 1), np.nan)
-
-    def _sectors(self, place: _Cells) -> tuple[tuple[str, ...], NDArray[np.int64]]:
-        coded = _encoded(self.membership.column("Sector33Code"))
-        number = pc.fill_null(coded.indices, -1).to_numpy(zero_copy_only=False).astype(np.int64)
-        dense = np.full(place.shape, -1, np.int64)
-        dense[place.session[place.inside], place.stock[place.inside]] = number[place.inside]
-        return tuple(coded.dictionary.to_pylist()), dense
 
     def _median_turnover(self, sessions: Days, codes: NDArray[Any]) -> Array | Missing:
         if isinstance(self.turnover, Missing):
@@ -434,13 +418,33 @@ class _Context:
         at = np.searchsorted(window, sessions)
         if len(window) == 0 or (window[np.minimum(at, len(window) - 1)] != sessions).any():
             return Missing("the prices beside the dataset lack sessions that were scored")
-        place = _Cells.of(self.turnover, window, codes)
+        quotes = _between(self.turnover, window[0], window[-1])
+        place = _Cells.of(quotes, window, codes)
         dense = np.full(place.shape, np.nan)
-        values = _floats(self.turnover.column("TurnoverValue"))
+        values = _floats(quotes.column("TurnoverValue"))
         dense[place.session[place.inside], place.stock[place.inside]] = values[place.inside]
         if not np.isfinite(dense).any():
             return Missing("TurnoverValue is null for every stock scored")
         return trailing_median(dense)[at]
+
+
+def _market(members: pa.Table, place: _Cells) -> Array | Missing:
+    """Mean `target_1d` of the investable stocks, scored or not: the targets are free of quarantined quotes."""
+    target = _floats(members.column("target_1d"))
+    used = (place.session >= 0) & np.isfinite(target) & _flags(members.column("is_investable"))
+    count = np.bincount(place.session[used], minlength=place.shape[0])
+    total = np.bincount(place.session[used], weights=target[used], minlength=place.shape[0])
+    if not count.any():
+        return Missing("no investable stock has a target_1d in these sessions")
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+
+
+def _sectors(members: pa.Table, place: _Cells) -> tuple[tuple[str, ...], NDArray[np.int64]]:
+    coded = _encoded(members.column("Sector33Code"))
+    number = pc.fill_null(coded.indices, -1).to_numpy(zero_copy_only=False).astype(np.int64)
+    dense = np.full(place.shape, -1, np.int64)
+    dense[place.session[place.inside], place.stock[place.inside]] = number[place.inside]
+    return tuple(coded.dictionary.to_pylist()), dense
 
 
 def _turnover_values(dataset: Path, manifest: Mapping[str, Any]) -> pa.Table | Missing:
@@ -489,6 +493,12 @@ def _position(values: NDArray[Any], among: NDArray[Any]) -> NDArray[np.int64]:
 def _encoded(column: pa.ChunkedArray) -> pa.DictionaryArray:
     coded = pc.dictionary_encode(column.cast(pa.string())).combine_chunks()
     return coded.chunk(0) if isinstance(coded, pa.ChunkedArray) else coded
+
+
+def _between(table: pa.Table, first: np.datetime64, last: np.datetime64) -> pa.Table:
+    dates = table.column("Date").cast(pa.date32())
+    since, until = (pa.scalar(end.item(), pa.date32()) for end in (first, last))
+    return table.filter(pc.and_(pc.greater_equal(dates, since), pc.less_equal(dates, until)))
 
 
 def _days(table: pa.Table) -> Days:

@@ -45,7 +45,7 @@ def loss_gradients(
     weights = config.weights_at(epoch)
     if weights["sharpe"] > 0 and member.shape[1] < SHARPE_SESSIONS:
         return None
-    gradients = {term: _own_gradient(term, scores, target, member, config) for term in LOSS_TERMS}
+    gradients = _own_gradients(scores, target, member, config)
     detached = {term: 0.0 for term, found in gradients.items() if found is not None and not found.size}
     own = {term: found for term, found in gradients.items() if found is not None and np.any(found)}
     given = _flat(gradient)
@@ -81,25 +81,26 @@ def _norm(a: Values) -> float:
     return math.sqrt(_dot(a, a))
 
 
-def _own_gradient(term: str, scores: Tensor, target: Tensor, member: Tensor, config: LossConfig) -> Values | None:
-    """Gradient of the term's raw value with respect to the scores, flat.
+@torch.enable_grad()
+def _own_gradients(scores: Tensor, target: Tensor, member: Tensor, config: LossConfig) -> dict[str, Values | None]:
+    """Gradient of each term's raw value with respect to the scores, flat.
 
     None where it cannot be computed alone, without any element where the value does not depend on the scores.
     """
-    if term == "sharpe" and member.shape[1] < SHARPE_SESSIONS:
-        return None
-    with torch.enable_grad():
-        leaf = scores.detach().clone().requires_grad_()
-        batch = standardise(leaf, target, member)
+    leaf = scores.detach().clone().requires_grad_()
+    batch = standardise(leaf, target, member)
+
+    def gradient(term: str) -> Values | None:
         if term == "sharpe":
+            if member.shape[1] < SHARPE_SESSIONS:
+                return None
             returns = portfolio_returns(batch)
             value = negative_sharpe(returns) if len(returns) >= SHARPE_SESSIONS else 0.0 * returns.sum()
         else:
             value = averaged(term, batch, config.horizon_weights)
-        if not value.requires_grad:
-            return np.empty(0)
-        (found,) = torch.autograd.grad(value, leaf)
-    return _flat(found)
+        return _flat(torch.autograd.grad(value, leaf, retain_graph=True)[0]) if value.requires_grad else np.empty(0)
+
+    return {term: gradient(term) for term in LOSS_TERMS}
 
 
 def _cosines(pulls: dict[str, Values]) -> dict[str, float]:

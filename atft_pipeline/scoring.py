@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -50,13 +51,13 @@ def score_sessions(
     loss: LossConfig | None = None,
     epoch: int = 1,
     workers: int = 0,
-    seen: Callable[[Block], None] | None = None,
+    around: Callable[[Block], AbstractContextManager[object]] = nullcontext,
 ) -> Scores:
     """The model's scores in evaluation mode; the model's mode is restored.
 
     A stock's score does not depend on the block it is computed in, so `batch_size` only decides speed and memory, and
-    `workers` threads make blocks ahead; `seen` is told of every block that the model gets. In float32 whatever the
-    training precision: rounded to bf16, two partitions differ by 5 % of the scores' spread.
+    `workers` threads make blocks ahead; `around` is entered with every block while the model scores it. In float32
+    whatever the training precision: rounded to bf16, two partitions differ by 5 % of the scores' spread.
     """
     panel = data.panel
     values = np.full((len(sessions), len(panel.codes), len(HORIZONS)), np.nan, dtype=np.float32)
@@ -68,9 +69,8 @@ def score_sessions(
     parts = data.sessions_per_block(sessions, batch_size)
     for indices, made in zip(parts, prefetched(data.block, parts, workers), strict=True):
         block = to_device(made, device)
-        if seen is not None:
-            seen(block)
-        scores = model(block)  # [n, S, H]
+        with around(block):
+            scores = model(block)  # [n, S, H]
         if criterion is not None:
             terms = criterion(scores, block.target, block.member, epoch)
             for name, value in terms.raw.items():

@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from atft_pipeline.activations import activation_figures
+from atft_pipeline.activations import observing
 from atft_pipeline.blocks import Block, BlockDataset, Panel, load_panel
 from atft_pipeline.checkpoints import packed, read_checkpoint, unpacked, write_checkpoint
 from atft_pipeline.config import PipelineConfig
@@ -74,8 +75,6 @@ from atft_pipeline.weight_average import WeightAverage
 
 SCORING_BATCH_RATIO = 4
 """Samples per block when scoring, over those when training: the warm-up sessions of a longer block weigh less."""
-OBSERVED_SESSIONS = 4
-"""Sessions on which an epoch's activations are looked at."""
 
 
 @dataclass(frozen=True)
@@ -247,7 +246,6 @@ class Trainer:
         if epoch in (self.config.evaluation.criterion_epoch, self.config.train.epochs):
             self._run_battery(epoch, validation, trained.largest_lr)
         self._save_evaluated(epoch)
-        self._log_activations(epoch)
         self._guard(epoch, validation)
         self.schedule.epoch_end(validation.loss_weighted["total"])
 
@@ -407,9 +405,8 @@ class Trainer:
         *,
         batch_size: int | None = None,
         with_loss: bool = False,
-        seen_as: str = "",
+        around: Callable[[Block], AbstractContextManager[object]] = nullcontext,
     ) -> Scores:
-        seen = None if self.inputs_seen is None or not seen_as else partial(self.inputs_seen.see, seen_as)
         return score_sessions(
             model,
             self.data,
@@ -419,19 +416,35 @@ class Trainer:
             loss=self.config.train.loss if with_loss else None,
             epoch=epoch,
             workers=self.workers,
-            seen=seen,
+            around=around,
         )
 
     def _score_splits(self, epoch: int) -> dict[str, Scores]:
         """Scores of the averaged weights; where predictions are kept, of the test sessions too, and written."""
         model = self.processes.shared(self.average.model)
-        scores = {"validation": self._score(model, self.split.validation, epoch, with_loss=True, seen_as="validation")}
+        validation, around = self.split.validation, partial(self._seen, "validation", epoch)
+        scores = {"validation": self._score(model, validation, epoch, with_loss=True, around=around)}
         if epoch in (1, 5, self.config.evaluation.criterion_epoch, self.config.train.epochs) or epoch % 10 == 0:
-            scores["test"] = self._score(model, self.split.test, epoch, seen_as="test")
+            scores["test"] = self._score(model, self.split.test, epoch, around=partial(self._seen, "test", epoch))
             if self.processes.leads:
                 path = self.record.run_dir / "predictions" / f"epoch_{epoch:03d}.parquet"
                 write_predictions(path, self.panel, scores)
         return scores
+
+    @contextmanager
+    def _seen(self, split: str, epoch: int, block: Block) -> Iterator[None]:
+        """Records what a block of `split` holds, and of the block in the middle of validation what becomes of it."""
+        if self.inputs_seen is not None:
+            self.inputs_seen.see(split, block)
+        middle = self.split.validation[len(self.split.validation) // 2]
+        if not self.processes.leads or split != "validation" or middle not in block.session_index:
+            yield
+            return
+        with observing(self.average.model) as activations:
+            yield
+        for component, figures in activations.figures().items():
+            for metric, value in figures.items():
+                self.record.log(metric, value, epoch=epoch, split=split, component=component)
 
     def _evaluate(self, epoch: int, scores: dict[str, Scores]) -> Evaluation:
         """Records what the scores earn in every slice; returns the evaluation that the criterion reads."""
@@ -459,15 +472,6 @@ class Trainer:
             for term, value in terms.items():
                 self.record.log(metric, value, epoch=epoch, split="validation", component="loss", term=term)
         return evaluations["validation", config.universe]
-
-    def _log_activations(self, epoch: int) -> None:
-        """Of the weights that were evaluated, on some sessions in the middle of validation."""
-        middle = len(self.split.validation) // 2
-        sessions = self.data.sessions_per_block(self.split.validation[middle:], self.config.train.batch_size)[0]
-        (block,) = prefetched(self.data.block, [sessions[:OBSERVED_SESSIONS]], self.workers)
-        for component, figures in activation_figures(self.average.model, to_device(block, self.device)).items():
-            for metric, value in figures.items():
-                self.record.log(metric, value, epoch=epoch, split="validation", component=component)
 
     def _run_battery(self, epoch: int, trained: Scores, largest_lr: float) -> None:
         """The validity battery on this epoch's scores, kept for the verdict."""

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from atft_pipeline import training
+from atft_pipeline.activations import Activations
 from atft_pipeline.config import parse_assignments, with_overrides
 from atft_pipeline.inputs_seen import InputsSeen
 from atft_pipeline.lineage import RunRecord
@@ -26,7 +27,9 @@ from atft_pipeline.presets import preset
 
 RECORDING: tuple[tuple[Any, str], ...] = (
     (training.Trainer, "_log_pulls"),
-    (training.Trainer, "_log_activations"),
+    (Activations, "see_states"),
+    (Activations, "see_attention"),
+    (Activations, "figures"),
     (training, "log_update"),
     (training, "log_steps"),
     (training, "log_epoch"),

@@ -9,7 +9,7 @@ from conftest import Trained
 from torch import Tensor, nn
 from training_runs import Data, header
 
-from atft_pipeline.activations import ATTENTION, activation_figures
+from atft_pipeline.activations import ATTENTION, OBSERVED_SESSIONS, Figures, observing
 from atft_pipeline.blocks import Block, BlockDataset, load_panel
 from atft_pipeline.config import from_dict
 from atft_pipeline.graph import load_graph
@@ -34,7 +34,7 @@ class Network(nn.Module):
     def __init__(self, states: Tensor, weights: Tensor | None = None) -> None:
         super().__init__()
         self.states, self.weights = states, weights
-        self.fusion, self.encoder = nn.Dropout(0.5), Attention()
+        self.fusion, self.encoder = nn.Identity(), Attention()
 
     def forward(self, block: Block) -> Tensor:  # noqa: ARG002
         if self.weights is not None:
@@ -45,30 +45,36 @@ class Network(nn.Module):
 BLOCK: Block = None  # type: ignore[assignment]  # the network above reads none of it
 
 
+def figures_of(model: nn.Module, block: Block = BLOCK) -> Figures:
+    with observing(model) as activations, torch.no_grad():
+        model(block)
+    return activations.figures()
+
+
 def states() -> Tensor:
     return torch.randn(STOCKS, SESSIONS, UNITS, generator=torch.Generator().manual_seed(0))
 
 
 def test_equal_stocks_have_no_spread_whatever_the_sessions_do() -> None:
     alike = states()[:1].expand(STOCKS, -1, -1)
-    assert activation_figures(Network(alike), BLOCK)["fusion"]["stock_spread"] == pytest.approx(0.0, abs=1e-7)
+    assert figures_of(Network(alike))["fusion"]["stock_spread"] == pytest.approx(0.0, abs=1e-7)
 
 
 def test_spread_is_the_root_mean_variance_over_stocks_by_the_root_mean_square() -> None:
     given = states().double().numpy()
     expected = np.sqrt(given.var(axis=0).mean()) / np.sqrt((given**2).mean())
-    assert activation_figures(Network(states()), BLOCK)["fusion"]["stock_spread"] == pytest.approx(expected, rel=1e-6)
+    assert figures_of(Network(states()))["fusion"]["stock_spread"] == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("dead", [0, 2, UNITS])
 def test_units_that_never_answer_are_counted(dead: int) -> None:
     given = states()
     given[:, :, :dead] = 0.7
-    assert activation_figures(Network(given), BLOCK)["fusion"]["dead_units"] == dead / UNITS
+    assert figures_of(Network(given))["fusion"]["dead_units"] == dead / UNITS
 
 
 def test_state_of_nothing_but_zeros_is_finite() -> None:
-    figures = activation_figures(Network(torch.zeros(STOCKS, SESSIONS, UNITS)), BLOCK)["fusion"]
+    figures = figures_of(Network(torch.zeros(STOCKS, SESSIONS, UNITS)))["fusion"]
     assert figures == {"stock_spread": 0.0, "dead_units": 1.0}
 
 
@@ -84,30 +90,40 @@ def test_state_of_nothing_but_zeros_is_finite() -> None:
 )
 def test_entropy_is_relative_to_equal_weights(row: list[float], entropy: float) -> None:
     weights = torch.tensor([row, row])
-    found = activation_figures(Network(states(), weights), BLOCK)["encoder"]
+    found = figures_of(Network(states(), weights))["encoder"]
     assert found == {"attention_entropy": pytest.approx(entropy, abs=1e-6)}
 
 
 def test_row_with_one_place_to_look_at_decides_nothing() -> None:
     weights = torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.5, 0.0]])
-    found = activation_figures(Network(states(), weights), BLOCK)["encoder"]
+    found = figures_of(Network(states(), weights))["encoder"]
     assert found["attention_entropy"] == pytest.approx(1.0)
 
 
 def test_attention_that_may_look_at_one_place_alone_has_no_entropy() -> None:
     """A window of one session: there is nothing to collapse, and NaN is no figure."""
-    found = activation_figures(Network(states(), torch.ones(4, 1)), BLOCK)
+    found = figures_of(Network(states(), torch.ones(4, 1)))
     assert "attention_entropy" not in found.get("encoder", {})
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_mode_is_restored_and_hooks_are_gone_also_after_a_failure(training: bool) -> None:
-    network = Network(states(), torch.ones(2, 2) / 2).train(training)
-    activation_figures(network, BLOCK)
-    network.states = None  # type: ignore[assignment]
-    with pytest.raises(TypeError):
-        activation_figures(network, BLOCK)
-    assert network.training == training
+def test_last_sessions_alone_are_looked_at() -> None:
+    late = torch.randn(STOCKS, OBSERVED_SESSIONS, UNITS, generator=torch.Generator().manual_seed(1))
+    early = torch.zeros(STOCKS, 9, UNITS)
+    assert figures_of(Network(torch.cat([early, late], dim=1))) == figures_of(Network(late))
+
+
+def test_rows_looked_at_lie_all_over_the_map() -> None:
+    """Half of a long map looks at one place and half at all alike."""
+    apart = torch.tensor([[1.0, 1e-30, 0.0], [0.5, 0.5, 0.0]]).repeat_interleave(500, dim=0)
+    assert figures_of(Network(states(), apart))["encoder"]["attention_entropy"] == pytest.approx(0.5, abs=0.01)
+
+
+def test_hooks_are_gone_also_after_a_failure() -> None:
+    network = Network(states(), torch.ones(2, 2) / 2)
+    figures_of(network)
+    network.fusion.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        figures_of(network)
     assert all(not module._forward_hooks for module in network.modules())
 
 
@@ -119,7 +135,7 @@ def test_measuring_a_trained_network_changes_none_of_its_scores(data: Data, trai
     model = ATFTGATFAN(config.model, len(panel.feature_names)).eval()
     block = BlockDataset(panel, load_graph(data.graph), model.receptive_field).block(np.array([200, 201]))
     before = model(block)
-    figures = activation_figures(model, block)
+    figures = figures_of(model, block)
     assert torch.equal(model(block), before)
     assert {"backbone_projection", "gat", "fusion", "temporal_encoder"} <= set(figures)
     assert 0.0 < figures["temporal_encoder"]["attention_entropy"] <= 1.0

@@ -472,8 +472,8 @@ def test_a_run_without_predictions_is_not_assessable(run: Path, tmp_path: Path) 
 
 def test_the_window_reaches_back_before_the_scored_sessions(run: Path) -> None:
     context = _Context(run / "data", read_manifest(run / "data")["fingerprint"])
-    sessions = np.unique(context.membership["Date"].to_numpy().astype("datetime64[D]"))
-    codes = np.unique(np.array(context.membership["Code"].to_pylist()))
+    sessions = np.unique(context.members["Date"].to_numpy().astype("datetime64[D]"))
+    codes = np.unique(np.array(context.members["Code"].to_pylist()))
     whole, late = (context.around(days, codes).median_turnover for days in (sessions, sessions[100:]))
     assert not isinstance(whole, Missing)
     assert not isinstance(late, Missing)
@@ -483,11 +483,11 @@ def test_the_window_reaches_back_before_the_scored_sessions(run: Path) -> None:
 
 def test_stocks_that_are_not_investable_are_not_the_market(run: Path) -> None:
     context = _Context(run / "data", read_manifest(run / "data")["fingerprint"])
-    target = np.array([math.nan if v is None else v for v in context.target.to_pylist()])
+    target = np.array([math.nan if v is None else v for v in context.members["target_1d"].to_pylist()])
     chosen = np.arange(len(target)) % 3 == 0
-    place = context.membership.column_names.index("is_investable")
-    context.membership = context.membership.set_column(place, "is_investable", [chosen])
-    day = context.membership["Date"].to_numpy().astype("datetime64[D]")
+    place = context.members.column_names.index("is_investable")
+    context.members = context.members.set_column(place, "is_investable", [chosen])
+    day = context.members["Date"].to_numpy().astype("datetime64[D]")
     sessions = np.unique(day)[150:160]
     expected = [target[(day == one) & chosen & np.isfinite(target)].mean() for one in sessions]
     market = context.around(sessions, np.array(["1000"])).market

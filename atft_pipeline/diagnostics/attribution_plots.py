@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -23,7 +24,7 @@ from atft_pipeline.attribution import (
     SizeTilt,
 )
 from atft_pipeline.diagnostics.attribution_tables import money
-from atft_pipeline.diagnostics.plots import DPI, INTERVAL_SE, SIZE_INCHES, png
+from atft_pipeline.diagnostics.plots import INTERVAL_SE, SIZE_INCHES, picture
 
 Attributions = Mapping[str, Attribution]
 
@@ -35,18 +36,10 @@ SECTOR_INCHES = 0.24
 def draw_attributions(attributions: Mapping[str, Attribution | Missing]) -> dict[str, bytes]:
     """Title -> PNG, of the plots whose inputs are there in at least one split."""
     known = {split: a for split, a in attributions.items() if isinstance(a, Attribution)}
-    drawn = {}
-    for title, plot in ATTRIBUTION_PLOTS.items():
-        figure = Figure(figsize=SIZE_INCHES, dpi=DPI, layout="constrained")
-        axes = figure.add_subplot()
-        if not known or not plot(known, axes):
-            continue
-        axes.set_title(title, loc="left", fontsize=11)
-        axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
-        drawn[title] = png(figure)
-    return drawn
+    if not known:
+        return {}
+    drawn = {title: picture(title, partial(plot, known)) for title, plot in ATTRIBUTION_PLOTS.items()}
+    return {title: image for title, image in drawn.items() if image}
 
 
 def _costs(attributions: Attributions, axes: Axes) -> bool:

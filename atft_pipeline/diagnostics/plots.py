@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from functools import partial
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -16,27 +17,39 @@ from atft_pipeline.diagnostics.signals import loss_curve, planned_lr
 INTERVAL_SE = 1.96
 SIZE_INCHES = (7.2, 3.2)
 DPI = 110
+LEFT_INCHES, LEGEND_INCHES = 0.85, 1.95
 
 
 def draw(record: Record) -> dict[str, bytes]:
     """Title -> PNG, of the plots whose numbers the record has; in the order a reader wants them."""
-    drawn = {}
-    for title, plot in PLOTS.items():
-        figure = Figure(figsize=SIZE_INCHES, dpi=DPI, layout="constrained")
-        axes = figure.add_subplot()
-        if not plot(record, axes):
-            continue
-        axes.set_title(title, loc="left", fontsize=11)
+
+    def by_epoch(plot: Callable[[Record, Axes], bool], axes: Axes) -> bool:
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
-        drawn[title] = png(figure)
-    return drawn
+        return plot(record, axes)
+
+    drawn = {title: picture(title, partial(by_epoch, plot)) for title, plot in PLOTS.items()}
+    return {title: image for title, image in drawn.items() if image}
 
 
-def png(figure: Figure) -> bytes:
+def picture(title: str, plot: Callable[[Axes], bool]) -> bytes | None:
+    """PNG of what `plot` draws, the legend beside it; None where it finds nothing to draw.
+
+    Margins and title have their place given: to find it, matplotlib measures every label, which takes longer than the
+    drawing.
+    """
+    figure = Figure(figsize=SIZE_INCHES, dpi=DPI)
+    axes = figure.add_subplot()
+    if not plot(axes):
+        return None
+    axes.set_title(title, loc="left", fontsize=11, y=1.0)
+    axes.grid(alpha=0.3)
+    labelled = bool(axes.get_legend_handles_labels()[0])
+    if labelled:
+        axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    width, height = figure.get_size_inches()
+    left, right, above, below = LEFT_INCHES, LEGEND_INCHES if labelled else 0.2, 0.32, 0.52
+    figure.subplots_adjust(left / width, below / height, 1 - right / width, 1 - above / height)
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)
     return buffer.getvalue()

@@ -246,7 +246,7 @@ def _load_table(
     for number, path in enumerate(paths):
         part = _read_part(path, run_dir, TABLES[name], missing)
         if part is not None:
-            parts.append(part.append_column("part", pa.array([number] * part.num_rows, pa.int32())))
+            parts.append(part.append_column("part", pa.repeat(pa.scalar(number, pa.int32()), part.num_rows)))
     if not paths:
         missing.append(f"{name}/: no parts written")
     schema = TABLES[name].append(pa.field("part", pa.int32()))
