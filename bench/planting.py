@@ -189,12 +189,27 @@ def child(work: Callable[[dict[str, Any]], str], task: dict[str, Any]) -> str:
     return _children().submit(work, task).result()
 
 
+PRELOADED = (
+    "atft_pipeline.training",
+    "atft_pipeline.diagnostics.probes",
+    # What its probes import when they are made:
+    "atft_pipeline.baselines",
+    "atft_pipeline.dataset_rows",
+    "atft_pipeline.graph_kernels",
+    "atft_pipeline.universe",
+    "exchange_calendars",
+    "numba",
+    "pandera.polars",
+    "sklearn.linear_model",
+)
+
+
 @cache
 def _children() -> ProcessPoolExecutor:
     """One process a task, so that nothing a plant has changed is there for the next, forked off a server that has
-    imported what they need: a fifth of a run's time would be imports."""
+    imported what they need: a fifth of a run's time would be imports, and half of a diagnosis'."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["atft_pipeline.training", "atft_pipeline.diagnostics.probes"])
+    context.set_forkserver_preload([*PRELOADED])
     before, threads = dict(os.environ), ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "POLARS_MAX_THREADS")
     os.environ.update(dict.fromkeys(threads, "1"))
     try:
