@@ -19,6 +19,11 @@ CORR_MIDDLE, CORR_UNIT = 0.25, 0.1
 """Nearest neighbours correlate by 0.1 to 0.5: as it is, a peer's 0.4 beside a stranger's 0.2 hardly moves a softmax."""
 
 
+ATTENDED_AT_ONCE: int = 200_000
+"""Numbers in the table of states that a stretch of sessions reads, at least a session's: it stays in the cache, and 330
+sessions of 40 stocks, width 8, take a fifth of the time that they take one by one."""
+
+
 class GraphAttention(nn.Module):
     """h + GATv2(LayerNorm(h)) over the graph of each session: `[N, S, D] -> [N, S, D]`.
 
@@ -45,16 +50,24 @@ class GraphAttention(nn.Module):
         if neighbours.place.shape[-1] == 0:
             return h
         nodes = self.norm(h).transpose(0, 1)  # [S, N, D]
-        sources, targets = self.attention.lin_l(nodes), self.attention.lin_r(nodes)
-        # Session by session: what lies between stays in the cache.
-        sessions = zip(sources, targets, neighbours.place, neighbours.known, neighbours.attributes, strict=True)
+        N, D = nodes.shape[1:]
         by_head = torch.block_diag(*self.attention.att[0].unsqueeze(-1))  # [D, A]
-        return h + torch.stack([self._messages(by_head, *session) for session in sessions], dim=1)
+        table = (neighbours.place, neighbours.known, neighbours.attributes)
+        at_once = max(ATTENDED_AT_ONCE // max(N * neighbours.place.shape[-1] * D, 1), 1)
+        first = torch.arange(at_once, device=h.device)[:, None, None] * N
+        messages = []
+        for sources, targets, place, known, attributes in zip(
+            *(v.split(at_once) for v in (self.attention.lin_l(nodes), self.attention.lin_r(nodes), *table)), strict=True
+        ):
+            # As if the stocks of these sessions were of one.
+            parts = (sources, targets, place + first[: len(place)], known, attributes)
+            messages.append(self._messages(by_head, *(part.flatten(0, 1) for part in parts)))
+        return h + torch.cat(messages).view_as(nodes).transpose(0, 1)
 
     def _messages(
         self, by_head: Tensor, sources: Tensor, targets: Tensor, place: Tensor, known: Tensor, attributes: Tensor
     ) -> Tensor:
-        """`[N, D]`, 0 without neighbours, of `sources, targets: [N, D]` and a session's `[N, K]` table."""
+        """`[N, D]`, 0 without neighbours, of `sources, targets: [N, D]` and a table of `[N, K]`."""
         layer, (N, K) = self.attention, place.shape
         read = sources.index_select(0, place.reshape(-1)).view(N, K, -1)  # [N, K, D]
         corr = (attributes[..., :1] - CORR_MIDDLE) / CORR_UNIT
