@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from atft_pipeline.config import PipelineConfig, to_dict
-from atft_pipeline.dataset import sha256_of
+from atft_pipeline.dataset import manifest_path, sha256_of
 from atft_pipeline.errors import InputError
 from atft_pipeline.files import replacing, write_json
 
@@ -136,7 +136,19 @@ def read_run(run_dir: Path) -> dict[str, Any]:
     missing = [name for name in ("key", "status") if not isinstance(header, dict) or name not in header]
     if missing:
         raise InputError(f"run directory {run_dir}: run.json has no {missing[0]!r}; the run must be made again")
-    return dict(header)
+    return located(header, run_dir)
+
+
+def located(header: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:
+    """A run's header with its dataset and graph where they lie now.
+
+    A relative path was given from the folder where the run was started: the working directory, or one above the run.
+    """
+    paths = {name: header[name] for name in ("dataset_path", "graph_path") if isinstance(header.get(name), str)}
+    for name, path in paths.items():
+        places = (path, *(str(above / path) for above in run_dir.resolve().parents))
+        paths[name] = next((place for place in places if manifest_path(Path(place)).is_file()), path)
+    return {**header, **paths}
 
 
 def read_table(run_dir: Path, name: str) -> pa.Table:

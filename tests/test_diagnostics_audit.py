@@ -425,6 +425,24 @@ def test_dataset_whose_file_cannot_be_read_is_no_traceback(name: str, run: Path,
     assert diagnosis.signals["targets_unlike_dataset"] in (None, 1.0)
 
 
+def test_a_dataset_named_from_where_the_run_was_started_is_found_from_anywhere(
+    run: Path, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`output/datasets/...`, and the report is asked for in another folder, or in the checkout after it has moved."""
+    expected = audited(run)
+    checkout = tmp_path / "checkout"
+    shutil.copytree(data.dataset.parent, checkout / "datasets", symlinks=True)
+    moved = Path(shutil.copytree(run, checkout / "output" / "runs" / "run"))
+    relative = {f"{what}_path": f"datasets/{getattr(data, what).name}" for what in ("dataset", "graph")}
+    (moved / "run.json").write_text(json.dumps(header(moved) | relative))
+    for place in (checkout, tmp_path):
+        monkeypatch.chdir(place)
+        assert audited(moved) == expected
+        assert not diagnose(moved).missing
+    (moved / "run.json").write_text(json.dumps(header(moved) | {"dataset_path": "datasets/gone"}))
+    assert audited(moved)["targets_unlike_dataset"] is None
+
+
 @pytest.mark.parametrize(
     "split", [{"validation_sessions": 10**6, "scheme": "sessions"}, {"scheme": "unheard of"}, None, "x"], ids=repr
 )

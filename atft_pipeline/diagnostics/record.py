@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from atft_pipeline.errors import InputError
-from atft_pipeline.lineage import TABLES
+from atft_pipeline.lineage import TABLES, located
 
 KEYS: dict[str, str] = {
     "series": "step, epoch, split, component, term, metric",
@@ -162,7 +162,7 @@ def open_record(run_dir: Path, until_epoch: int | None = None) -> Record:
     if not run_dir.is_dir():
         raise InputError(f"{run_dir}: no such run directory; give the folder that holds run.json, series/ and evals/")
     missing: list[str] = []
-    run = _read_json(run_dir, "run.json", missing)
+    run = located(_read_json(run_dir, "run.json", missing), run_dir)
     is_past = until_epoch is not None and _newest_epoch(run_dir, run) > until_epoch
     if is_past:
         verdict = {}
