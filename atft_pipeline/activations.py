@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 OBSERVED_SESSIONS = 4
-"""The last sessions of the block: a longer look says the same and costs as much as scoring."""
-ATTENTION_ROWS = 64
-"""Of each attention map at least, where it has as many, at even distances: their mean entropy is asked for."""
+"""The last sessions of a block, whose states are looked at: more say the same."""
+ATTENTION_ROWS, ATTENTION_SHARE = 64, 64
+"""Of each map as many rows, drawn at random, or one of so many where that is more: their mean entropy is asked for."""
 DEAD_UNIT_STD: float = 1e-6
-"""A unit whose output varies less than this share of the component's root mean square, over all stocks and sessions."""
+"""A unit whose output varies less than this share of the component's root mean square, over the states looked at."""
 ATTENTION = "attention_map"
 """Name of the identity through which a layer's attention weights pass, softmaxed over their last axis."""
 
@@ -34,26 +34,31 @@ class Activations:
     def __init__(self) -> None:
         self._states: defaultdict[str, list[Tensor]] = defaultdict(list)
         self._attention: defaultdict[str, defaultdict[int, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
+        self._random = torch.Generator().manual_seed(0)
 
     def see_states(self, component: str, output: Tensor) -> None:
-        """`output: [N, S, D]`; of another shape it is no state of stocks."""
+        """`output: [N, S, D]`, of all stocks or of some after the others; of another shape it is no state of stocks."""
         if output.ndim == 3:
             self._states[component].append(output[:, -OBSERVED_SESSIONS:].detach().double())
 
     def see_attention(self, component: str, weights: Tensor) -> None:
+        """`weights: [..., K]`."""
         rows = weights.detach().flatten(0, -2)
-        chosen = rows[:: max(len(rows) // ATTENTION_ROWS, 1)].float().clone()  # not a view, which would keep the map
-        self._attention[component][chosen.shape[-1]].append(chosen)
+        if len(rows) > ATTENTION_ROWS:
+            count = max(ATTENTION_ROWS, len(rows) // ATTENTION_SHARE)
+            rows = rows[torch.randint(len(rows), (count,), generator=self._random).to(rows.device)]
+        self._attention[component][rows.shape[-1]].append(rows.float())
 
-    def figures(self) -> Figures:
-        """Of each component that put out states of stocks:
+    def figures(self, member: Tensor) -> Figures:
+        """Of each component that put out states of stocks, `member: [N, S]` bool saying whose count and when:
 
-        `stock_spread`: std over the stocks, root mean square over sessions and units, over the root mean square of the
-        output; 0 says that all stocks look the same. `dead_units`: share of the units that answer nothing.
-        `attention_entropy`: mean entropy of its attention weights over the log of how many are above 0; 0 looks at one
-        place, 1 at all alike.
+        `stock_spread`: std over the stocks that are members at one of the sessions looked at, root mean square over
+        sessions and units, over the root mean square of the output; 0 says that all stocks look the same. `dead_units`:
+        share of the units that answer nothing. `attention_entropy`: mean entropy of its attention weights over the log
+        of how many are above 0; 0 looks at one place, 1 at all alike.
         """
-        figures: Figures = {name: _spread(torch.cat(parts)) for name, parts in self._states.items()}
+        counted = member[:, -OBSERVED_SESSIONS:].any(dim=1)
+        figures: Figures = {name: _spread(torch.cat(parts)[counted]) for name, parts in self._states.items()}
         for name, rows_by_length in self._attention.items():
             entropies = torch.cat([_entropy(torch.cat(rows)) for rows in rows_by_length.values()])
             if len(entropies):  # none where every row has but one place to look at

@@ -11,9 +11,10 @@ import fcntl
 import hashlib
 import json
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cache
@@ -24,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from atft_pipeline.config import PipelineConfig, to_dict
-from atft_pipeline.dataset import manifest_path, sha256_of
+from atft_pipeline.dataset import read_manifest, sha256_of
 from atft_pipeline.errors import InputError
 from atft_pipeline.files import replacing, write_json
 
@@ -140,15 +141,27 @@ def read_run(run_dir: Path) -> dict[str, Any]:
 
 
 def located(header: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:
-    """A run's header with its dataset and graph where they lie now.
+    """A run's header with the dataset and the graph that it names where they lie now.
 
     A relative path was given from the folder where the run was started: the working directory, or one above the run.
+    As given, where none of these has the product that the run was made on.
     """
-    paths = {name: header[name] for name in ("dataset_path", "graph_path") if isinstance(header.get(name), str)}
-    for name, path in paths.items():
-        places = (path, *(str(above / path) for above in run_dir.resolve().parents))
-        paths[name] = next((place for place in places if manifest_path(Path(place)).is_file()), path)
-    return {**header, **paths}
+    return {**header} | {
+        f"{what}_path": _located(header[f"{what}_path"], header.get(f"{what}_fingerprint"), run_dir)
+        for what in ("dataset", "graph")
+        if isinstance(header.get(f"{what}_path"), str)
+    }
+
+
+def _located(path: str, fingerprint: object, run_dir: Path) -> str:
+    if Path(path).is_absolute():
+        return path
+    above = dict.fromkeys((*run_dir.absolute().parents, *Path(os.path.realpath(run_dir)).parents))
+    for place in (path, *(str(folder / path) for folder in above)):
+        with suppress(InputError, OSError, RuntimeError, ValueError):  # not there, not to be read, not a path
+            if read_manifest(Path(place)).get("fingerprint") == fingerprint:
+                return place
+    return path
 
 
 def read_table(run_dir: Path, name: str) -> pa.Table:

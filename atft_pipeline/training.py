@@ -194,6 +194,8 @@ class Trainer:
         self.average = WeightAverage(self.model, settings.weight_ema)
         self.guard = DegeneracyGuard(settings.guard)
         self.battery = Battery(self.panel, plan.dataset, self.config)
+        inhabited = self.split.validation[self.panel.member[self.split.validation].any(axis=1)]
+        self.observed_session = int(inhabited[len(inhabited) // 2])
         self.step = 0
         self.inputs_seen: InputsSeen | None = None
         """Of the first epoch, until it is written."""
@@ -422,27 +424,30 @@ class Trainer:
     def _score_splits(self, epoch: int) -> dict[str, Scores]:
         """Scores of the averaged weights; where predictions are kept, of the test sessions too, and written."""
         model = self.processes.shared(self.average.model)
-        validation, around = self.split.validation, partial(self._seen, "validation", epoch)
+        validation, around = self.split.validation, partial(self._recorded, "validation", epoch)
         scores = {"validation": self._score(model, validation, epoch, with_loss=True, around=around)}
         if epoch in (1, 5, self.config.evaluation.criterion_epoch, self.config.train.epochs) or epoch % 10 == 0:
-            scores["test"] = self._score(model, self.split.test, epoch, around=partial(self._seen, "test", epoch))
+            scores["test"] = self._score(model, self.split.test, epoch, around=partial(self._recorded, "test", epoch))
             if self.processes.leads:
                 path = self.record.run_dir / "predictions" / f"epoch_{epoch:03d}.parquet"
                 write_predictions(path, self.panel, scores)
         return scores
 
     @contextmanager
-    def _seen(self, split: str, epoch: int, block: Block) -> Iterator[None]:
-        """Records what a block of `split` holds, and of the block in the middle of validation what becomes of it."""
+    def _recorded(self, split: str, epoch: int, block: Block) -> Iterator[None]:
+        """Records what the model is given for `split`, and what it makes of one block in the middle of validation.
+
+        Of several processes the first tells, of its own sessions.
+        """
         if self.inputs_seen is not None:
             self.inputs_seen.see(split, block)
-        middle = self.split.validation[len(self.split.validation) // 2]
-        if not self.processes.leads or split != "validation" or middle not in block.session_index:
+        own = self.processes.own(block)
+        if not self.processes.leads or own is None or self.observed_session not in block.session_index:
             yield
             return
         with observing(self.average.model) as activations:
             yield
-        for component, figures in activations.figures().items():
+        for component, figures in activations.figures(own.member).items():
             for metric, value in figures.items():
                 self.record.log(metric, value, epoch=epoch, split=split, component=component)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import Trained
 from torch import Tensor, nn
-from training_runs import Data, header
+from training_runs import Data, header, series
 
 from atft_pipeline.activations import ATTENTION, OBSERVED_SESSIONS, Figures, observing
 from atft_pipeline.blocks import Block, BlockDataset, load_panel
@@ -45,10 +45,13 @@ class Network(nn.Module):
 BLOCK: Block = None  # type: ignore[assignment]  # the network above reads none of it
 
 
-def figures_of(model: nn.Module, block: Block = BLOCK) -> Figures:
+EVERYONE = torch.ones(STOCKS, SESSIONS, dtype=torch.bool)
+
+
+def figures_of(model: nn.Module, block: Block = BLOCK, member: Tensor = EVERYONE) -> Figures:
     with observing(model) as activations, torch.no_grad():
         model(block)
-    return activations.figures()
+    return activations.figures(member)
 
 
 def states() -> Tensor:
@@ -114,8 +117,37 @@ def test_last_sessions_alone_are_looked_at() -> None:
 
 def test_rows_looked_at_lie_all_over_the_map() -> None:
     """Half of a long map looks at one place and half at all alike."""
-    apart = torch.tensor([[1.0, 1e-30, 0.0], [0.5, 0.5, 0.0]]).repeat_interleave(500, dim=0)
-    assert figures_of(Network(states(), apart))["encoder"]["attention_entropy"] == pytest.approx(0.5, abs=0.01)
+    apart = torch.tensor([[1.0, 1e-30, 0.0], [0.5, 0.5, 0.0]]).repeat_interleave(5000, dim=0)
+    assert figures_of(Network(states(), apart))["encoder"]["attention_entropy"] == pytest.approx(0.5, abs=0.15)
+
+
+def test_stocks_that_are_no_members_then_do_not_count() -> None:
+    """Listed earlier or later in the block: they have no neighbours, so that no graph makes them like the others."""
+    others = torch.randn(3, OBSERVED_SESSIONS + 2, UNITS, generator=torch.Generator().manual_seed(2))
+    alike = torch.ones(STOCKS, OBSERVED_SESSIONS + 2, UNITS)
+    member = torch.zeros(STOCKS + 3, OBSERVED_SESSIONS + 2, dtype=torch.bool)
+    member[3:, -1] = True
+    member[:3, :2] = True
+    states = torch.cat([others, alike])
+    assert figures_of(Network(states), member=member)["fusion"]["stock_spread"] == pytest.approx(0.0, abs=1e-7)
+    assert figures_of(Network(states), member=torch.ones_like(member))["fusion"]["stock_spread"] > 0.1
+
+
+@pytest.mark.parametrize(("heads", "queries"), [(2, 1), (4, 16), (3, 5)])
+def test_heads_that_collapse_are_seen_beside_heads_that_do_not(heads: int, queries: int) -> None:
+    """`[N, A, Q, K]`, the last head looking at one place: rows drawn in even steps would be of one head."""
+    weights = torch.full((64 * 18, heads, queries, 3), 1 / 3)
+    weights[:, -1] = torch.tensor([1.0, 1e-30, 1e-30])
+    entropy = figures_of(Network(states(), weights))["encoder"]["attention_entropy"]
+    assert entropy == pytest.approx(1 - 1 / heads, abs=0.2)
+
+
+def test_training_records_the_figures_of_every_epoch(trained: Trained) -> None:
+    run = trained()
+    for component, metric in (("gat", "stock_spread"), ("fusion", "dead_units"), ("gat", "attention_entropy")):
+        found = series(run, metric, split="validation", component=component)
+        assert list(found) == [*range(1, header(run)["epochs_done"] + 1)]
+        assert all(0.0 <= value <= 1.0 for value in found.values())
 
 
 def test_hooks_are_gone_also_after_a_failure() -> None:
@@ -135,7 +167,7 @@ def test_measuring_a_trained_network_changes_none_of_its_scores(data: Data, trai
     model = ATFTGATFAN(config.model, len(panel.feature_names)).eval()
     block = BlockDataset(panel, load_graph(data.graph), model.receptive_field).block(np.array([200, 201]))
     before = model(block)
-    figures = figures_of(model, block)
+    figures = figures_of(model, block, block.member)
     assert torch.equal(model(block), before)
     assert {"backbone_projection", "gat", "fusion", "temporal_encoder"} <= set(figures)
     assert 0.0 < figures["temporal_encoder"]["attention_entropy"] <= 1.0

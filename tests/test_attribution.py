@@ -7,6 +7,8 @@ import math
 import shutil
 import statistics
 from collections import defaultdict
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from atft_process import DATASET_SETTINGS, GRAPH_SETTINGS, TRAIN_SETTINGS, atft_here
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from atft_pipeline.attribution import (
     Attribution,
@@ -37,9 +41,11 @@ from atft_pipeline.attribution import (
 )
 from atft_pipeline.config import EvaluationConfig
 from atft_pipeline.dataset import manifest_path, read_manifest, read_membership, read_table
-from atft_pipeline.diagnostics import diagnose, write_report
+from atft_pipeline.diagnostics import attributions, diagnose, write_report
 from atft_pipeline.diagnostics.attribution_plots import ATTRIBUTION_PLOTS, draw_attributions
 from atft_pipeline.diagnostics.attribution_tables import attribution_tables, money, not_assessable
+from atft_pipeline.diagnostics.plots import PLOTS, figure
+from atft_pipeline.diagnostics.record import open_record
 from atft_pipeline.errors import InputError
 from atft_pipeline.evaluation import ScorePanel
 from atft_pipeline.portfolio import Book, long_short, long_short_book
@@ -462,6 +468,34 @@ def test_the_report_shows_tables_and_plots(run: Path, monkeypatch: pytest.Monkey
     content = json.loads(json.dumps(diagnosis.to_dict(), allow_nan=False))
     assert content["attribution"]["test"]["costs"]["10.0"]["sessions"] > 0
     assert "by_session" not in content["attribution"]["test"]["size"]
+
+
+def axes_of_every_plot(run_dir: Path) -> Iterator[Callable[[Axes], bool]]:
+    record = open_record(run_dir)
+    known = {split: found for split, found in attributions(record).items() if isinstance(found, Attribution)}
+    yield from (partial(plot, record) for plot in PLOTS.values())
+    yield from (partial(plot, known) for plot in ATTRIBUTION_PLOTS.values())
+
+
+def test_no_label_of_a_plot_is_cut_off_or_over_another(run: Path) -> None:
+    figures = [drawn for plot in axes_of_every_plot(run / "run") if (drawn := figure("A title", plot)) is not None]
+    assert len(figures) == len(PLOTS) + len(ATTRIBUTION_PLOTS)
+    for drawn in figures:
+        canvas = FigureCanvasAgg(drawn)
+        canvas.draw()
+        (axes,) = drawn.axes
+        texts = [axes.title, axes._left_title, axes.xaxis.label, axes.yaxis.label, axes.yaxis.get_offset_text()]
+        texts += [tick.label1 for axis in (axes.xaxis, axes.yaxis) for tick in axis._update_ticks()]
+        legend = axes.get_legend()
+        boxes = [text.get_window_extent() for text in texts if text.get_text() and text.get_visible()]
+        boxes += [] if legend is None else [legend.get_window_extent()]
+        for box in boxes:
+            assert drawn.bbox.containsx(box.x0)
+            assert drawn.bbox.containsx(box.x1)
+            assert drawn.bbox.containsy(box.y0)
+            assert drawn.bbox.containsy(box.y1)
+        unit = axes.yaxis.get_offset_text()
+        assert not unit.get_text() or axes._left_title.get_window_extent().y0 >= unit.get_window_extent().y1
 
 
 def test_a_run_without_predictions_is_not_assessable(run: Path, tmp_path: Path) -> None:

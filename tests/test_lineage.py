@@ -6,12 +6,14 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from training_runs import series, settings
 
 from atft_pipeline import lineage
 from atft_pipeline.config import PipelineConfig, to_dict
+from atft_pipeline.dataset import write_manifest
 from atft_pipeline.errors import InputError
 from atft_pipeline.lineage import (
     RunRecord,
@@ -19,6 +21,7 @@ from atft_pipeline.lineage import (
     config_key,
     exclusive,
     is_held,
+    located,
     read_run,
     read_table,
     run_key,
@@ -181,6 +184,46 @@ def test_a_header_that_cannot_be_used_is_refused_in_one_sentence(content, messag
 
 
 # One writer -----------------------------------------------------------------------------------------------------
+
+
+def product(path: Path, fingerprint: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_manifest(path, {"kind": "ml_dataset", "fingerprint": fingerprint})
+    return path
+
+
+def test_a_relative_dataset_is_looked_for_here_and_above_the_run(tmp_path, monkeypatch):
+    """Only the one that the run was made on counts: another checkout has another of the same name."""
+    checkout, elsewhere = tmp_path / "checkout", tmp_path / "elsewhere"
+    run_dir = checkout / "output" / "runs" / "run"
+    run_dir.mkdir(parents=True)
+    header = {"dataset_path": "output/data", "dataset_fingerprint": "d", "graph_path": None}
+
+    def place(**changed):
+        return located(header | changed, run_dir)["dataset_path"]
+
+    product(elsewhere / "output" / "data", "another")
+    product(run_dir.parent / "output" / "data", "another")
+    monkeypatch.chdir(elsewhere)
+    assert place() == "output/data"
+    mine = product(checkout / "output" / "data", "d")
+    assert place() == str(mine)
+    assert place(dataset_fingerprint="e") == "output/data"
+    assert place(dataset_path=str(elsewhere / "output" / "data")) == str(elsewhere / "output" / "data")
+    monkeypatch.chdir(checkout)
+    assert located(header, run_dir) == header
+    (elsewhere / "runs").symlink_to(run_dir.parent)
+    monkeypatch.chdir(tmp_path)
+    assert located(header, elsewhere / "runs" / "run")["dataset_path"] == str(mine)
+
+
+@pytest.mark.parametrize("path", ["x" * 5000, "a\0b", "loop/data", "file/data"])
+def test_a_path_that_no_file_can_have_stays_as_it_is(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "file").touch()
+    header = {"dataset_path": path, "dataset_fingerprint": "d"}
+    assert located(header, tmp_path / "run") == header
 
 
 def test_a_second_process_is_refused_while_the_first_writes(tmp_path):

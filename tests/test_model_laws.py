@@ -13,6 +13,7 @@ from atft_pipeline.blocks import Block, Neighbours
 from atft_pipeline.config import HORIZONS, LossConfig, ModelConfig
 from atft_pipeline.losses import CompositeLoss
 from atft_pipeline.model import ATFTGATFAN
+from atft_pipeline.model import gat as gat_module
 from atft_pipeline.model.adaptive_norm import (
     NORMALISATIONS,
     TIE_HANDICAP,
@@ -528,9 +529,12 @@ def test_reset_output_redraws_the_last_layer_from_the_generator() -> None:
     assert torch.equal(inner, network.prediction_head.hidden[0].weight)
 
 
-def test_attention_over_the_table_is_pygs_over_the_edges() -> None:
+@pytest.mark.parametrize("at_once", [1, 3, 4, 9])
+def test_attention_over_the_table_is_pygs_over_the_edges(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the number of sessions attended to at once."""
     torch.manual_seed(0)
     stocks, days, width, most = 30, 4, 8, 5
+    monkeypatch.setattr(gat_module, "ATTENDED_AT_ONCE", at_once * stocks * most * width)
     gat = GraphAttention(width, 2, dropout=0.0).double()
     h = torch.randn(stocks, days, width, dtype=torch.float64, requires_grad=True)
     known = torch.rand(days, stocks, most) < 0.7

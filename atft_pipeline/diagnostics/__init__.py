@@ -44,7 +44,13 @@ def diagnose(run_dir: Path, probes: Probes = "none") -> Diagnosis:
         # Both wait for files more than for the interpreter: side by side they take the time of one.
         with ThreadPoolExecutor(1) as pool:
             attributed = pool.submit(attributions, record)
-            signals, findings, ranking = _probed(record, probes)
+            signals, findings, ranking = _assessed(record)
+        if probes != "none":
+            leading = ranking.causes[:PROBED_CAUSES]
+            run_probes(record, PROBES if probes == "all" else [c.probe for c in leading if c.probe in PROBES])
+            signals, findings, ranking = _assessed(record)
+            if ranking.conclusion != "healthy":
+                run_remedies(record, [c.id for c in ranking.causes[:PROBED_CAUSES] if c.id in REMEDIES])
         final, warnings = record.verdict.get("final"), record.verdict.get("warnings")
         return Diagnosis(
             run_dir=record.run_dir,
@@ -67,19 +73,6 @@ def diagnose(run_dir: Path, probes: Probes = "none") -> Diagnosis:
         )
     finally:
         record.connection.close()
-
-
-def _probed(record: Record, probes: Probes) -> tuple[dict[str, Value], list[Finding], Ranking]:
-    found = _assessed(record)
-    if probes == "none":
-        return found
-    leading = found[-1].causes[:PROBED_CAUSES]
-    run_probes(record, PROBES if probes == "all" else [c.probe for c in leading if c.probe in PROBES])
-    found = _assessed(record)
-    ranking = found[-1]
-    if ranking.conclusion != "healthy":
-        run_remedies(record, [c.id for c in ranking.causes[:PROBED_CAUSES] if c.id in REMEDIES])
-    return found
 
 
 def _assessed(record: Record) -> tuple[dict[str, Value], list[Finding], Ranking]:

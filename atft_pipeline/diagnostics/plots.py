@@ -17,7 +17,7 @@ from atft_pipeline.diagnostics.signals import loss_curve, planned_lr
 INTERVAL_SE = 1.96
 SIZE_INCHES = (7.2, 3.2)
 DPI = 110
-LEFT_INCHES, LEGEND_INCHES = 0.85, 1.95
+LEFT_INCHES, LEGEND_INCHES, TITLE_INCHES, BELOW_INCHES = 1.3, 1.95, 0.45, 0.52
 
 
 def draw(record: Record) -> dict[str, bytes]:
@@ -33,26 +33,31 @@ def draw(record: Record) -> dict[str, bytes]:
 
 
 def picture(title: str, plot: Callable[[Axes], bool]) -> bytes | None:
-    """PNG of what `plot` draws, the legend beside it; None where it finds nothing to draw.
+    """PNG of what `plot` draws, the legend beside it; None where it finds nothing to draw."""
+    drawn = figure(title, plot)
+    if drawn is None:
+        return None
+    buffer = io.BytesIO()
+    FigureCanvasAgg(drawn).print_png(buffer)
+    return buffer.getvalue()
 
-    Margins and title have their place given: to find it, matplotlib measures every label, which takes longer than the
-    drawing.
-    """
-    figure = Figure(figsize=SIZE_INCHES, dpi=DPI)
-    axes = figure.add_subplot()
+
+def figure(title: str, plot: Callable[[Axes], bool]) -> Figure | None:
+    """Of `picture`. Margins and title have their place given: to find it, matplotlib measures every label, which takes
+    longer than the drawing."""
+    drawn = Figure(figsize=SIZE_INCHES, dpi=DPI)
+    axes = drawn.add_subplot()
     if not plot(axes):
         return None
-    axes.set_title(title, loc="left", fontsize=11, y=1.0)
+    axes.set_title(title, loc="left", fontsize=11, y=1.0, pad=16)  # above what an axis says of its unit
     axes.grid(alpha=0.3)
-    labelled = bool(axes.get_legend_handles_labels()[0])
-    if labelled:
+    right = 0.2
+    if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
-    width, height = figure.get_size_inches()
-    left, right, above, below = LEFT_INCHES, LEGEND_INCHES if labelled else 0.2, 0.32, 0.52
-    figure.subplots_adjust(left / width, below / height, 1 - right / width, 1 - above / height)
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)
-    return buffer.getvalue()
+        right = LEGEND_INCHES
+    width, height = drawn.get_size_inches()
+    drawn.subplots_adjust(LEFT_INCHES / width, BELOW_INCHES / height, 1 - right / width, 1 - TITLE_INCHES / height)
+    return drawn
 
 
 def _losses(record: Record, axes: Axes) -> bool:

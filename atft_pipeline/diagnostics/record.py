@@ -151,7 +151,7 @@ class Record:
 
 
 def open_record(run_dir: Path, until_epoch: int | None = None) -> Record:
-    """Everything of `run_dir` that can be read, and nothing from outside it.
+    """Everything of `run_dir` that can be read, and no number from outside it.
 
     With `until_epoch` as it stood at the end of that epoch: rows and predictions of later epochs are left out, and
     where the run has gone on since, so is the verdict, and run.json says `running`.

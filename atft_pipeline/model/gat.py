@@ -17,11 +17,9 @@ EDGE_CHANNELS: int = 3
 
 CORR_MIDDLE, CORR_UNIT = 0.25, 0.1
 """Nearest neighbours correlate by 0.1 to 0.5: as it is, a peer's 0.4 beside a stranger's 0.2 hardly moves a softmax."""
-
-
 ATTENDED_AT_ONCE: int = 200_000
-"""Numbers in the table of states that a stretch of sessions reads, at least a session's: it stays in the cache, and 330
-sessions of 40 stocks, width 8, take a fifth of the time that they take one by one."""
+"""Neighbours' states, in numbers, that are read at once: whole sessions, one at least. They stay in the cache, and 330
+sessions of 40 stocks at width 8 take a fifth of the time that they take one by one."""
 
 
 class GraphAttention(nn.Module):
