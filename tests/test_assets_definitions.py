@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import dagster as dg
@@ -14,7 +15,7 @@ from dagster_runs import EVER, UPSTREAM_CONFIG, make_source, outcomes, training
 from assets.definitions import defs
 from assets.outcomes import markdown_table, numbers
 from assets.training import RUN_LENGTHS
-from resources.execution import one_process_per_step
+from resources.execution import PRELOADED, one_process_per_step
 
 GRAPH = defs.resolve_asset_graph()
 
@@ -77,6 +78,11 @@ def test_the_code_location_loads_without_what_only_steps_need() -> None:
 
 def test_steps_run_in_processes_of_their_own() -> None:
     assert defs.executor is one_process_per_step
+
+
+def test_what_steps_find_imported_exists() -> None:
+    """The server that they are forked off says nothing of a module that is not there."""
+    assert all(find_spec(name) for name in PRELOADED)
 
 
 def test_nightly_schedule_retrains_in_tokyo() -> None:

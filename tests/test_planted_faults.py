@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,14 @@ def test_planted_fault_is_the_first_cause(fault: str, folder: Path) -> None:
     ranking = rank(findings(folder, fault))
     assert ranking.causes[0].id == FAULTS[fault].cause, ranking.sentence
     assert ranking.conclusion == "cause", ranking.sentence
+
+
+@pytest.mark.usefixtures("bench")
+def test_what_is_imported_ahead_exists() -> None:
+    """The server that processes are forked off says nothing of a module that is not there."""
+    from planting import PRELOADED
+
+    assert all(find_spec(name) for name in PRELOADED)
 
 
 @pytest.mark.usefixtures("bench")
