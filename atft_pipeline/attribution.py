@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from atft_pipeline import metrics
 from atft_pipeline.config import EvaluationConfig, Slice
-from atft_pipeline.dataset import read_manifest, read_membership, read_table, resolved
+from atft_pipeline.dataset import Period, read_manifest, read_membership, read_table, resolved
 from atft_pipeline.errors import InputError
 from atft_pipeline.evaluation import ScorePanel, evaluate, score_panel
 from atft_pipeline.portfolio import COSTS_BPS, Book, after_costs, long_short_book
@@ -367,21 +367,36 @@ def attribute_predictions(
     except InputError as error:
         return {split: Missing(str(error)) for split in SPLITS}
     universe: Slice | None = "liquid" if config.universe == "liquid" else None
-    context = _Context(dataset, dataset_fingerprint)
-    found: dict[str, Attribution | Missing] = {}
-    for split in SPLITS:
-        try:
-            panel = score_panel(table, score="score_1d", target="target_1d", split=split, universe=universe)
-            found[split] = attribute(panel, context.around(panel.sessions, panel.codes), config)
-        except (InputError, pa.ArrowException) as error:
-            found[split] = Missing(str(error))
-    return found
+    panels = {split: _panel(table, split, universe) for split in SPLITS}
+    days = [panel.sessions for panel in panels.values() if isinstance(panel, ScorePanel)]
+    period = (np.concatenate(days).min().item(), np.concatenate(days).max().item()) if days else None
+    context = _Context(dataset, dataset_fingerprint, period)
+    return {
+        split: panel if isinstance(panel, Missing) else _attributed(panel, context, config)
+        for split, panel in panels.items()
+    }
+
+
+def _panel(table: pa.Table, split: str, universe: Slice | None) -> ScorePanel | Missing:
+    try:
+        panel = score_panel(table, score="score_1d", target="target_1d", split=split, universe=universe)
+    except (InputError, pa.ArrowException) as error:
+        return Missing(str(error))
+    return panel if len(panel.sessions) else Missing(f"no stock of split {split!r} is in the slice that is judged")
+
+
+def _attributed(panel: ScorePanel, context: _Context, config: EvaluationConfig) -> Attribution | Missing:
+    try:
+        return attribute(panel, context.around(panel.sessions, panel.codes), config)
+    except (InputError, pa.ArrowException) as error:
+        return Missing(str(error))
 
 
 class _Context:
-    """The dataset of a run and its prices, each read once; what is missing is remembered with its reason."""
+    """The dataset of a run, of a period at least, and its prices, each read once; what is missing is remembered with
+    its reason."""
 
-    def __init__(self, dataset: Path, fingerprint: str | None) -> None:
+    def __init__(self, dataset: Path, fingerprint: str | None, period: Period | None = None) -> None:
         self.missing: Missing | None = None
         self.turnover: pa.Table | Missing
         try:
@@ -389,8 +404,9 @@ class _Context:
             if manifest["fingerprint"] != fingerprint:
                 made, now = (str(value or "unknown")[:12] for value in (fingerprint, manifest["fingerprint"]))
                 raise InputError(f"{dataset} is now dataset {now}, the run was made on {made}")
-            members = read_membership(dataset, ["Date", "Code", "is_investable", "Sector33Code"])
-            self.members = members.append_column("target_1d", read_table(dataset, ["target_1d"]).column("target_1d"))
+            members = read_membership(dataset, ["Date", "Code", "is_investable", "Sector33Code"], period)
+            targets = read_table(dataset, ["target_1d"], period)
+            self.members = members.append_column("target_1d", targets.column("target_1d"))
         except (InputError, pa.ArrowException) as error:
             self.missing = Missing(str(error))
             return

@@ -287,8 +287,13 @@ def _deliver(options: argparse.Namespace) -> Result:
 
 
 def _diagnose(options: argparse.Namespace) -> Result:
+    from importlib import import_module
+    from threading import Thread
+
     from atft_pipeline.diagnostics import diagnose, write_report
 
+    # What draws takes half a second to import; the diagnosis waits for files meanwhile.
+    Thread(target=import_module, args=("atft_pipeline.diagnostics.attribution_plots",)).start()
     diagnosis = diagnose(options.run_dir, options.probes)
     paths = write_report(options.run_dir, diagnosis)
     content = diagnosis.to_dict() | {"report_html": str(paths.html), "report_markdown": str(paths.markdown)}

@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from atft_pipeline.config import HORIZONS
 from atft_pipeline.errors import InputError
 from atft_pipeline.files import replacing, write_json
 
+Period = tuple[date, date]
+"""First and last day."""
 KEYS: tuple[str, ...] = ("Date", "Code")
 TARGETS: tuple[str, ...] = tuple(f"target_{h}d" for h in HORIZONS)
 MEMBERSHIP_COLUMNS: tuple[str, ...] = (
@@ -131,8 +134,10 @@ def replacing_product(path: Path) -> Iterator[Path]:
             data.unlink()  # a folder cannot be renamed onto a file
 
 
-def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+def read_table(path: Path, columns: Sequence[str] | None = None, period: Period | None = None) -> pa.Table:
     """Rows of the product at `path` (a file, or a folder of parts in name order), `columns` in the order asked for.
+
+    With `period` those of its days; what holds none of them is hardly read.
 
     Raises: InputError when it is missing, not parquet, or lacks a column.
     """
@@ -141,16 +146,16 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
     if not files or not files[0].exists():
         raise InputError(f"{path}: no such parquet file or folder of parquet parts; build it first")
     wanted = None if columns is None else list(columns)
-    tables = [read_part(file, wanted) for file in files]
+    tables = [read_part(file, wanted, period) for file in files]
     odd = next((n for n, table in enumerate(tables) if not table.schema.equals(tables[0].schema)), None)
     if odd is not None:
         raise InputError(f"{path}: {files[odd].name} has other columns or types than {files[0].name}; make them alike")
     return pa.concat_tables(tables)
 
 
-def read_membership(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+def read_membership(path: Path, columns: Sequence[str] | None = None, period: Period | None = None) -> pa.Table:
     """The membership table of the dataset at `path`: same rows, same order as its features."""
-    return read_table(membership_path(path), columns)
+    return read_table(membership_path(path), columns, period)
 
 
 def write_dataset(path: Path, features: pa.Table, membership: pa.Table, manifest: dict[str, Any]) -> None:
@@ -197,13 +202,17 @@ def _repetitive(table: pa.Table) -> list[str]:
     return [column.name for column in table.schema if not pa.types.is_floating(column.type)]
 
 
-def read_part(file: Path, columns: list[str] | None = None) -> pa.Table:
-    """Rows of one parquet file. Raises: InputError when it is not readable or lacks a column."""
+def read_part(file: Path, columns: list[str] | None = None, period: Period | None = None) -> pa.Table:
+    """Rows of one parquet file, of a period's days. Raises: InputError when it is not readable or lacks a column."""
     with readable(file), pq.ParquetFile(file) as parquet:
         missing = sorted(set(columns or ()) - set(parquet.schema_arrow.names))
         if missing:
             raise InputError(f"{file}: column {missing[0]} is missing; build the file again")
-        table = parquet.read(columns=columns)
+        if period is None:
+            table = parquet.read(columns=columns)
+        else:
+            days = [("Date", ">=", period[0]), ("Date", "<=", period[1])]
+            table = pq.read_table(file, columns=columns, filters=days)
     return table if columns is None else table.select(columns)
 
 

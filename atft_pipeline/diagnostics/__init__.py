@@ -53,6 +53,7 @@ def diagnose(run_dir: Path, probes: Probes = "none") -> Diagnosis:
                 run_remedies(record, [c.id for c in ranking.causes[:PROBED_CAUSES] if c.id in REMEDIES])
         final, warnings = record.verdict.get("final"), record.verdict.get("warnings")
         return Diagnosis(
+            record=record,
             run_dir=record.run_dir,
             run=record.run,
             final=final if isinstance(final, dict) else {},
@@ -71,8 +72,9 @@ def diagnose(run_dir: Path, probes: Probes = "none") -> Diagnosis:
             missing=[*record.missing, *RunInputs(record).unusable],
             headline=headline(record, signals, findings, ranking),
         )
-    finally:
+    except BaseException:
         record.connection.close()
+        raise
 
 
 def _assessed(record: Record) -> tuple[dict[str, Value], list[Finding], Ranking]:

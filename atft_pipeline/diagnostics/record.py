@@ -316,7 +316,7 @@ def read_scores(path: Path, horizons: Sequence[int]) -> pa.Table | None:
     fields += [(f"{kind}_{h}d", pa.float64()) for kind in ("score", "target") for h in horizons]
     schema = pa.schema(fields)
     try:
-        return pq.ParquetFile(path).read().select(schema.names).cast(schema)
+        return pq.ParquetFile(path).read(columns=schema.names).select(schema.names).cast(schema)
     except (OSError, KeyError, pa.ArrowException):
         return None
 

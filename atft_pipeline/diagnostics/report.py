@@ -18,12 +18,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from atft_pipeline.attribution import Attribution, Missing
-from atft_pipeline.diagnostics.attribution_plots import ATTRIBUTION_PLOTS, draw_attributions
 from atft_pipeline.diagnostics.attribution_tables import attribution_tables, not_assessable
 from atft_pipeline.diagnostics.experiments import ExperimentAdvice
-from atft_pipeline.diagnostics.plots import draw
 from atft_pipeline.diagnostics.ranking import Ranking
-from atft_pipeline.diagnostics.record import Record, open_record
+from atft_pipeline.diagnostics.record import Record
 from atft_pipeline.diagnostics.rules import RULES, Finding, Group
 from atft_pipeline.diagnostics.signals import Signals
 from atft_pipeline.files import replacing
@@ -51,6 +49,8 @@ class ReportPaths:
 class Diagnosis:
     """What one run's record says about why it ended as it did."""
 
+    record: Record
+    """What all of it was read from, still open."""
     run_dir: Path
     run: dict[str, Any]
     final: dict[str, Any]
@@ -401,20 +401,26 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 # Files -----------------------------------------------------------------------------------------------------------
 
 
+def _pictures(diagnosis: Diagnosis) -> dict[str, dict[str, bytes]]:
+    """Section -> title -> PNG."""
+    from atft_pipeline.diagnostics.attribution_plots import draw_attributions  # half of what a diagnosis imports
+    from atft_pipeline.diagnostics.plots import draw
+
+    drawn = draw(diagnosis.record)
+    by_section = {name: {t: drawn[t] for t in titles if t in drawn} for name, titles in PLOTS_OF_SECTION.items()}
+    return by_section | {"Costs, capacity and exposures": draw_attributions(diagnosis.attributions)}
+
+
 def write_report(run_dir: Path, diagnosis: Diagnosis) -> ReportPaths:
     """`findings.parquet`, `report.md` and `report.html` of a run, each replaced in one step."""
     paths = ReportPaths(run_dir / "findings.parquet", run_dir / "report.md", run_dir / "report.html")
-    record = open_record(run_dir)
-    try:
-        plots = draw(record) | draw_attributions(diagnosis.attributions)
-    finally:
-        record.connection.close()
+    pictures = _pictures(diagnosis)
     with replacing(paths.findings) as temporary:
         pq.write_table(pa.Table.from_pylist([asdict(finding) for finding in diagnosis.findings]), temporary)
     with replacing(paths.markdown) as temporary:
         temporary.write_text(diagnosis.to_markdown(), encoding="utf-8")
     with replacing(paths.html) as temporary:
-        temporary.write_text(_page(diagnosis, plots), encoding="utf-8")
+        temporary.write_text(_page(diagnosis, pictures), encoding="utf-8")
     return paths
 
 
@@ -428,18 +434,17 @@ h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; border-bottom: 1px solid #d0d0
 
 PLOTS_OF_SECTION: dict[str, tuple[str, ...]] = {
     "Final results": ("Sharpe by epoch", "IC and RankIC"),
-    "Costs, capacity and exposures": tuple(ATTRIBUTION_PLOTS),
     "Gradient flow": ("Gradient l2 by component",),
     "Plateau analysis": ("Losses", "Learning rate"),
 }
 
 
-def _page(diagnosis: Diagnosis, plots: Mapping[str, bytes]) -> str:
+def _page(diagnosis: Diagnosis, pictures: Mapping[str, Mapping[str, bytes]]) -> str:
     title = html.escape(f"Diagnosis of {diagnosis.run.get('name') or diagnosis.run_dir.name}")
     body = []
     for name, text in diagnosis.sections():
-        pictures = "".join(_image(plot, plots[plot]) for plot in PLOTS_OF_SECTION.get(name, ()) if plot in plots)
-        body.append(f"<h2>{html.escape(name)}</h2>\n{pictures}{markdown_to_html(text)}")
+        shown = "".join(_image(plot, png) for plot, png in pictures.get(name, {}).items())
+        body.append(f"<h2>{html.escape(name)}</h2>\n{shown}{markdown_to_html(text)}")
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
         f"</head><body><h1>{title}</h1>\n{''.join(body)}</body></html>\n"
