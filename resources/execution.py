@@ -13,7 +13,16 @@ from typing import Any
 
 import dagster as dg
 
-PRELOADED = ["dagster", "duckdb", "matplotlib.backends.backend_agg", "torch_geometric.nn"]
+PRELOADED = [
+    "dagster",
+    "dagster._cli",  # a step imports the command's script again
+    "duckdb",
+    "exchange_calendars",
+    "pandera",
+    "atft_pipeline.diagnostics.attribution_plots",
+    "matplotlib.backends.backend_agg",
+    "torch_geometric.nn",
+]
 """What costs seconds to import and starts no thread that a fork would lose; polars does, so it is not among them."""
 
 
