@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
@@ -368,9 +369,9 @@ def attribute_predictions(
         return {split: Missing(str(error)) for split in SPLITS}
     universe: Slice | None = "liquid" if config.universe == "liquid" else None
     panels = {split: _panel(table, split, universe) for split in SPLITS}
-    days = [panel.sessions for panel in panels.values() if isinstance(panel, ScorePanel)]
-    period = (np.concatenate(days).min().item(), np.concatenate(days).max().item()) if days else None
-    context = _Context(dataset, dataset_fingerprint, period)
+    known = [panel.sessions for panel in panels.values() if isinstance(panel, ScorePanel)]
+    ends: list[date] = [day for sessions in known for day in sessions[[0, -1]].tolist()]
+    context = _Context(dataset, dataset_fingerprint, (min(ends), max(ends)) if ends else None)
     return {
         split: panel if isinstance(panel, Missing) else _attributed(panel, context, config)
         for split, panel in panels.items()
@@ -415,11 +416,10 @@ class _Context:
     def around(self, sessions: Days, codes: NDArray[Any]) -> Surroundings:
         if self.missing:
             return Surroundings(self.missing, self.missing, (), self.missing)
-        members = _between(self.members, sessions[0], sessions[-1])
-        place = _Cells.of(members, sessions, codes)
-        names, number = _sectors(members, place)
+        place = _Cells.of(self.members, sessions, codes)
+        names, number = _sectors(self.members, place)
         return Surroundings(
-            market=_market(members, place),
+            market=_market(self.members, place),
             sector=number if (number >= 0).any() else Missing("Sector33Code is null for every stock scored"),
             sector_names=names,
             median_turnover=self._median_turnover(sessions, codes),

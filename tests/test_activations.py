@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from conftest import Trained
 from torch import Tensor, nn
-from training_runs import Data, header, series
+from training_runs import Data, header, series, settings, train_quietly
 
+from atft_pipeline import training
 from atft_pipeline.activations import ATTENTION, OBSERVED_SESSIONS, Figures, observing
-from atft_pipeline.blocks import Block, BlockDataset, load_panel
+from atft_pipeline.blocks import Block, BlockDataset, Panel, load_panel
 from atft_pipeline.config import from_dict
 from atft_pipeline.graph import load_graph
 from atft_pipeline.model.atft_gat_fan import ATFTGATFAN
+from atft_pipeline.splits import make_split
 
 STOCKS, SESSIONS, UNITS = 5, 3, 8
 
@@ -148,6 +153,20 @@ def test_training_records_the_figures_of_every_epoch(trained: Trained) -> None:
         found = series(run, metric, split="validation", component=component)
         assert list(found) == [*range(1, header(run)["epochs_done"] + 1)]
         assert all(0.0 <= value <= 1.0 for value in found.values())
+
+
+def test_a_session_without_members_in_the_middle_is_passed_over(
+    data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def emptied(*arguments: Any) -> Panel:
+        panel = load_panel(*arguments)
+        validation = make_split(panel.sessions, settings().split).validation
+        panel.member[validation[len(validation) // 2]] = False
+        return panel
+
+    monkeypatch.setattr(training, "load_panel", emptied)
+    train_quietly(settings({"train.epochs": 1}), data, tmp_path / "run")
+    assert list(series(tmp_path / "run", "stock_spread", split="validation", component="gat")) == [1]
 
 
 def test_hooks_are_gone_also_after_a_failure() -> None:

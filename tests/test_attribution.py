@@ -44,7 +44,7 @@ from atft_pipeline.dataset import manifest_path, read_manifest, read_membership,
 from atft_pipeline.diagnostics import attributions, diagnose, write_report
 from atft_pipeline.diagnostics.attribution_plots import ATTRIBUTION_PLOTS, draw_attributions
 from atft_pipeline.diagnostics.attribution_tables import attribution_tables, money, not_assessable
-from atft_pipeline.diagnostics.plots import PLOTS, figure
+from atft_pipeline.diagnostics.plots import PLOTS, by_epoch, figure
 from atft_pipeline.diagnostics.record import open_record
 from atft_pipeline.errors import InputError
 from atft_pipeline.evaluation import ScorePanel
@@ -473,7 +473,7 @@ def test_the_report_shows_tables_and_plots(run: Path, monkeypatch: pytest.Monkey
 def axes_of_every_plot(run_dir: Path) -> Iterator[Callable[[Axes], bool]]:
     record = open_record(run_dir)
     known = {split: found for split, found in attributions(record).items() if isinstance(found, Attribution)}
-    yield from (partial(plot, record) for plot in PLOTS.values())
+    yield from (partial(by_epoch, plot, record) for plot in PLOTS.values())
     yield from (partial(plot, known) for plot in ATTRIBUTION_PLOTS.values())
 
 

@@ -183,7 +183,7 @@ def test_a_header_that_cannot_be_used_is_refused_in_one_sentence(content, messag
         read_run(tmp_path)
 
 
-# One writer -----------------------------------------------------------------------------------------------------
+# Where its products are -----------------------------------------------------------------------------------------
 
 
 def product(path: Path, fingerprint: str) -> Path:
@@ -224,6 +224,9 @@ def test_a_path_that_no_file_can_have_stays_as_it_is(path, tmp_path, monkeypatch
     (tmp_path / "file").touch()
     header = {"dataset_path": path, "dataset_fingerprint": "d"}
     assert located(header, tmp_path / "run") == header
+
+
+# One writer -----------------------------------------------------------------------------------------------------
 
 
 def test_a_second_process_is_refused_while_the_first_writes(tmp_path):

@@ -54,13 +54,9 @@ def diagnose(run_dir: Path, probes: Probes = "none") -> Diagnosis:
         final, warnings = record.verdict.get("final"), record.verdict.get("warnings")
         return Diagnosis(
             record=record,
-            run_dir=record.run_dir,
-            run=record.run,
             final=final if isinstance(final, dict) else {},
             verdict_line=str(record.verdict.get("summary") or "no verdict was written"),
             warnings=[str(warning) for warning in warnings] if isinstance(warnings, list) else [],
-            slice=record.slice,
-            criterion_epoch=record.criterion_epoch,
             signals=signals,
             findings=findings,
             ranking=ranking,

@@ -24,7 +24,7 @@ from atft_pipeline.attribution import (
     SizeTilt,
 )
 from atft_pipeline.diagnostics.attribution_tables import money
-from atft_pipeline.diagnostics.plots import INTERVAL_SE, SIZE_INCHES, picture
+from atft_pipeline.diagnostics.plots import INTERVAL_SE, SIZE_INCHES, pictures
 
 Attributions = Mapping[str, Attribution]
 
@@ -38,8 +38,7 @@ def draw_attributions(attributions: Mapping[str, Attribution | Missing]) -> dict
     known = {split: a for split, a in attributions.items() if isinstance(a, Attribution)}
     if not known:
         return {}
-    drawn = {title: picture(title, partial(plot, known)) for title, plot in ATTRIBUTION_PLOTS.items()}
-    return {title: image for title, image in drawn.items() if image}
+    return pictures({title: partial(plot, known) for title, plot in ATTRIBUTION_PLOTS.items()})
 
 
 def _costs(attributions: Attributions, axes: Axes) -> bool:

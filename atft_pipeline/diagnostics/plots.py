@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 from matplotlib.axes import Axes
@@ -22,29 +22,34 @@ LEFT_INCHES, LEGEND_INCHES, TITLE_INCHES, BELOW_INCHES = 1.3, 1.95, 0.45, 0.52
 
 def draw(record: Record) -> dict[str, bytes]:
     """Title -> PNG, of the plots whose numbers the record has; in the order a reader wants them."""
-
-    def by_epoch(plot: Callable[[Record, Axes], bool], axes: Axes) -> bool:
-        axes.set_xlabel("epoch")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        return plot(record, axes)
-
-    drawn = {title: picture(title, partial(by_epoch, plot)) for title, plot in PLOTS.items()}
-    return {title: image for title, image in drawn.items() if image}
+    return pictures({title: partial(by_epoch, plot, record) for title, plot in PLOTS.items()})
 
 
-def picture(title: str, plot: Callable[[Axes], bool]) -> bytes | None:
-    """PNG of what `plot` draws, the legend beside it; None where it finds nothing to draw."""
-    drawn = figure(title, plot)
-    if drawn is None:
-        return None
-    buffer = io.BytesIO()
-    FigureCanvasAgg(drawn).print_png(buffer)
-    return buffer.getvalue()
+def by_epoch(plot: Callable[[Record, Axes], bool], record: Record, axes: Axes) -> bool:
+    """`plot` of a run, its epochs along the x axis."""
+    axes.set_xlabel("epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return plot(record, axes)
+
+
+def pictures(plots: Mapping[str, Callable[[Axes], bool]]) -> dict[str, bytes]:
+    """Title -> PNG, of the plots that find something to draw."""
+    found = {}
+    for title, plot in plots.items():
+        drawn = figure(title, plot)
+        if drawn is not None:
+            buffer = io.BytesIO()
+            FigureCanvasAgg(drawn).print_png(buffer)
+            found[title] = buffer.getvalue()
+    return found
 
 
 def figure(title: str, plot: Callable[[Axes], bool]) -> Figure | None:
-    """Of `picture`. Margins and title have their place given: to find it, matplotlib measures every label, which takes
-    longer than the drawing."""
+    """What `plot` draws, the legend beside it; None where it finds nothing to draw.
+
+    Margins and title have their place given: to find it, matplotlib measures every label, which takes longer than the
+    drawing.
+    """
     drawn = Figure(figsize=SIZE_INCHES, dpi=DPI)
     axes = drawn.add_subplot()
     if not plot(axes):

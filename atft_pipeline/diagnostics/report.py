@@ -51,14 +51,10 @@ class Diagnosis:
 
     record: Record
     """What all of it was read from, still open."""
-    run_dir: Path
-    run: dict[str, Any]
     final: dict[str, Any]
     verdict_line: str
     warnings: list[str]
     """What the verdict warns of, whatever its status."""
-    slice: str
-    criterion_epoch: int
     signals: Signals
     findings: list[Finding]
     ranking: Ranking
@@ -73,6 +69,10 @@ class Diagnosis:
     """Split -> what its return is made of and would cost."""
     missing: list[str]
     headline: str
+
+    @property
+    def run_dir(self) -> Path:
+        return self.record.run_dir
 
     @property
     def causes(self) -> list[Finding]:
@@ -123,7 +123,7 @@ class Diagnosis:
         }
 
     def to_markdown(self) -> str:
-        head = f"# Diagnosis of {self.run.get('name') or self.run_dir.name}\n\n"
+        head = f"# Diagnosis of {self.record.run.get('name') or self.run_dir.name}\n\n"
         return head + "\n\n".join(f"## {title}\n\n{body}" for title, body in self.sections()) + "\n"
 
     def sections(self) -> list[Section]:
@@ -207,11 +207,11 @@ def _final_results(diagnosis: Diagnosis) -> str:
     splits = {name: s for name, s in diagnosis.final.items() if isinstance(s, Mapping)}
     if not splits:
         by_epoch = _shown(diagnosis, "sharpe_by_epoch")
-        return f"{verdict}\n\nValidation Sharpe ({diagnosis.slice}): {by_epoch}. No final figures were written."
+        return f"{verdict}\n\nValidation Sharpe ({diagnosis.record.slice}): {by_epoch}. No final figures were written."
     rows = [[name] + [_number(split.get(name)) for split in splits.values()] for name in FINAL_FIGURES]
     return (
         f"{verdict}\n\n{_table(['figure', *splits], rows)}\n\n"
-        f"Validation Sharpe ({diagnosis.slice}) by epoch: {_shown(diagnosis, 'sharpe_by_epoch')}."
+        f"Validation Sharpe ({diagnosis.record.slice}) by epoch: {_shown(diagnosis, 'sharpe_by_epoch')}."
     )
 
 
@@ -440,7 +440,7 @@ PLOTS_OF_SECTION: dict[str, tuple[str, ...]] = {
 
 
 def _page(diagnosis: Diagnosis, pictures: Mapping[str, Mapping[str, bytes]]) -> str:
-    title = html.escape(f"Diagnosis of {diagnosis.run.get('name') or diagnosis.run_dir.name}")
+    title = html.escape(f"Diagnosis of {diagnosis.record.run.get('name') or diagnosis.run_dir.name}")
     body = []
     for name, text in diagnosis.sections():
         shown = "".join(_image(plot, png) for plot, png in pictures.get(name, {}).items())
