@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import select
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -34,3 +37,22 @@ def handled(handler: Handler, *numbers: signal.Signals) -> Iterator[None]:
             for number in numbers:
                 signal.signal(number, handler)
         yield
+
+
+def pause(seconds: float) -> None:
+    """Sleeps, in the main thread until the next signal at most, also one that comes just before.
+
+    `time.sleep` sleeps to its end when a signal comes between Python's last look for signals and the system call.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        time.sleep(seconds)
+        return
+    woken, wake = os.pipe()
+    os.set_blocking(wake, False)
+    before = signal.set_wakeup_fd(wake)
+    try:
+        select.select([woken], [], [], seconds)
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(woken)
+        os.close(wake)

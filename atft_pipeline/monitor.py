@@ -15,6 +15,7 @@ from typing import Any
 
 from atft_pipeline.diagnostics.standing import StandingWarning, standing_warnings
 from atft_pipeline.errors import InputError, unusable_path
+from atft_pipeline.interrupts import pause
 from atft_pipeline.lineage import is_held
 from atft_pipeline.progress import Progress, read_all_progress, read_progress
 
@@ -87,7 +88,7 @@ def watch_folder(runs: Path, show: Callable[[Frame], None], *, every_s: float, o
         show(look(time.time()))
         if once:
             return 0
-        time.sleep(every_s)
+        pause(every_s)
 
 
 def watch_run(run_dir: Path, show: Callable[[Frame], None], *, every_s: float, once: bool) -> int:
@@ -102,7 +103,7 @@ def watch_run(run_dir: Path, show: Callable[[Frame], None], *, every_s: float, o
             return 0 if run.progress.has_succeeded else 1
         if once:
             return 0
-        time.sleep(every_s)
+        pause(every_s)
 
 
 def _require_pause(every_s: float) -> None:

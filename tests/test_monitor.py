@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,7 @@ import pytest
 from atft_process import ATFT, atft_here, content, environment
 from run_directories import BASE_LR, EPOCHS, Tables, healthy
 
-from atft_pipeline import monitor
+from atft_pipeline import interrupts, monitor
 from atft_pipeline.dashboard import duration, plain, sparkline
 from atft_pipeline.diagnostics import diagnose, standing
 from atft_pipeline.diagnostics.record import open_record
@@ -378,7 +379,7 @@ def test_the_monitor_of_a_run_shows_it_until_it_ends(tmp_path: Path, monkeypatch
             tables.run["status"] = "finished"
             tables.write(run)
 
-    monkeypatch.setattr(monitor.time, "sleep", sleep)
+    monkeypatch.setattr(monitor, "pause", sleep)
     with held(run):
         code = monitor.watch_run(run, shown.append, every_s=7.0, once=False)
     assert code == 0
@@ -390,7 +391,7 @@ def test_a_run_that_starts_is_waited_for_and_an_abandoned_folder_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
-    monkeypatch.setattr(monitor.time, "sleep", lambda _: healthy().write(run))
+    monkeypatch.setattr(monitor, "pause", lambda _: healthy().write(run))
     with held(run):
         assert monitor.watch_run(run, lambda _: None, every_s=1.0, once=False) == 0
     (tmp_path / "abandoned").mkdir()
@@ -426,6 +427,30 @@ def test_ctrl_c_ends_the_watching_as_it_ends_every_command(tmp_path: Path) -> No
         watching.send_signal(signal.SIGINT)
         _, said = watching.communicate(timeout=60)
     assert (watching.returncode, said) == (130, "atft monitor: interrupted\n")
+
+
+@pytest.mark.parametrize("when", ["just before", "while it lasts"])
+def test_a_signal_ends_the_pause_whenever_it_comes(when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def select_later(*arguments: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return select(*arguments)
+
+    select = interrupts.select.select
+    sender = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGUSR1))
+    if when == "just before":
+        monkeypatch.setattr(interrupts.select, "select", select_later)
+    else:
+        sender.start()
+    started = time.monotonic()
+    with interrupts.handled(lambda *_: None, signal.SIGUSR1):
+        interrupts.pause(60.0)
+        assert time.monotonic() - started < 30.0
+        if when == "while it lasts":
+            sender.join()
+        monkeypatch.undo()
+        started = time.monotonic()
+        interrupts.pause(0.05)
+    assert time.monotonic() - started >= 0.05
 
 
 def test_a_reader_that_leaves_ends_the_watching_without_complaint(tmp_path: Path) -> None:
