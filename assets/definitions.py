@@ -2,19 +2,19 @@
 
 import dagster as dg
 
-from assets.baselines import baselines
-from assets.checks import run_checks
-from assets.comparison import comparison
-from assets.delivery import delivery_asset
-from assets.diagnostics import diagnostics_asset
-from assets.evaluation import evaluation_asset
-from assets.experiments import experiments
-from assets.failures import canceled_training, explain_failure, failed_training, killed_runs
-from assets.features import ml_dataset, prices
-from assets.graph import stock_graph
-from assets.raw import raw_assets
+from assets.data.dataset import ml_dataset, prices
+from assets.data.graph import stock_graph
+from assets.data.raw import raw_assets
+from assets.diagnosis.diagnostics import diagnostics_asset
+from assets.diagnosis.experiments import experiments
+from assets.diagnosis.failures import canceled_training, explain_failure, failed_training, killed_runs
+from assets.judging.baselines import baselines
+from assets.judging.checks import run_checks
+from assets.judging.comparison import comparison
+from assets.judging.ensemble_scores import delivery_asset
+from assets.judging.evaluation import evaluation_asset
 from assets.schedules import nightly_retrain, nightly_schedule
-from assets.training import RUN_LENGTHS, training_definitions
+from assets.training.training_run import RUN_LENGTHS, training_definitions
 from resources.compute import Compute
 from resources.dataset_store import DatasetStore
 from resources.execution import one_process_per_step

@@ -33,10 +33,10 @@ from harness import put_between
 from planting import AT_ONCE, Task, child, make_run, prepare, tasks, twin_of
 
 from atft_pipeline.diagnostics.causes import BY_ID, HEALTHY, UNKNOWN
-from atft_pipeline.diagnostics.ranking import learned, rank
-from atft_pipeline.diagnostics.rules import Finding
-from atft_pipeline.lineage import code_revision
-from atft_pipeline.metrics import mean_and_error
+from atft_pipeline.diagnostics.posterior import learned, rank
+from atft_pipeline.diagnostics.rules.rule import Finding
+from atft_pipeline.evaluation.metrics import mean_and_error
+from atft_pipeline.storage.code_version import code_revision
 
 LIKELIHOODS = Path(__file__).parents[1] / "atft_pipeline" / "diagnostics" / "likelihoods.json"
 SETS = {"fit": (100, 200), "quoted": (300,)}
@@ -247,7 +247,7 @@ def main() -> None:
     wanted = [task for first in SETS[name] for task in tasks(first)]
     if options.only:
         wanted = [task for task in wanted if any(part in task.name for part in options.only)]
-    started, home = time.perf_counter(), options.work_dir / code_revision()
+    started, home = time.perf_counter(), options.work_dir / code_revision("run")
     with ThreadPoolExecutor(AT_ONCE) as pool:
         list(pool.map(lambda place: prepare(home, place), {task.market.name: task.market for task in wanted}.values()))
         judged = list(pool.map(lambda task: judge(home, task, {} if options.fit else learned()), wanted))

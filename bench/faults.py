@@ -19,13 +19,16 @@ import polars as pl
 import torch
 from torch import nn
 
-from atft_pipeline import evaluation, losses, synthetic, training
-from atft_pipeline.blocks import BlockDataset, Panel
-from atft_pipeline.dataset import membership_path
-from atft_pipeline.losses import CompositeLoss
+from atft_pipeline.batches.blocks import BlockDataset, Panel
+from atft_pipeline.evaluation import evaluate as evaluation
+from atft_pipeline.market import synthetic
 from atft_pipeline.model.atft_gat_fan import ATFTGATFAN
-from atft_pipeline.schedule import LearningRateSchedule
-from atft_pipeline.weight_average import WeightAverage
+from atft_pipeline.storage.product import membership_path
+from atft_pipeline.training import losses
+from atft_pipeline.training import trainer as training
+from atft_pipeline.training.losses import CompositeLoss
+from atft_pipeline.training.schedule import LearningRateSchedule
+from atft_pipeline.training.weight_average import WeightAverage
 
 Settings = dict[str, object]
 

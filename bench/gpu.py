@@ -31,15 +31,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from atft_pipeline.config import HORIZONS, PipelineConfig, to_dict, with_overrides
-from atft_pipeline.dataset import MEMBERSHIP_COLUMNS, write_dataset, write_manifest
-from atft_pipeline.graph import StockGraph, write_graph
-from atft_pipeline.lineage import RunRecord, read_table
-from atft_pipeline.presets import preset
-from atft_pipeline.run_plan import plan_run, resolve_device
-from atft_pipeline.scoring import to_device
-from atft_pipeline.targets import forward_return
-from atft_pipeline.training import Trainer, train
+from atft_pipeline.config.presets import preset
+from atft_pipeline.config.schema import HORIZONS, PipelineConfig, to_dict, with_overrides
+from atft_pipeline.dataset.targets import forward_return
+from atft_pipeline.graph.build import StockGraph, write_graph
+from atft_pipeline.runs.record import RunRecord, read_table
+from atft_pipeline.storage.product import MEMBERSHIP_COLUMNS, write_dataset, write_manifest
+from atft_pipeline.training.plan import plan_run, resolve_device
+from atft_pipeline.training.scoring import to_device
+from atft_pipeline.training.trainer import Trainer, train
 
 FEATURES = 82
 

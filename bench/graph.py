@@ -28,9 +28,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from atft_pipeline.config import GraphConfig
-from atft_pipeline.dataset import write_manifest
-from atft_pipeline.graph import (
+from atft_pipeline.config.schema import GraphConfig
+from atft_pipeline.graph.build import (
     CLIP,
     MINIMUM_SECTOR_MEMBERS,
     StockGraph,
@@ -39,7 +38,8 @@ from atft_pipeline.graph import (
     content_sha256,
     load_graph,
 )
-from atft_pipeline.graph_kernels import Search
+from atft_pipeline.graph.kernels import Search
+from atft_pipeline.storage.product import write_manifest
 
 CASES = [(stocks, window) for window in (60, 250) for stocks in (1000, 4000)]
 SECTORS = 33

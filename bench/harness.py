@@ -8,8 +8,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from atft_pipeline.dataset import sha256_of
-from atft_pipeline.lineage import code_revision
+from atft_pipeline.storage.code_version import code_revision
+from atft_pipeline.storage.product import sha256_of
 
 
 def command(*arguments: object) -> None:
@@ -22,7 +22,7 @@ def command(*arguments: object) -> None:
 
 def trained(folder: Path, dataset: Path, graph: Path, settings: Mapping[str, object]) -> Path:
     """Run directory in `folder` of preset `cpu` with `settings`; a finished run of the same code is not repeated."""
-    named = {**settings, "code": code_revision(), "dataset": dataset.name}
+    named = {**settings, "code": code_revision("run"), "dataset": dataset.name}
     run = folder / f"run_{sha256_of(named)[:16]}"
     assignments = [part for name, value in settings.items() for part in ("--set", f"{name}={json.dumps(value)}")]
     command("train", dataset, graph, run, "--preset", "cpu", *assignments)

@@ -67,12 +67,12 @@ def atft() -> Peer:
     """This checkout's own features: what `atft features` does before targets, manifest and writing."""
     sys.path.insert(0, str(ROOT))
     from atft_pipeline import __version__
-    from atft_pipeline.contracts import read_checked
-    from atft_pipeline.features.panel import build_features
+    from atft_pipeline.config.presets import preset
+    from atft_pipeline.features.compute import build_features
     from atft_pipeline.features.registry import FEATURE_NAMES
-    from atft_pipeline.presets import preset
-    from atft_pipeline.sources import open_source
-    from atft_pipeline.universe import build_prices
+    from atft_pipeline.market.contracts import read_checked
+    from atft_pipeline.market.sources import open_source
+    from atft_pipeline.market.universe import build_prices
 
     config = preset("cpu").dataset
 
@@ -517,7 +517,7 @@ def _prepared(peer: Peer, source: Path, folder: Path) -> Path:
 def _tiny_market(name: str, folder: Path) -> Path:
     """A source for the warm-up: the synthetic market for our own, which reads five tables; a random walk for peers."""
     if name == "atft":
-        from atft_pipeline.synthetic import generate_market, write_tables
+        from atft_pipeline.market.synthetic import generate_market, write_tables
 
         write_tables(generate_market(stocks=TINY_STOCKS, sessions=TINY_SESSIONS), folder)
         return folder

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from faults import FAULTS, Planted
 
-from atft_pipeline.config import with_overrides
-from atft_pipeline.diagnostics import diagnose
-from atft_pipeline.diagnostics.probes import PROBES, run_probes
-from atft_pipeline.diagnostics.record import open_record
+from atft_pipeline.config.presets import quick
+from atft_pipeline.config.schema import with_overrides
+from atft_pipeline.diagnostics.diagnose import diagnose
+from atft_pipeline.diagnostics.probes.probes import PROBES, run_probes
 from atft_pipeline.errors import RunFailure
-from atft_pipeline.presets import quick
-from atft_pipeline.synthetic import generate_market, write_tables
-from atft_pipeline.training import Trainer, train
+from atft_pipeline.market.synthetic import generate_market, write_tables
+from atft_pipeline.runs.reader import open_record
+from atft_pipeline.training.trainer import Trainer, train
 
 BASE: dict[str, object] = {
     "train.universe": "all",

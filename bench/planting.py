@@ -190,13 +190,13 @@ def child(work: Callable[[dict[str, Any]], str], task: dict[str, Any]) -> str:
 
 
 PRELOADED = (
-    "atft_pipeline.training",
-    "atft_pipeline.diagnostics.probes",
+    "atft_pipeline.training.trainer",
+    "atft_pipeline.diagnostics.probes.probes",
     # What its probes import when they are made:
-    "atft_pipeline.baselines",
-    "atft_pipeline.dataset_rows",
-    "atft_pipeline.graph_kernels",
-    "atft_pipeline.universe",
+    "atft_pipeline.evaluation.baselines",
+    "atft_pipeline.dataset.rows",
+    "atft_pipeline.graph.kernels",
+    "atft_pipeline.market.universe",
     "exchange_calendars",
     "numba",
     "pandera.polars",

@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 
-from atft_pipeline import training
-from atft_pipeline.activations import Activations
-from atft_pipeline.config import parse_assignments, with_overrides
-from atft_pipeline.inputs_seen import InputsSeen
-from atft_pipeline.lineage import RunRecord
-from atft_pipeline.presets import preset
+from atft_pipeline.config.presets import preset
+from atft_pipeline.config.schema import parse_assignments, with_overrides
+from atft_pipeline.runs.record import RunRecord
+from atft_pipeline.training import trainer as training
+from atft_pipeline.training.telemetry.activations import Activations
+from atft_pipeline.training.telemetry.input_sample import InputsSeen
 
 RECORDING: tuple[tuple[Any, str], ...] = (
     (training.Trainer, "_log_pulls"),

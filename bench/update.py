@@ -48,7 +48,9 @@ def split(source: Path, folder: Path) -> tuple[Path, Path]:
 def start_up() -> dict[str, Any]:
     """Python, its libraries and the compiled kernels' loading, of a command that builds features."""
     started = time.perf_counter()
-    subprocess.run([sys.executable, "-c", "import atft_pipeline.price_parts, atft_pipeline.dataset_parts"], check=True)
+    subprocess.run(
+        [sys.executable, "-c", "import atft_pipeline.market.price_store, atft_pipeline.dataset.store"], check=True
+    )
     return {"stage": "start-up", "wall_s": round(time.perf_counter() - started, 1)}
 
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import dagster as dg
 
-from atft_pipeline.config import PipelineConfig, report_overrides, with_overrides
+from atft_pipeline.config.presets import preset
+from atft_pipeline.config.schema import PipelineConfig, report_overrides, with_overrides
 from atft_pipeline.errors import InputError
-from atft_pipeline.presets import preset
 
 PRESET_VARIABLE = "ATFT_PRESET"
 
@@ -57,13 +57,13 @@ class Compute(dg.ConfigurableResource):
 
     def process_count(self) -> int:
         """How many processes train one run; raises InputError where what was set is no such number."""
-        from atft_pipeline.launch import Layout, processes_asked
+        from atft_pipeline.training.launcher import Layout, processes_asked
 
         return Layout(self.processes or processes_asked(os.environ)).processes
 
     def threads_each(self, processes: int) -> int:
         """Torch threads of each of several processes; 0 leaves torch's choice."""
-        from atft_pipeline.launch import threads_each
+        from atft_pipeline.training.launcher import threads_each
 
         return self.threads or threads_each(os.environ, processes)
 

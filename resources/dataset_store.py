@@ -11,13 +11,13 @@ from typing import Any
 
 import dagster as dg
 
-from atft_pipeline import synthetic
-from atft_pipeline.config import DatasetConfig
-from atft_pipeline.dataset import read_manifest, sha256_of
+from atft_pipeline.config.schema import DatasetConfig
 from atft_pipeline.errors import InputError
-from atft_pipeline.files import relink, replacing, write_json
-from atft_pipeline.month_parts import move_product
-from atft_pipeline.sources import Source, open_source
+from atft_pipeline.market import synthetic
+from atft_pipeline.market.sources import Source, open_source
+from atft_pipeline.storage.atomic import relink, replacing, write_json
+from atft_pipeline.storage.monthly import move_product
+from atft_pipeline.storage.product import read_manifest, sha256_of
 
 EMBEDDED_STOCKS, EMBEDDED_SESSIONS, EMBEDDED_SEED = 200, 750, 0
 """The synthetic market that stands in where no source is named."""
@@ -135,7 +135,7 @@ class DatasetStore(dg.ConfigurableResource):
 
     def keep_baselines(self, content: Mapping[str, Any]) -> Path:
         """Stores the figures of the baselines under the hash of what decides them and links to them as the newest."""
-        from atft_pipeline.comparison import BASELINES_KIND
+        from atft_pipeline.monitoring.comparison import BASELINES_KIND
 
         decided_by = {name: content[name] for name in ("dataset_fingerprint", "split", "evaluation", "seed")}
         path = self.datasets / f"baselines_{sha256_of(decided_by)[:16]}.json"
@@ -145,7 +145,7 @@ class DatasetStore(dg.ConfigurableResource):
 
     def baselines(self) -> dict[str, Any] | None:
         """The newest stored figures, of whatever dataset and split; None before there are any."""
-        from atft_pipeline.comparison import read_baselines
+        from atft_pipeline.monitoring.comparison import read_baselines
 
         return read_baselines(self._baselines_link) if self._baselines_link.exists() else None
 

@@ -19,7 +19,7 @@ PRELOADED = [
     "duckdb",
     "exchange_calendars",
     "pandera",
-    "atft_pipeline.diagnostics.attribution_plots",
+    "atft_pipeline.diagnostics.report.attribution_plots",
     "matplotlib.backends.backend_agg",
     "torch_geometric.nn",
 ]

@@ -11,12 +11,12 @@ import pytest
 import torch
 from training_runs import Data, settings, train_quietly
 
-from atft_pipeline.config import DatasetConfig, GraphConfig
-from atft_pipeline.dataset import write_dataset
-from atft_pipeline.dataset_rows import build_dataset
-from atft_pipeline.graph import build_graph_file
-from atft_pipeline.synthetic import generate_market
-from atft_pipeline.universe import build_prices
+from atft_pipeline.config.schema import DatasetConfig, GraphConfig
+from atft_pipeline.dataset.rows import build_dataset
+from atft_pipeline.graph.build import build_graph_file
+from atft_pipeline.market.synthetic import generate_market
+from atft_pipeline.market.universe import build_prices
+from atft_pipeline.storage.product import write_dataset
 
 Trained = Callable[..., Path]
 

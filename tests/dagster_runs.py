@@ -16,8 +16,8 @@ import dagster as dg
 import pytest
 
 from assets.definitions import defs
-from atft_pipeline.config import REPORT_VARIABLES
-from atft_pipeline.synthetic import write_market
+from atft_pipeline.config.schema import REPORT_VARIABLES
+from atft_pipeline.market.synthetic import write_market
 
 REPO = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from atft_pipeline.synthetic import generate_market
+from atft_pipeline.market.synthetic import generate_market
 
 Tables = dict[str, pl.DataFrame]
 QUOTE = ("Open", "High", "Low", "Close")

@@ -23,8 +23,12 @@ from typing import Any
 import torch
 from training_runs import Data, settings, train_quietly
 
-from atft_pipeline import checkpoints, files, lineage, training, verdict
-from atft_pipeline.training import Trainer
+from atft_pipeline.runs import record as lineage
+from atft_pipeline.storage import atomic as files
+from atft_pipeline.training import checkpoints
+from atft_pipeline.training import judge_run as verdict
+from atft_pipeline.training import trainer as training
+from atft_pipeline.training.trainer import Trainer
 
 PHASES = ("starting", "training", "evaluating", "writing")
 POLL_S = 0.0002

@@ -12,13 +12,13 @@ import polars as pl
 import pyarrow as pa
 from eventful_market import eventful_tables
 
-from atft_pipeline.config import DatasetConfig
-from atft_pipeline.dataset_rows import build_dataset
-from atft_pipeline.features.market import Market
-from atft_pipeline.features.panel import FeaturePanel, build_features, build_market
-from atft_pipeline.price_panel import PricePanel
-from atft_pipeline.synthetic import generate_market
-from atft_pipeline.universe import PricesResult, build_prices
+from atft_pipeline.config.schema import DatasetConfig
+from atft_pipeline.dataset.rows import build_dataset
+from atft_pipeline.features.compute import FeaturePanel, build_features, build_market
+from atft_pipeline.features.inputs import Market
+from atft_pipeline.market.price_panel import PricePanel
+from atft_pipeline.market.synthetic import generate_market
+from atft_pipeline.market.universe import PricesResult, build_prices
 
 Tables = dict[str, pl.DataFrame]
 CONFIG = DatasetConfig()

@@ -13,11 +13,11 @@ import torch
 import torch.distributed as dist
 from training_runs import Data, settings
 
-from atft_pipeline import launch
 from atft_pipeline.errors import InputError
-from atft_pipeline.processes import Processes, joined
-from atft_pipeline.scoring import weights_hash
-from atft_pipeline.training import Trainer, train
+from atft_pipeline.training import launcher as launch
+from atft_pipeline.training.distributed.process_group import Processes, joined
+from atft_pipeline.training.scoring import weights_hash
+from atft_pipeline.training.trainer import Trainer, train
 
 Log = Callable[[str], None]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from atft_pipeline.trading_calendar import close_time
+from atft_pipeline.market.calendar import close_time
 
 Row = Mapping[str, Any]
 Figure = float | None

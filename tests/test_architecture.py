@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from itertools import pairwise
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -22,33 +22,14 @@ from atft_process import (
     environment,
 )
 
-LAYERS: tuple[str, ...] = (
-    "errors", "interrupts", "files", "config", "presets",
-    "sources", "contracts", "trading_calendar", "price_panel", "adjustment", "universe", "point_in_time",
-    "dataset", "targets", "provenance", "month_parts", "price_parts",
-    "features.trace", "features.expressions", "features.market", "features.registry", "features.panel",
-    "features.statistics", "dataset_rows", "dataset_parts",
-    "splits", "graph_kernels", "graph_inputs", "graph", "panel_storage", "blocks",
-    "model.variable_selection", "model.adaptive_norm", "model.temporal_encoder", "model.backbone_projection",
-    "model.fusion", "model.prediction_head", "model.gat", "model.atft_gat_fan", "model",
-    "losses", "loss_gradients", "activations", "schedule",
-    "portfolio", "metrics", "evaluation", "validity", "criterion",
-    "lineage", "checkpoints", "scoring", "degeneracy", "weight_average", "step_figures", "inputs_seen",
-    "processes", "run_plan", "verdict", "status", "progress", "failures", "training", "launch",
-    "baselines", "score_panels", "delivery", "attribution",
-    "diagnostics.record", "diagnostics.run_inputs", "diagnostics.paired", "diagnostics.signals", "diagnostics.inside",
-    "diagnostics.audit", "diagnostics.causes", "diagnostics.rules", "diagnostics.ranking", "diagnostics.neighbours",
-    "diagnostics.experiments", "diagnostics.probes", "diagnostics.evidence", "diagnostics.standing",
-    "diagnostics.plots",
-    "diagnostics.attribution_tables", "diagnostics.attribution_plots", "diagnostics.report", "diagnostics",
-    "experiment", "comparison", "monitor", "dashboard",
-    "synthetic",
-    "cli",
+PACKAGES: tuple[str, ...] = (
+    "errors", "config", "storage", "market", "features", "dataset", "graph", "batches", "model", "evaluation", "runs",
+    "verdict", "training", "ensemble", "diagnostics", "monitoring", "cli",
 )  # fmt: skip
-"""Modules in the order in which they may import: each one only from those before it."""
+"""The library's packages by stage, `errors.py` at the ground: each imports only from those before it."""
 
-EMPTY_PACKAGES = {"", "features"}
-"""Packages whose `__init__` imports nothing."""
+MOST_MODULES = 13
+"""Of one folder: what a reader still takes in at a glance."""
 
 THIRD_PARTY_OF_TRAINING = {"numpy", "pyarrow", "torch", "torch_geometric", "tqdm"}
 """What a GPU machine has; tqdm comes with torch-geometric."""
@@ -80,38 +61,80 @@ def imported(tree: ast.Module, *, lazily: bool = True) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
+TREES = library()
+
+
 def own(names: Iterator[str]) -> Iterator[str]:
-    """Modules of the library among `names`: `atft_pipeline.config.HORIZONS` is `config`."""
+    """Modules of the library among `names`: `atft_pipeline.config.schema.HORIZONS` is `config.schema`."""
     for name in names:
         if name.split(".")[0] == "atft_pipeline":
             path = name.split(".")[1:]
             found = (".".join(path[:length]) for length in range(len(path), 0, -1))
-            yield next((module for module in found if module in LAYERS), "")
+            yield next((module for module in found if module in TREES), "")
 
 
-TREES = library()
+def package(module: str) -> str:
+    return module.split(".")[0]
 
 
-def test_every_module_has_its_place() -> None:
-    assert set(TREES) - EMPTY_PACKAGES == set(LAYERS)
+def test_every_package_has_its_place() -> None:
+    assert {package(module) for module in TREES} - {""} == set(PACKAGES)
 
 
-@pytest.mark.parametrize("module", LAYERS)
-def test_imports_point_one_way(module: str) -> None:
-    place = LAYERS.index(module)
+@pytest.mark.parametrize("module", sorted(TREES))
+def test_imports_between_packages_point_one_way(module: str) -> None:
     for other in own(imported(TREES[module])):
-        assert not other or LAYERS.index(other) < place, f"{module} imports {other}, which comes later"
+        if module and other and package(module) != package(other):
+            assert PACKAGES.index(package(other)) < PACKAGES.index(package(module)), (
+                f"{module} imports {other}, whose package comes later"
+            )
+
+
+def arrows(folder: str) -> dict[str, set[str]]:
+    """Child of the package `folder` (module or folder) -> the children that it imports."""
+    depth = len(folder.split(".")) + 1
+    inside: dict[str, set[str]] = {}
+    for module, tree in TREES.items():
+        if module.startswith(f"{folder}."):
+            child = ".".join(module.split(".")[:depth])
+            others = (".".join(other.split(".")[:depth]) for other in own(imported(tree)))
+            inside.setdefault(child, set()).update(
+                other for other in others if other.startswith(f"{folder}.") and other != child
+            )
+    return inside
+
+
+FOLDERS = sorted(module for module in TREES if any(other.startswith(f"{module}.") for other in TREES if module))
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_imports_inside_a_package_point_one_way(folder: str) -> None:
+    TopologicalSorter(arrows(folder)).prepare()
+
+
+def test_a_circle_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    backwards = ast.parse("def f():\n    from atft_pipeline.training.trainer import train\n")
+    monkeypatch.setitem(TREES, "training.losses", backwards)
+    with pytest.raises(CycleError):
+        TopologicalSorter(arrows("training")).prepare()
 
 
 def test_an_import_the_other_way_is_found() -> None:
-    tree = ast.parse("def f():\n    from atft_pipeline.training import train\n")
-    assert list(own(imported(tree))) == ["training"]
+    tree = ast.parse("def f():\n    from atft_pipeline.training.trainer import train\n")
+    assert list(own(imported(tree))) == ["training.trainer"]
     assert list(own(imported(ast.parse("import atft_pipeline.model.gat")))) == ["model.gat"]
 
 
+@pytest.mark.parametrize("folder", ["assets", "resources", "atft_pipeline"])
+def test_no_folder_holds_more_modules_than_a_reader_takes_in(folder: str) -> None:
+    for directory in {file.parent for file in (REPO / folder).rglob("*.py")}:
+        names = [path.name for path in directory.glob("*.py") if path.name != "__init__.py"]
+        assert len(names) <= MOST_MODULES, directory
+
+
 def test_nothing_but_the_command_imports_the_generator() -> None:
-    users = {module for module, tree in TREES.items() if "synthetic" in own(imported(tree))}
-    assert users == {"cli"}
+    users = {module for module, tree in TREES.items() if "market.synthetic" in own(imported(tree))}
+    assert users == {"cli.command"}
 
 
 def test_the_library_never_imports_dagster() -> None:
@@ -128,15 +151,15 @@ def environment_readers(tree: ast.Module) -> set[str]:
 
 def test_only_resources_read_the_environment() -> None:
     readers = {module for module, tree in TREES.items() if environment_readers(tree)}
-    assert readers == {"cli"}, "the command passes the environment on to report_overrides, as resources do"
-    for file in sorted((REPO / "assets").glob("*.py")):
+    assert readers == {"cli.command"}, "the command passes the environment on to report_overrides, as resources do"
+    for file in sorted((REPO / "assets").rglob("*.py")):
         found = environment_readers(ast.parse(file.read_text(encoding="utf-8")))
         # `python -m assets` has no instance yet and looks where Dagster's own would be.
         assert not found or file.name == "__main__.py", file.name
 
 
 def test_the_training_path_imports_only_what_a_gpu_machine_has() -> None:
-    path, found = ["training", "status", "errors"], set[str]()
+    path, found = ["training.trainer", "monitoring.status", "errors"], set[str]()
     seen: set[str] = set()
     while path:
         module = path.pop()
@@ -239,7 +262,3 @@ def test_nothing_generated_is_tracked() -> None:
     names = [file.relative_to(REPO).as_posix() for file in tracked()]
     assert not [name for name in names if name.endswith((".parquet", ".pt", ".pyc", ".db"))]
     assert not [name for name in names if name.startswith("output/") and not name.endswith(".gitkeep")]
-
-
-def test_layers_name_each_module_once() -> None:
-    assert all(a < b for a, b in pairwise(sorted(LAYERS)))

@@ -12,11 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from atft_pipeline.config import HORIZONS, PipelineConfig, from_dict, with_overrides
-from atft_pipeline.dataset import read_manifest
-from atft_pipeline.lineage import read_table
-from atft_pipeline.splits import make_split
-from atft_pipeline.training import Outcome, train
+from atft_pipeline.config.schema import HORIZONS, PipelineConfig, from_dict, with_overrides
+from atft_pipeline.dataset.splits import make_split
+from atft_pipeline.runs.record import read_table
+from atft_pipeline.storage.product import read_manifest
+from atft_pipeline.training.trainer import Outcome, train
 
 Columns = dict[str, NDArray[Any]]
 Sessions = NDArray[np.datetime64]

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from contextlib import suppress
 
-from atft_pipeline.config import EXPERIMENT_IDS
-from atft_pipeline.diagnostics import audit, inside, signals
-from atft_pipeline.diagnostics.paired import read_experiment_results
-from atft_pipeline.diagnostics.probes import PROBE_SIGNALS, probe_figures
-from atft_pipeline.diagnostics.record import Record
-from atft_pipeline.diagnostics.signals import Value
+from atft_pipeline.config.schema import EXPERIMENT_IDS
+from atft_pipeline.diagnostics.probes.probes import PROBE_SIGNALS, probe_figures
+from atft_pipeline.diagnostics.signals import dataset_audit as audit
+from atft_pipeline.diagnostics.signals import internals as inside
+from atft_pipeline.diagnostics.signals import recorded as signals
+from atft_pipeline.diagnostics.signals.recorded import Value
 from atft_pipeline.errors import InputError
+from atft_pipeline.runs.paired import read_experiment_results
+from atft_pipeline.runs.reader import Record
 
 EXPERIMENT_SIGNALS: dict[str, str] = {id: f"experiment_{id.lower()}_gain_t" for id in EXPERIMENT_IDS}
 """Standard errors of the daily IC that an experiment gained over the run, paired by session."""

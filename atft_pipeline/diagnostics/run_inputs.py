@@ -10,14 +10,14 @@ import duckdb
 import numpy as np
 from numpy.typing import NDArray
 
-from atft_pipeline.config import PipelineConfig, from_dict
-from atft_pipeline.dataset import membership_path, read_manifest, resolved
-from atft_pipeline.diagnostics.record import Record
+from atft_pipeline.config.schema import PipelineConfig, from_dict
+from atft_pipeline.dataset.splits import Split, make_split
 from atft_pipeline.errors import InputError
-from atft_pipeline.splits import Split, make_split
+from atft_pipeline.runs.reader import Record
+from atft_pipeline.storage.product import membership_path, read_manifest, resolved
 
 if TYPE_CHECKING:
-    from atft_pipeline.blocks import BlockDataset, Panel
+    from atft_pipeline.batches.blocks import BlockDataset, Panel
     from atft_pipeline.model.atft_gat_fan import ATFTGATFAN
 
 
@@ -98,14 +98,14 @@ class RunInputs:
 
     @cached_property
     def panel(self) -> Panel:
-        from atft_pipeline.blocks import load_panel
+        from atft_pipeline.batches.blocks import load_panel
 
         return load_panel(self.dataset, self.config.train.universe)
 
     @cached_property
     def blocks(self) -> BlockDataset:
-        from atft_pipeline.blocks import BlockDataset
-        from atft_pipeline.graph import load_graph
+        from atft_pipeline.batches.blocks import BlockDataset
+        from atft_pipeline.graph.build import load_graph
 
         graph = load_graph(self.graph) if self.config.model.graph else None
         return BlockDataset(self.panel, graph, self._new_model().receptive_field)
@@ -118,7 +118,7 @@ class RunInputs:
 
     def model(self, epoch: int) -> ATFTGATFAN:
         """The network of this code with the weights of an epoch's checkpoint."""
-        from atft_pipeline.checkpoints import read_checkpoint
+        from atft_pipeline.training.checkpoints import read_checkpoint
 
         model = self._new_model()
         this_run = {"run_key": self.record.run.get("key")}
@@ -134,7 +134,7 @@ class RunInputs:
         """[T, N] of horizon 1 on the validation sessions, NaN outside the universe."""
         import torch
 
-        from atft_pipeline.scoring import score_sessions
+        from atft_pipeline.training.scoring import score_sessions
 
         found = score_sessions(
             model,

@@ -17,10 +17,9 @@ from typing import Any, cast
 
 import numpy as np
 
-from atft_pipeline.dataset import sha256_of
 from atft_pipeline.errors import InputError
 from atft_pipeline.features import expressions as ex
-from atft_pipeline.features.market import (
+from atft_pipeline.features.inputs import (
     DOCUMENT,
     INVESTOR_BALANCES,
     RELEASE,
@@ -31,6 +30,7 @@ from atft_pipeline.features.market import (
     traced_market,
 )
 from atft_pipeline.features.trace import Trace
+from atft_pipeline.storage.product import sha256_of
 
 NORMS: tuple[str, ...] = ("cs", "ts", "raw")
 FEATURE_COUNT = 82

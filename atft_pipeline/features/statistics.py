@@ -15,7 +15,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from atft_pipeline.files import load_arrays
+from atft_pipeline.storage.atomic import load_arrays
 
 BINS = 1 << 16
 DRIFT_WARNING = 0.5

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from atft_pipeline.config import ModelConfig
+from atft_pipeline.config.schema import ModelConfig
 
 VARIANCE_FLOOR: float = 1e-3
 """Added to the trailing variance. Features are of order 1; a constant one must not turn rounding into signal."""

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from atft_pipeline.blocks import Block
-from atft_pipeline.config import HORIZONS, ModelConfig
+from atft_pipeline.batches.blocks import Block
+from atft_pipeline.config.schema import HORIZONS, ModelConfig
 from atft_pipeline.model.adaptive_norm import NORMALISATIONS
 from atft_pipeline.model.backbone_projection import BackboneProjection
 from atft_pipeline.model.fusion import Fusion

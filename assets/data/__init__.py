@@ -1,0 +1,1 @@
+"""Raw tables to the dataset and its graph."""

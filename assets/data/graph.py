@@ -1,0 +1,77 @@
+"""The cross-sectional graph of the dataset's stocks."""
+
+from typing import Any
+
+import dagster as dg
+
+from assets.metadata import failing_with_one_sentence, held, markdown_table, numbers
+from atft_pipeline.config.schema import to_dict
+from atft_pipeline.graph.build import build_graph_file
+from atft_pipeline.storage.product import read_manifest, sha256_of
+from resources.compute import Compute
+from resources.dataset_store import DatasetStore
+
+
+class GraphOverrides(dg.Config):
+    overrides: dict[str, Any] = {}  # noqa: RUF012 - Dagster copies it
+    """Fields of the graph section, e.g. {"graph.lookback_sessions": 60}."""
+
+
+@dg.asset(
+    name="stock_graph",
+    group_name="features",
+    deps=["ml_dataset"],
+    kinds={"numpy"},
+    description="k nearest neighbours by trailing correlation, as of each refresh session, nothing from later ones.",
+    check_specs=[
+        dg.AssetCheckSpec(
+            "belongs_to_dataset",
+            asset="stock_graph",
+            blocking=True,
+            description="Built on the current dataset's fingerprint, with edges, and none before its first session.",
+        )
+    ],
+)
+def stock_graph(
+    context: dg.AssetExecutionContext, config: GraphOverrides, store: DatasetStore, compute: Compute
+) -> dg.MaterializeResult:
+    with failing_with_one_sentence(context):
+        dataset, data = store.current("ml_dataset", "stock_graph")
+        settings, _ = compute.configuration(
+            "stock_graph",
+            sections=("graph",),
+            embedded=store.is_embedded(data["source"]["path"]),
+            overrides=config.overrides,
+        )
+        key = sha256_of({"dataset": data["fingerprint"], "config": to_dict(settings.graph)})
+        path = store.product("stock_graph", key)
+        build_graph_file(dataset, path, settings.graph, store.previous("stock_graph"))
+        manifest = read_manifest(path, kind="stock_graph")
+    problems = graph_problems(manifest, data)
+    if not problems:
+        store.publish("stock_graph", path)
+    return dg.MaterializeResult(
+        metadata={
+            "path": str(path),
+            "dataset_fingerprint": data["fingerprint"],
+            **numbers({name: manifest[name] for name in ("refresh_dates", "edges", "mean_degree")}),
+            "config": markdown_table([manifest["config"]]),
+        },
+        data_version=dg.DataVersion(manifest["fingerprint"]),
+        check_results=[
+            held(context, "belongs_to_dataset", problems, f"{manifest['edges']} edges on the current dataset")
+        ],
+    )
+
+
+def graph_problems(graph: dict[str, Any], dataset: dict[str, Any]) -> list[str]:
+    """Why this graph must not be trained on; empty when nothing speaks against it."""
+    problems = []
+    if graph["dataset_fingerprint"] != dataset["fingerprint"]:
+        problems.append("the graph was built on another dataset; materialize stock_graph again")
+    if graph["edges"] == 0:
+        problems.append(
+            f"the graph has no edges: {graph['refresh_dates']} refresh dates over {dataset['sessions']} sessions"
+            " found no two stocks with enough common history; lower graph.lookback_sessions or use a longer source"
+        )
+    return problems

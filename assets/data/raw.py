@@ -1,0 +1,75 @@
+"""Raw tables of the source folder, each held against its contract before anything reads it."""
+
+import dagster as dg
+
+from assets.metadata import failing_with_one_sentence, held, numbers
+from atft_pipeline.market.contracts import check_table
+from atft_pipeline.market.sources import RAW_TABLES
+from resources.dataset_store import DatasetStore
+
+DESCRIPTIONS = {
+    "prices": "Daily quotes as traded: OHLC, volume, turnover, adjustment factor.",
+    "listed": "Snapshots of the listed issues: sector and market segment.",
+    "index": "Market index (TOPIX for Tokyo), daily OHLC.",
+    "investor_flows": "Weekly trading by investor type and market section, with publication dates. Optional.",
+    "statements": "Financial statements and forecasts as disclosed. Optional.",
+}
+
+
+def raw_asset(table: str) -> dg.AssetsDefinition:
+    """The asset `raw_<table>`: reads the table, checks its contract (blocking), versions it by content."""
+    key = f"raw_{table}"
+
+    @dg.asset(
+        name=key,
+        group_name="raw",
+        description=DESCRIPTIONS[table],
+        check_specs=[
+            dg.AssetCheckSpec(
+                "contract",
+                asset=key,
+                blocking=True,
+                description="Columns, types, unique keys, dates in order, at least two stocks, prices that exist.",
+            )
+        ],
+        kinds={"parquet"},
+    )
+    def raw(context: dg.AssetExecutionContext, store: DatasetStore) -> dg.MaterializeResult:
+        with failing_with_one_sentence(context):
+            source = store.open_source()
+            if not RAW_TABLES[table].required and table not in source.tables:
+                return _absent(table, str(source.folder))
+            frame = source.read(table)
+            report = check_table(table, frame, where=str(source.where(table)))
+        return dg.MaterializeResult(
+            metadata={
+                "source": str(source.folder),
+                "first_date": str(report.first_date),
+                "last_date": str(report.last_date),
+                **numbers({"dagster/row_count": report.rows}),
+                "preview": dg.MetadataValue.md(f"```\n{frame.head(5)}\n```"),
+            },
+            data_version=dg.DataVersion(source.fingerprint(table)),
+            check_results=[
+                held(context, "contract", report.failures, f"all {report.rows} rows", numbers({"rows": report.rows}))
+            ],
+        )
+
+    return raw
+
+
+def _absent(table: str, folder: str) -> dg.MaterializeResult:
+    """An optional table that the source does not have: said, and counted again by the dataset's live features."""
+    sentence = f"{table}: the source {folder} has no such table; its features stay null and are counted as not live"
+    return dg.MaterializeResult(
+        metadata={"source": folder, "present": False},
+        data_version=dg.DataVersion("absent"),
+        check_results=[
+            dg.AssetCheckResult(
+                passed=False, severity=dg.AssetCheckSeverity.WARN, check_name="contract", description=sentence
+            )
+        ],
+    )
+
+
+raw_assets = [raw_asset(table) for table in RAW_TABLES]

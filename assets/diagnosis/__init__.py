@@ -1,0 +1,1 @@
+"""Why a run came out as it did: diagnostics, experiments, explained failures."""

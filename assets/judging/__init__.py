@@ -1,0 +1,1 @@
+"""What a run earned: evaluation, checks, baselines, comparison, ensemble scores."""

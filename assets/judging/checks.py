@@ -1,0 +1,151 @@
+"""The checks of a training run. They read `verdict.json` and judge nothing themselves.
+
+They are an op of their own: a blocking check inside the training op would fail that op, and evaluation and diagnostics,
+which must explain the failure, would not start.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+
+from assets.metadata import failing_with_one_sentence, markdown_table, numbers
+from assets.training.gate import last_materialization
+from atft_pipeline.errors import InputError
+from atft_pipeline.runs.record import read_run
+
+PASSES = ("passed", "not_applicable")
+"""Statuses of a verdict with which the criterion's check passes: a run too short to be judged has not failed."""
+
+
+def run_checks(epochs: int) -> dg.AssetChecksDefinition:
+    """success_criterion (blocking), training_health and milestones of the run of this length."""
+    model, run = dg.AssetKey(f"model_{epochs}ep"), dg.AssetKey(f"training_run_{epochs}ep")
+
+    @dg.multi_asset_check(
+        name=f"judge_{epochs}ep",
+        can_subset=True,
+        specs=[
+            dg.AssetCheckSpec(
+                "success_criterion",
+                asset=model,
+                blocking=True,
+                description="Daily gross Sharpe above 0.10 at epoch 20 on the validation sessions, with every validity"
+                " item passed. Not applicable below 20 epochs.",
+            ),
+            dg.AssetCheckSpec(
+                "training_health",
+                asset=run,
+                description="Losses finite, gradients reach every component, parameters moved, predictions vary.",
+            ),
+            dg.AssetCheckSpec(
+                "milestones", asset=run, description="The report's expectations by epoch; they warn, never block."
+            ),
+        ],
+    )
+    def judge(context: dg.AssetCheckExecutionContext) -> Iterator[dg.AssetCheckResult]:
+        from atft_pipeline.training.judge_run import read_verdict
+
+        with failing_with_one_sentence(context):
+            verdict = read_verdict(judged_run(context.instance, run))
+        say = context.log.info if verdict["status"] in PASSES else context.log.error
+        say(f"{model.to_user_string()}: {verdict['summary']}")
+        for result in (health_result(verdict, run), milestones_result(verdict, run), criterion_result(verdict, model)):
+            assert result.asset_key is not None
+            assert result.check_name is not None
+            if dg.AssetCheckKey(result.asset_key, result.check_name) in context.selected_asset_check_keys:
+                yield result
+
+    return judge
+
+
+def judged_run(instance: dg.DagsterInstance, run: dg.AssetKey) -> Path:
+    """Directory of the last training run, as its materialization names it.
+
+    Raises InputError when there is none, or when the directory is gone or holds another run.
+    """
+    name = run.to_user_string()
+    made = last_materialization(instance, run)
+    if made is None:
+        raise InputError(f"{name} was never materialized; run `dagster asset materialize --select '+key:{name}'`")
+    if made["run_dir"] is None:
+        raise InputError(f"{name}: its last materialization was reported by hand and names no run; train again")
+    run_dir = Path(made["run_dir"])
+    found = read_run(run_dir)["key"]
+    if found != made["run_key"]:
+        raise InputError(f"{name}: {run_dir} holds run {found}, expected {made['run_key']}; train again")
+    return run_dir
+
+
+def recorded_run(context: dg.AssetExecutionContext, epochs: int) -> Path:
+    """`judged_run` for what explains a run. Raises InputError also where it could be an earlier run than meant.
+
+    A step waits for the keys it depends on; where a Dagster run trains for `model_{N}ep` alone, nothing makes this one
+    wait for the training, and it would explain the run before.
+    """
+    model, run = dg.AssetKey(f"model_{epochs}ep"), dg.AssetKey(f"training_run_{epochs}ep")
+    selected = context.job_def.asset_layer.selected_asset_keys
+    if model in selected and run not in selected:
+        name, record = context.asset_key.to_user_string(), run.to_user_string()
+        raise InputError(
+            f"{name}: selected with {model.to_user_string()} but without {record}, so it does not wait for the"
+            f" training; select {record} too, or {name} alone afterwards"
+        )
+    return judged_run(context.instance, run)
+
+
+def criterion_result(verdict: dict[str, Any], model: dg.AssetKey) -> dg.AssetCheckResult:
+    """Passes when the verdict is `passed`, or when the run is too short to be judged, which it says."""
+    criterion = verdict["criterion"]
+    return dg.AssetCheckResult(
+        asset_key=model,
+        check_name="success_criterion",
+        passed=verdict["status"] in PASSES,
+        description=verdict["summary"],
+        metadata={
+            "status": verdict["status"],
+            "summary": verdict["summary"],
+            "dataset_fingerprint": verdict["dataset_fingerprint"],
+            "config_key": verdict["config_key"],
+            "run_key": verdict["run_key"],
+            **numbers({name: criterion[name] for name in ("value", "threshold", "se", "psr_0", "sessions", "epoch")}),
+            "validity": markdown_table(verdict["validity"]),
+            "warnings": markdown_table([{"warning": warning} for warning in verdict["warnings"]]),
+        },
+    )
+
+
+def health_result(verdict: dict[str, Any], run: dg.AssetKey) -> dg.AssetCheckResult:
+    """An error when an item of training health failed or was not measured."""
+    items = verdict["health"]
+    failed = [item for item in items if item["passed"] is not True]
+    return dg.AssetCheckResult(
+        asset_key=run,
+        check_name="training_health",
+        passed=bool(items) and not failed,
+        description="; ".join(f"{item['name']}: {item['explanation']}" for item in failed)
+        or f"all {len(items)} items hold",
+        metadata={"items": markdown_table(items)},
+    )
+
+
+def milestones_result(verdict: dict[str, Any], run: dg.AssetKey) -> dg.AssetCheckResult:
+    """A warning when the run is behind what the validation report expected on the way."""
+    items = verdict["milestones"]
+    missed = [item for item in items if item["passed"] is not True]
+    return dg.AssetCheckResult(
+        asset_key=run,
+        check_name="milestones",
+        passed=bool(items) and not missed,
+        severity=dg.AssetCheckSeverity.WARN,
+        description="; ".join(
+            f"{item['name']}: expected {item['expected']}, found {_shown(item['value'])}" for item in missed
+        )
+        or f"all {len(items)} milestones reached",
+        metadata={"items": markdown_table(items)},
+    )
+
+
+def _shown(value: float | None) -> str:
+    return "nothing measured" if value is None else f"{value:.3g}"

@@ -1,0 +1,124 @@
+"""The score that a run hands on: with further seeds, the blend and smoothing where they are switched on."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import dagster as dg
+
+from assets.judging.checks import recorded_run
+from assets.judging.evaluation import statistics_table
+from assets.metadata import failing_with_one_sentence, markdown_table, numbers
+from assets.training.training_run import model_key, run_asset_key, train_here
+from atft_pipeline.errors import InputError
+from atft_pipeline.storage.code_version import code_revision
+from resources.compute import Compute
+from resources.dataset_store import DatasetStore
+
+
+class DeliveryConfig(dg.Config):
+    seeds: int = 1
+    """Runs to average: the recorded one and as many more of the following seeds, each trained where it is not yet."""
+    blend: Literal["none", "lightgbm"] = "none"
+    """What the network is blended with; the weight follows the validation sessions."""
+    smoothing_sessions: int = 1
+    """Span of the trailing average of each stock's scores; 1 leaves them as they are."""
+    horizon_sessions: int = 1
+    """1, 5, 10 or 20; above 1 the portfolio is held in tranches."""
+
+
+def delivery_asset(epochs: int) -> dg.AssetsDefinition:
+    """`delivery_{epochs}ep`."""
+    name = f"delivery_{epochs}ep"
+
+    @dg.asset(
+        name=name,
+        group_name="evaluation",
+        deps=[run_asset_key(epochs), "ml_dataset"],
+        kinds={"parquet", "lightgbm"},
+        pool="gpu",
+        description=f"Score of the {epochs}-epoch run for every stock and session, averaged over seeds, blended with"
+        " LightGBM and smoothed where its config says so, evaluated beside its parts.",
+    )
+    def delivery(
+        context: dg.AssetExecutionContext, config: DeliveryConfig, store: DatasetStore, compute: Compute
+    ) -> dg.MaterializeResult:
+        from atft_pipeline.ensemble.ensemble import deliver, require_arguments, write_delivery
+
+        with failing_with_one_sentence(context):
+            require_arguments(config.horizon_sessions, config.blend, config.smoothing_sessions)
+            run_dir = recorded_run(context, epochs)
+            compute.apply_threads()
+            runs = [run_dir, *further_seeds(context, epochs, run_dir, config.seeds, store, compute)]
+            delivered = deliver(
+                runs,
+                horizon_sessions=config.horizon_sessions,
+                blend=config.blend,
+                smoothing_sessions=config.smoothing_sessions,
+            )
+            if delivered.problems:
+                raise InputError(f"{name}: the score cannot be ranked in {'; '.join(delivered.problems)}")
+            manifest = delivered.manifest
+            path = store.deliveries / f"{name}-{manifest['fingerprint'][:12]}.parquet"
+            write_delivery(delivered, path)
+        context.log.info(f"{name}: {manifest['definition']}")
+        figures = {
+            f"{row['split']}_{row['part']}_{figure}": value
+            for row in delivered.figures()
+            for figure, value in row.items()
+            if figure not in ("split", "part")
+        }
+        weight = {} if manifest["weight"] is None else {"network_weight": manifest["weight"]["network"]}
+        statistics = {
+            f"statistics_{split}": markdown_table(statistics_table(parts))
+            for split, parts in delivered.evaluations.items()
+        }
+        return dg.MaterializeResult(
+            metadata={
+                "path": dg.MetadataValue.path(str(path)),
+                "definition": manifest["definition"],
+                "dataset_fingerprint": manifest["dataset_fingerprint"],
+                "runs": markdown_table(manifest["runs"]),
+                **numbers(weight),
+                **numbers(figures),
+                "figures": markdown_table(delivered.figures()),
+                "differences": markdown_table(delivered.differences),
+                "against_better_part": markdown_table(delivered.against_better_part()),
+                **statistics,
+            },
+            data_version=dg.DataVersion(manifest["fingerprint"]),
+        )
+
+    return delivery
+
+
+def further_seeds(
+    context: dg.AssetExecutionContext, epochs: int, run_dir: Path, seeds: int, store: DatasetStore, compute: Compute
+) -> list[Path]:
+    """Run directories of the seeds after that of the run in `run_dir`, up to `seeds` with it; trained or reused.
+
+    Raises InputError, before any is trained, for fewer than one, where the recorded run cannot be delivered itself, and
+    where the code is no longer the one that trained it.
+    """
+    from atft_pipeline.ensemble.ensemble import read_finished_run
+    from atft_pipeline.training.plan import plan_run
+
+    name = f"delivery_{epochs}ep"
+    if seeds < 1:
+        raise InputError(f"{name}: seeds: expected at least 1, found {seeds}")
+    run = read_finished_run(run_dir)
+    header, recorded = run.header, run.config
+    if seeds > 1 and header["code_revision"] != (code := code_revision("run")):
+        raise InputError(
+            f"{name}: {run_dir} was trained by code {header['code_revision']}, this is {code}; materialize"
+            f" {run_asset_key(epochs).to_user_string()} again, seeds are averaged only where nothing else differs"
+        )
+    made = []
+    for seed in range(recorded.train.seed + 1, recorded.train.seed + seeds):
+        settings = replace(recorded, train=replace(recorded.train, seed=seed))
+        dataset, graph = Path(header["dataset_path"]), Path(header["graph_path"])
+        plan = plan_run(settings, dataset, graph, header.get("processes", 1))
+        seed_dir = store.runs / f"{model_key(epochs).to_user_string()}-{plan.key}"
+        outcome = train_here(context, compute, plan, seed_dir, overrides=header["overrides"] | {"train.seed": seed})
+        made.append(outcome.run_dir)
+    return made

@@ -1,0 +1,226 @@
+"""One training op per run length, with two keys: the gated model and the record of its run."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import dagster as dg
+
+from assets.metadata import failing_with_one_sentence, numbers
+from assets.training.gate import GATE_MODEL, last_check, last_materialization
+from assets.training.pipes import train_through_pipes
+from atft_pipeline.config.schema import EvaluationConfig
+from atft_pipeline.errors import InputError
+from atft_pipeline.runs.record import config_key, read_run
+from atft_pipeline.verdict.criterion import changed_criterion, gate_decision
+from resources.compute import Compute
+from resources.dataset_store import DatasetStore
+
+if TYPE_CHECKING:
+    from atft_pipeline.training.plan import Plan
+    from atft_pipeline.training.trainer import Outcome
+
+RUN_LENGTHS = (5, 20, 50, 120)
+"""Epochs of the runs this project offers; the last one is gated by the one of 20."""
+GATED_LENGTH = 120
+STARTED_IN = "started_in"
+"""Names the run directory in the metadata of an observation of `training_run_{N}ep`."""
+
+
+class TrainingRunConfig(dg.Config):
+    overrides: dict[str, Any] = {}  # noqa: RUF012 - Dagster copies it
+    """Any field of the configuration by its dotted name, e.g. {"model.hidden_size": 512}."""
+    force: bool = False
+    """Train again although a finished run of the same configuration, code and data exists."""
+    criterion_reason: str | None = None
+    """Why the success criterion is not the defined one, where overrides change it. Recorded with the run."""
+    override_reason: str | None = None
+    """model_120ep only: why it should run although the gate is shut. Recorded with the run."""
+
+
+def model_key(epochs: int) -> dg.AssetKey:
+    return dg.AssetKey(f"model_{epochs}ep")
+
+
+def run_asset_key(epochs: int) -> dg.AssetKey:
+    return dg.AssetKey(f"training_run_{epochs}ep")
+
+
+def training_assets(epochs: int) -> dg.AssetsDefinition:
+    """`model_{epochs}ep` and `training_run_{epochs}ep`, made by one op.
+
+    The record is a key of its own so that evaluation and diagnostics hang off it and still materialise when the
+    model's blocking check fails.
+    """
+    upstream = [dg.AssetKey("ml_dataset"), dg.AssetKey("stock_graph")]
+    if epochs == GATED_LENGTH:
+        upstream.append(GATE_MODEL)
+    model, run = model_key(epochs), run_asset_key(epochs)
+    name = model.to_user_string()
+
+    @dg.multi_asset(
+        name=f"train_{epochs}ep",
+        group_name="training",
+        can_subset=True,
+        pool="gpu",
+        specs=[
+            dg.AssetSpec(
+                model,
+                deps=upstream,
+                description=f"Checkpoint after {epochs} epochs; downstream work needs its success criterion.",
+                kinds={"pytorch"},
+                skippable=True,
+            ),
+            dg.AssetSpec(
+                run,
+                deps=upstream,
+                description=f"Run directory of the {epochs}-epoch training: lineage, predictions, checkpoints.",
+                kinds={"parquet"},
+                skippable=True,
+            ),
+        ],
+    )
+    def training(
+        context: dg.AssetExecutionContext, config: TrainingRunConfig, store: DatasetStore, compute: Compute
+    ) -> Iterator[dg.MaterializeResult | dg.AssetObservation]:
+        from atft_pipeline.training.plan import claim_directory, plan_run
+
+        with failing_with_one_sentence(context):
+            processes = compute.process_count()
+            dataset, data = store.current("ml_dataset", name)
+            graph, _ = store.current("stock_graph", name)
+            if "train.epochs" in config.overrides:
+                raise InputError(
+                    f"{name}: override 'train.epochs' is refused, its name says {epochs}; use another model"
+                )
+            settings, recorded = compute.configuration(
+                name,
+                sections=("split", "model", "train", "evaluation"),
+                embedded=store.is_embedded(data["source"]["path"]),
+                overrides=config.overrides | {"train.epochs": epochs},
+            )
+            recorded |= require_criterion(name, settings.evaluation, config.criterion_reason)
+            plan = plan_run(settings, dataset, graph, processes)
+            gate: dict[str, str] = {}
+            if epochs == GATED_LENGTH:
+                gate = require_open_gate(context, plan, config.override_reason)
+            elif config.override_reason is not None:
+                raise InputError(f"{name}: override_reason only applies to model_{GATED_LENGTH}ep")
+            run_dir = claim_directory(store.runs / f"{name}-{plan.key}", plan.key, force=config.force)
+        yield training_starts(epochs, run_dir)
+        with failing_with_one_sentence(context):
+            outcome = train_here(context, compute, plan, run_dir, force=config.force, overrides=recorded | gate)
+        yield from _results(context, epochs, outcome, gate)
+
+    return training
+
+
+def training_starts(epochs: int, run_dir: Path) -> dg.AssetObservation:
+    """Where the record of a training will lie, said before it starts: a crash or a kill leaves no materialization.
+
+    It must be yielded. What an op logs is stored when the op yields next or ends, so that a killed one has logged
+    nothing.
+    """
+    return dg.AssetObservation(
+        run_asset_key(epochs),
+        description="the training starts",
+        metadata={STARTED_IN: dg.MetadataValue.path(str(run_dir))},
+    )
+
+
+def trainings_started(instance: dg.DagsterInstance, run_id: str) -> dict[int, Path]:
+    """Epochs -> run directory of every training that a Dagster run has started, finished or not."""
+    records = instance.get_records_for_run(run_id, of_type=dg.DagsterEventType.ASSET_OBSERVATION).records
+    observations = [entry.asset_observation for record in records if (entry := record.event_log_entry)]
+    lengths = {run_asset_key(epochs): epochs for epochs in RUN_LENGTHS}
+    return {
+        lengths[seen.asset_key]: Path(str(seen.metadata[STARTED_IN].value))
+        for seen in observations
+        if seen is not None and seen.asset_key in lengths and STARTED_IN in seen.metadata
+    }
+
+
+def train_here(
+    context: dg.AssetExecutionContext | dg.OpExecutionContext,
+    compute: Compute,
+    plan: "Plan",
+    run_dir: Path,
+    *,
+    force: bool = False,
+    overrides: dict[str, Any],
+) -> "Outcome":
+    """Trains the run of `plan` in `run_dir`: in this process, or in as many as the plan says through Dagster Pipes."""
+    from atft_pipeline.training.trainer import train
+
+    options: dict[str, Any] = {"device": compute.device, "force": force, "overrides": overrides}
+    if plan.processes > 1:
+        return train_through_pipes(context, plan, run_dir, compute.threads_each(plan.processes), options)
+    compute.apply_threads()
+    return train(plan.config, plan.dataset, plan.graph, run_dir, log=context.log.info, **options)
+
+
+def require_criterion(name: str, evaluation: EvaluationConfig, reason: str | None) -> dict[str, str]:
+    """What a changed criterion adds to the run's record; raises InputError when it is changed without a reason."""
+    changed = changed_criterion(evaluation)
+    stated = (reason or "").strip()
+    if changed is None and stated:
+        raise InputError(f"{name}: criterion_reason is set, but no override changes the success criterion; drop it")
+    if changed is not None and not stated:
+        raise InputError(
+            f"{name}: overrides change the success criterion ({changed}); drop them, or say why in criterion_reason"
+        )
+    return {"criterion_reason": stated} if stated else {}
+
+
+def require_open_gate(context: dg.AssetExecutionContext, plan: "Plan", override_reason: str | None) -> dict[str, str]:
+    """What the gate adds to the run's record; raises InputError when `model_20ep` does not speak for this run."""
+    current = {"dataset_fingerprint": plan.dataset_manifest["fingerprint"], "config_key": config_key(plan.config)}
+    decision = gate_decision(
+        last_check(context.instance), last_materialization(context.instance), current, override_reason
+    )
+    if not decision.open:
+        reason = json.dumps({"ops": {f"train_{GATED_LENGTH}ep": {"config": {"override_reason": "WHY"}}}})
+        raise InputError(f"{decision.message}: --config-json '{reason}'")
+    context.log.info(decision.message)
+    override = {"override_reason": decision.override_recorded} if decision.override_recorded else {}
+    return {"gate": decision.message, **override}
+
+
+def _results(
+    context: dg.AssetExecutionContext, epochs: int, outcome: "Outcome", gate: dict[str, str]
+) -> Iterator[dg.MaterializeResult]:
+    """Materializations of what was selected; the run's record is logged even when it was not.
+
+    The gate's decision stands here too: a reused run keeps the header of the day it was trained.
+    """
+    run_dir, verdict = outcome.run_dir, outcome.verdict
+    header = read_run(run_dir)
+    identity = {
+        "run_dir": dg.MetadataValue.path(str(run_dir)),
+        "run_key": header["key"],
+        "dataset_fingerprint": header["dataset_fingerprint"],
+        "config_key": header["config_key"],
+        "verdict": verdict["summary"],
+        "reused": outcome.reused,
+        **gate,
+    }
+    model, run = model_key(epochs), run_asset_key(epochs)
+    record_metadata = identity | numbers(
+        {"epochs": header["epochs_done"], "train_sessions": header["train_sessions"], "stocks": header["stocks"]}
+    )
+    model_metadata = (
+        identity
+        | {"checkpoint": dg.MetadataValue.path(str(run_dir / "checkpoints" / f"epoch_{header['epochs_done']:03d}.pt"))}
+        | numbers({f"validation_{k}": v for k, v in verdict["final"].get("validation", {}).items()})
+    )
+    version = dg.DataVersion(f"{header['key']}-{verdict['weights_hash']}")
+    if run in context.selected_asset_keys:
+        yield dg.MaterializeResult(asset_key=run, metadata=record_metadata, data_version=version)
+    else:
+        context.log_event(dg.AssetMaterialization(run, metadata=record_metadata))
+    if model in context.selected_asset_keys:
+        yield dg.MaterializeResult(asset_key=model, metadata=model_metadata, data_version=version)
+
+
+training_definitions = [training_assets(epochs) for epochs in RUN_LENGTHS]

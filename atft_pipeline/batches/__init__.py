@@ -1,0 +1,1 @@
+"""The dense panel of a dataset, and the session blocks that training reads."""

@@ -1,0 +1,1 @@
+"""Features and targets on disk, and the split of their sessions."""

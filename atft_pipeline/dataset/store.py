@@ -1,0 +1,294 @@
+"""`ml_dataset` on disk from the adjusted prices on disk, month by month: a span in memory at a time, and continued
+where something is new.
+
+A product at PATH: `PATH/YYYY-MM.parquet` and `PATH.membership/YYYY-MM.parquet` as dataset.py reads them,
+`PATH.statistics/YYYY-MM.npz` of each month's values, `PATH.memory/YYYY-MM.npz` after the months from which the features
+can be continued, and the manifest. A month's features stand while the prices and tables up to it are the same; its
+targets while the prices of the sessions in which they leave are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+
+from atft_pipeline.config.schema import EXECUTION_DELAY_SESSIONS, HORIZONS, DatasetConfig, to_dict
+from atft_pipeline.dataset.rows import (
+    MASK_TARGET,
+    OPTIONAL_TABLES,
+    DatasetRows,
+    content_digest,
+    dataset_manifest,
+    dataset_rows,
+    forward_returns,
+    nullable,
+    part_record,
+    with_drift,
+)
+from atft_pipeline.features import expressions as ex
+from atft_pipeline.features.compute import OVERLAP_SESSIONS, FeatureMemory, build_features
+from atft_pipeline.features.registry import FEATURE_COUNT, FEATURE_NAMES
+from atft_pipeline.features.statistics import Statistics
+from atft_pipeline.market.contracts import ContractReport, check_ml_dataset, joined_report
+from atft_pipeline.market.price_panel import Days, PricePanel
+from atft_pipeline.market.price_store import KIND as PRICES_KIND
+from atft_pipeline.market.price_store import read_frame, read_months, read_quarantine
+from atft_pipeline.market.sources import RAW_TABLES
+from atft_pipeline.storage.atomic import load_arrays, save_arrays
+from atft_pipeline.storage.code_version import code_revision
+from atft_pipeline.storage.monthly import (
+    Earlier,
+    PartsWriter,
+    beside,
+    month_digests,
+    part,
+    sessions_by_month,
+    spans,
+    writing_parts,
+)
+from atft_pipeline.storage.product import (
+    TARGETS,
+    manifest_path,
+    read_manifest,
+    read_part,
+    sha256_of,
+    write_manifest,
+    write_part,
+)
+
+KIND = "ml_dataset"
+CELLS_AT_A_TIME = 2_000_000
+"""Sessions times stocks of a span of months: 82 features of it are 650 MB."""
+MEMBERSHIP, STATISTICS, MEMORY = "membership", "statistics", "memory"
+SIDECARS = (MEMBERSHIP, STATISTICS, MEMORY)
+"""What is written beside the dataset."""
+THREADS = 2
+
+
+@dataclass(frozen=True)
+class _Prices:
+    """The product that a dataset is made from."""
+
+    path: Path
+    manifest: Mapping[str, Any]
+    sessions: Days
+    months: dict[str, slice]
+    """Sessions of each month."""
+    quarantine: pl.DataFrame
+
+    @staticmethod
+    def open(path: Path) -> _Prices:
+        manifest = read_manifest(path, PRICES_KIND)
+        sessions = np.array(manifest["session_dates"], dtype="datetime64[D]")
+        return _Prices(path, manifest, sessions, sessions_by_month(sessions), read_quarantine(path))
+
+    def panel(self, months: Sequence[str]) -> PricePanel:
+        rows = slice(self.months[months[0]].start, self.months[months[-1]].stop)
+        return read_months(self.path, months, self.sessions[rows])
+
+    def before(self, month: str, sessions: int) -> list[str]:
+        """The months that hold the `sessions` before `month`."""
+        first = max(0, self.months[month].start - sessions)
+        return [name for name, rows in self.months.items() if name < month and rows.stop > first]
+
+    def after(self, month: str, sessions: int) -> list[str]:
+        """The months that hold the `sessions` after `month`."""
+        last = self.months[month].stop + sessions
+        return [name for name, rows in self.months.items() if name > month and rows.start < last]
+
+    def ahead(self, month: str, sessions: int) -> PricePanel | None:
+        """The prices of the `sessions` after `month`."""
+        months = self.after(month, sessions)
+        if not months:
+            return None
+        days = self.sessions[self.months[month].stop :][:sessions]
+        frame = read_frame(self.path, months).filter(pl.col("Date") <= days[-1].item())
+        return PricePanel.from_frame(frame, days)
+
+
+def update_dataset_parts(
+    prices: Path,
+    tables: Mapping[str, pl.DataFrame],
+    out: Path,
+    config: DatasetConfig,
+    previous: Path | None = None,
+) -> tuple[dict[str, Any], ContractReport]:
+    """The dataset of the prices at `prices` in the product at `out`; its manifest, and the report on what was written.
+
+    tables: `index`, and `investor_flows` and `statements` where there are. With `previous`, an earlier product of the
+    same configuration and code, months that stand are taken over; `changes` in the manifest says what differed.
+
+    Raises: InputError as `features.panel.build_market` does.
+    """
+    made_from = _Prices.open(prices)
+    # A dataset may have drifted whether or not its parts can be continued; `out` may take its place.
+    has_before = previous is not None and manifest_path(previous).is_file()
+    before = dict(read_manifest(previous, KIND)) if has_before and previous is not None else None
+    earlier = Earlier.of(previous, KIND, config=to_dict(config), code=code_revision("dataset"))
+    inputs = _inputs(made_from, tables)
+    changes = earlier.changes(inputs, MEMORY, ["", MEMBERSHIP, STATISTICS])
+    memory = _load_memory(earlier.path, changes.kept[-1], made_from) if changes.kept else None
+    parts: dict[str, Any] = {month: dict(earlier.parts[month]) for month in changes.kept}
+    reports: list[ContractReport] = []
+    retargeted = []
+    with writing_parts(out, SIDECARS, earlier) as writer:
+        for month in changes.kept:
+            leaves_at = _target_inputs(made_from, month, config)
+            changed = parts[month]["target_inputs"] != leaves_at
+            writer.take_over(month, but=[""] if changed else [])
+            if changed:
+                retargeted.append(month)
+                parts[month] |= _retarget(writer, made_from, month, config) | {"target_inputs": leaves_at}
+        for rows in _spans_of_rows(made_from, tables, config, memory):
+            written = _write(writer, rows, reports)
+            for month, record in written.items():
+                parts[month] = record | {"target_inputs": _target_inputs(made_from, month, config)}
+            _save_memory(writer, max(written), rows.panel.memory)
+        statistics = Statistics.total(
+            (Statistics.load(part(writer.folders[STATISTICS], month, "npz")) for month in parts), FEATURE_COUNT
+        )
+    manifest = dataset_manifest(
+        parts=parts,
+        statistics=statistics,
+        session_dates=made_from.sessions,
+        stocks=made_from.manifest["stocks"],
+        listed_backfilled_rows=sum(month["listed_backfilled_rows"] for month in made_from.manifest["parts"].values()),
+        quarantine=made_from.quarantine,
+        absent_tables=[name for name in OPTIONAL_TABLES if name not in tables or tables[name].is_empty()],
+        config=config,
+        source=made_from.manifest["source"],
+    )
+    manifest["prices_fingerprint"] = made_from.manifest["fingerprint"]
+    manifest["inputs"] = inputs
+    manifest["changes"] = changes.record(parts) | {"months_retargeted": retargeted}
+    manifest = with_drift(manifest, before)
+    write_manifest(out, manifest)
+    return manifest, joined_report("ml_dataset", reports)
+
+
+def _inputs(prices: _Prices, tables: Mapping[str, pl.DataFrame]) -> dict[str, dict[str, Any]]:
+    """What a month's features are made from, by input and month; the tables' rows in the month they are published."""
+    published = {
+        name: month_digests(tables[name], RAW_TABLES[name].date)
+        for name in ("index", *OPTIONAL_TABLES)
+        if name in tables
+    }
+    adjusted = {month: record["sha256"] for month, record in prices.manifest["parts"].items()}
+    return {"prices": adjusted, **published}
+
+
+# --- features ---------------------------------------------------------------------------------------------------------
+
+
+def _spans_of_rows(
+    prices: _Prices, tables: Mapping[str, pl.DataFrame], config: DatasetConfig, memory: FeatureMemory | None
+) -> Iterator[DatasetRows]:
+    """The rows of a span of months after the other, after what `memory` remembers."""
+    passed = 0 if memory is None else len(memory.sessions)
+    months = {month: rows for month, rows in prices.months.items() if rows.start >= passed}
+    at_a_time = max(1, CELLS_AT_A_TIME // max(prices.manifest["stocks"], 1))
+    for span in spans(months, min(months, default=""), at_a_time):
+        panel = build_features(prices.panel(span), tables, config, memory)
+        later = prices.ahead(span[-1], _sessions_to_exit(config))
+        yield dataset_rows(panel, prices.quarantine, config, later)
+        memory = panel.memory
+
+
+def _write(writer: PartsWriter, rows: DatasetRows, reports: list[ContractReport]) -> dict[str, dict[str, Any]]:
+    """Writes the months of a span, two at a time; what the manifest says of each."""
+
+    def write(month: str, span: slice) -> tuple[str, dict[str, Any], pl.DataFrame]:
+        features, membership = rows.features(span), rows.membership(span)
+        write_part(part(writer.folders[""], month), features)
+        write_part(part(writer.folders[MEMBERSHIP], month), membership)
+        rows.statistics(span).save(part(writer.folders[STATISTICS], month, "npz"))
+        frame = pl.from_arrow(features)
+        assert isinstance(frame, pl.DataFrame)
+        return month, part_record(features, membership), frame
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        written = list(pool.map(lambda item: write(*item), rows.months.items()))
+    reports.append(check_ml_dataset(pl.concat([frame for _, _, frame in written]), FEATURE_NAMES, TARGETS))
+    return {month: record for month, record, _ in written}
+
+
+def _save_memory(writer: PartsWriter, month: str, memory: FeatureMemory) -> None:
+    arrays: dict[str, Any] = {
+        "sessions": memory.sessions.astype(np.int64),
+        "codes": np.array(memory.tail.codes, dtype=np.str_),
+        "sectors": np.array(memory.sectors, dtype=np.str_),
+    }
+    for name, value in memory.values.items():
+        if isinstance(value, ex.Average):
+            arrays |= {f"values.{name}.state": value.state, f"values.{name}.seen": value.seen}
+        else:
+            arrays[f"values.{name}"] = value
+    save_arrays(part(writer.folders[MEMORY], month, "npz"), arrays)
+
+
+def _load_memory(path: Path, month: str, prices: _Prices) -> FeatureMemory:
+    """What was remembered after `month`; its last panels are read again from the prices."""
+    arrays = load_arrays(part(beside(path, MEMORY), month, "npz"))
+    values: dict[str, Any] = {}
+    for key, array in arrays.items():
+        _, _, name = key.partition("values.")
+        if name.endswith(".state"):
+            name = name.removesuffix(".state")
+            values[name] = ex.Average(array, arrays[f"values.{name}.seen"])
+        elif name and not name.endswith(".seen"):
+            values[name] = array
+    following = prices.after(month, 1)
+    months = prices.before(following[0], OVERLAP_SESSIONS) if following else [month]
+    tail = prices.panel(months).last(OVERLAP_SESSIONS)
+    return FeatureMemory(
+        tail=tail.of_codes(sorted({*tail.codes, *arrays["codes"].tolist()})),
+        sessions=arrays["sessions"].astype("datetime64[D]"),
+        sectors=tuple(arrays["sectors"].tolist()),
+        values=values,
+    )
+
+
+# --- targets ----------------------------------------------------------------------------------------------------------
+
+
+def _sessions_to_exit(config: DatasetConfig) -> int:
+    """Sessions from a score to the exit of its longest target."""
+    return max(HORIZONS) + EXECUTION_DELAY_SESSIONS[config.execution]
+
+
+def _target_inputs(prices: _Prices, month: str, config: DatasetConfig) -> str:
+    """Digest of what the targets of a month are made from: its prices, those after it, and the masked rows there."""
+    months = [month, *prices.after(month, _sessions_to_exit(config))]
+    last = prices.sessions[min(prices.months[month].stop + _sessions_to_exit(config), len(prices.sessions)) - 1]
+    masked = prices.quarantine.filter(
+        (pl.col("decision") == MASK_TARGET)
+        & (pl.col("Date") >= prices.sessions[prices.months[month].start].item())
+        & (pl.col("Date") <= last.item())
+    )
+    return sha256_of(
+        {
+            "prices": {name: prices.manifest["parts"][name]["sha256"] for name in months},
+            "masked": [[str(day), code] for day, code in masked.select("Date", "Code").iter_rows()],
+        }
+    )
+
+
+def _retarget(writer: PartsWriter, prices: _Prices, month: str, config: DatasetConfig) -> dict[str, Any]:
+    """Writes an earlier month again with its targets as the prices now give them; its new digest."""
+    table = read_part(part(writer.previous[""], month))
+    panel, later = prices.panel([month]), prices.ahead(month, _sessions_to_exit(config))
+    forward = forward_returns(panel, prices.quarantine, config, later=later)
+    t = np.searchsorted(panel.sessions, table["Date"].to_numpy().astype("datetime64[D]"))
+    n = np.searchsorted(np.array(panel.codes), np.array(table["Code"].to_pylist(), dtype=np.str_))
+    for name in TARGETS:
+        values = nullable(forward[name][t, n])
+        table = table.set_column(table.column_names.index(name), name, values)
+    write_part(part(writer.folders[""], month), table)
+    return {"targets_sha256": content_digest(pa.table({name: table[name] for name in TARGETS}))}

@@ -1,0 +1,1 @@
+"""The experiments A to D, and the commands that a diagnosis names."""

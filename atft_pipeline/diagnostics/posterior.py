@@ -1,0 +1,251 @@
+"""From fired and quiet rules to causes with a probability: prior odds plus capped log likelihood ratios.
+
+Classes are the causes, `healthy` and `unknown`. A rule that was assessed speaks for or against every class by how often
+it fires in runs of that class, counted on planted runs (`likelihoods.json`, written by the diagnostics bench) and
+smoothed towards what the rule table says. Of the rules in one channel, which see the same thing, the strongest alone
+counts for a class. A rule that could not be assessed says nothing. While a rule stands that proves the report false,
+only causes of the evaluation are read; while one stands that nothing else brings about, only its causes are named.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+from atft_pipeline.diagnostics.causes import BY_ID, CAUSES, HEALTHY, HEALTHY_PRIOR, PROVABLE, UNKNOWN, UNKNOWN_PRIOR
+from atft_pipeline.diagnostics.rules.rule import RULES, Finding, Rule
+
+Conclusion = Literal["healthy", "cause", "unknown", "inconclusive"]
+
+CAP = 6.9
+"""Largest log likelihood ratio of one channel: no single rule is worth more than 1,000 to 1. One that never fired in
+the healthy runs it was fitted on must be able to outweigh the odds of 25 to 1 that nothing is wrong."""
+SMOOTHING = 2.0
+"""Planted runs that the rule table's own expectation counts for."""
+ONLY_WITNESS, MAIN_SUSPECT, OTHER_SUSPECT = 0.95, 0.6, 0.4
+"""How often a rule is expected to fire for the first cause it speaks for, where it is the only rule to do so and where
+others do too, and for the causes it names after the first."""
+QUIET = 0.01
+"""How often a rule is expected to fire in a healthy run, and for a cause it does not speak for unless runs say more."""
+OFTEN_FINE = 0.05
+"""The same of a rule that describes: what explains a low Sharpe is seen in good runs too."""
+UNKNOWN_FLOOR = 0.015
+"""An unknown fault may set off anything but a root rule."""
+NEVER_FINE = ("invalid", "failure", "defect")
+"""Severities that are wrong whatever came of them: while such a rule stands, no run is called healthy."""
+DEFECT_STANDS = 2.3
+"""A defect makes nothing of all that speaks for a healthy run beside it: 10 to 1 against."""
+CONCLUSIVE, MARGIN = 0.5, 3.0
+"""Posterior and odds against the next class without which nothing is concluded."""
+
+
+@dataclass(frozen=True)
+class RankedCause:
+    id: str
+    name: str
+    group: str
+    probability: float
+    evidence: tuple[str, ...]
+    """Fired rules that speak for it, the strongest first."""
+    probe: str
+
+
+@dataclass(frozen=True)
+class Ranking:
+    conclusion: Conclusion
+    """`cause` names the first of `causes`; `unknown`: something is wrong and no known cause fits."""
+    causes: tuple[RankedCause, ...]
+    """By probability; the classes `healthy` and `unknown` are not among them."""
+    healthy: float
+    unknown: float
+    missing: tuple[str, ...]
+    """Signals not measured that could move the leading classes most."""
+    sentence: str
+
+
+Counts = Mapping[str, Mapping[str, Sequence[int]]]
+"""Rule -> class -> (fired, assessed) in planted runs."""
+
+
+@cache
+def learned() -> Counts:
+    """Counts of the planted runs that the diagnostics bench was fitted on."""
+    path = Path(__file__).with_name("likelihoods.json")
+    content: Counts = json.loads(path.read_text(encoding="utf-8"))["rules"]
+    return content
+
+
+def rank(findings: Sequence[Finding], counts: Counts | None = None, rules: Sequence[Rule] = RULES) -> Ranking:
+    """The classes by probability, given the findings of one run."""
+    table = Likelihoods(learned() if counts is None else counts, rules)
+    status = {finding.rule: finding.status for finding in findings}
+    proven = [
+        rule
+        for rule in rules
+        if status.get(rule.id) == "fired" and rule.severity == "invalid" and _group(rule) in PROVABLE
+    ]
+    classes = [cause.id for cause in CAUSES] + [HEALTHY, UNKNOWN]
+    if proven:
+        classes = [name for name in classes if name == UNKNOWN or (name in BY_ID and BY_ID[name].group in PROVABLE)]
+    scores = {name: math.log(_prior(name)) for name in classes}
+    for channel in dict.fromkeys(rule.channel for rule in rules):
+        heard = [r for r in rules if r.channel == channel and status.get(r.id) in ("fired", "not_fired")]
+        for name in classes:
+            # What speaks of a cause itself comes before how such a rule behaves in other runs.
+            own = [rule for rule in heard if name in rule.suspects]
+            own = own or [rule for rule in heard if rule.severity != "observation"]
+            ratios = [table.log_ratio(rule, status[rule.id] == "fired", name) for rule in own]
+            if ratios:
+                scores[name] += max(-CAP, min(CAP, max(ratios, key=abs)))
+    fired = [rule for rule in rules if status.get(rule.id) == "fired"]
+    for name in scores:
+        if name in BY_ID and any(rule.root and name not in rule.suspects for rule in fired):
+            scores[name] -= CAP
+    if HEALTHY in scores and any(rule.severity in NEVER_FINE for rule in fired):
+        scores[HEALTHY] -= DEFECT_STANDS
+    top = max(scores.values())
+    weights = {name: math.exp(score - top) for name, score in scores.items()}
+    total = sum(weights.values())
+    probability = {name: weight / total for name, weight in weights.items()}
+    causes = sorted(
+        (
+            RankedCause(
+                cause.id,
+                cause.name,
+                cause.group,
+                probability[cause.id],
+                _speaking(cause.id, rules, status, table),
+                cause.probe,
+            )
+            for cause in CAUSES
+            if cause.id in probability
+        ),
+        key=lambda ranked: -ranked.probability,
+    )
+    missing = _deciding(causes, rules, status)
+    first = max(probability, key=probability.__getitem__)
+    # Of a healthy run nothing may stand, of a cause nothing that it does not bring about.
+    standing = [rule.id for rule in fired if rule.severity in NEVER_FINE]
+    if first in BY_ID:
+        standing = [rule.id for rule in fired if rule.root and first not in rule.suspects]
+    conclusion = _concluded(probability, standing)
+    return Ranking(
+        conclusion,
+        tuple(causes),
+        probability.get(HEALTHY, 0.0),
+        probability[UNKNOWN],
+        missing,
+        _sentence(conclusion, causes, probability, missing, standing),
+    )
+
+
+class Likelihoods:
+    """How often a rule fires in runs of a class."""
+
+    def __init__(self, counts: Counts, rules: Sequence[Rule]) -> None:
+        self.counts = counts
+        # Channels with a rule that speaks for a cause above all: one of several may well be silent.
+        first = {(rule.suspects[0], rule.channel) for rule in rules if rule.suspects}
+        self.witnesses = Counter(cause for cause, _ in first)
+        self.background = {rule.id: self._background(rule) for rule in rules}
+
+    def log_ratio(self, rule: Rule, fired: bool, name: str) -> float:
+        """log P(outcome | class) - log P(outcome | healthy)."""
+        here, healthy = self.rate(rule, name), self.rate(rule, HEALTHY)
+        return math.log(here / healthy) if fired else math.log((1.0 - here) / (1.0 - healthy))
+
+    def rate(self, rule: Rule, name: str) -> float:
+        """P(rule fires | class).
+
+        Of a healthy run, and of a cause that the rule speaks for: the table's expectation, corrected by what planted
+        runs of the class did. Of any other cause: how often it fires in runs of causes that it does not speak for, all
+        together: what a rule happened to do in two runs of a cause is no evidence for that cause.
+        """
+        if name == HEALTHY or name in rule.suspects:
+            fired, assessed = self._count(rule, name)
+            rate = (fired + SMOOTHING * self._expected(rule, name)) / (assessed + SMOOTHING)
+        else:
+            rate = self.background[rule.id]
+            rate = max(rate, UNKNOWN_FLOOR) if name == UNKNOWN and not rule.root else rate
+        return min(max(rate, 1e-3), 1.0 - 1e-3)
+
+    def _expected(self, rule: Rule, name: str) -> float:
+        if name == HEALTHY:
+            return OFTEN_FINE if rule.severity in ("observation", "explanation") else QUIET
+        if rule.suspects[0] != name:
+            return OTHER_SUSPECT
+        return ONLY_WITNESS if self.witnesses[name] == 1 else MAIN_SUSPECT
+
+    def _background(self, rule: Rule) -> float:
+        others = [
+            count
+            for name, count in self.counts.get(rule.id, {}).items()
+            if name != HEALTHY and name not in rule.suspects
+        ]
+        fired, assessed = (sum(count[k] for count in others) for k in (0, 1))
+        return (fired + SMOOTHING * self._expected(rule, HEALTHY)) / (assessed + SMOOTHING)
+
+    def _count(self, rule: Rule, name: str) -> tuple[int, int]:
+        found = self.counts.get(rule.id, {}).get(name)
+        return (int(found[0]), int(found[1])) if found else (0, 0)
+
+
+def _prior(name: str) -> float:
+    return {HEALTHY: HEALTHY_PRIOR, UNKNOWN: UNKNOWN_PRIOR}.get(name) or BY_ID[name].prior
+
+
+def _group(rule: Rule) -> str:
+    return BY_ID[rule.suspects[0]].group if rule.suspects else ""
+
+
+def _speaking(name: str, rules: Sequence[Rule], status: Mapping[str, str], table: Likelihoods) -> tuple[str, ...]:
+    fired = [rule for rule in rules if status.get(rule.id) == "fired" and name in rule.suspects]
+    ratios = {rule.id: table.log_ratio(rule, True, name) for rule in fired}
+    return tuple(id for id, ratio in sorted(ratios.items(), key=lambda pair: -pair[1]) if ratio > 0.0)
+
+
+def _deciding(causes: Sequence[RankedCause], rules: Sequence[Rule], status: Mapping[str, str]) -> tuple[str, ...]:
+    """Rules of the three leading causes that could not be assessed."""
+    leading = {cause.id for cause in causes[:3]}
+    return tuple(
+        rule.id
+        for rule in rules
+        if status.get(rule.id) == "not_assessable" and rule.suspects and rule.suspects[0] in leading
+    )
+
+
+def _concluded(probability: Mapping[str, float], standing: Sequence[str]) -> Conclusion:
+    (first, best), (_, second) = sorted(probability.items(), key=lambda pair: -pair[1])[:2]
+    if best < CONCLUSIVE or best < MARGIN * second:
+        return "inconclusive"
+    if first == UNKNOWN:
+        return "unknown"
+    if standing:
+        return "inconclusive"
+    return "healthy" if first == HEALTHY else "cause"
+
+
+def _sentence(
+    conclusion: Conclusion,
+    causes: Sequence[RankedCause],
+    probability: Mapping[str, float],
+    missing: Sequence[str],
+    standing: Sequence[str],
+) -> str:
+    if conclusion == "cause":
+        return f"Cause, with probability {causes[0].probability:.2f}: {causes[0].name}."
+    if conclusion == "healthy":
+        return f"Nothing is wrong with the run, with probability {probability[HEALTHY]:.2f}."
+    if conclusion == "unknown":
+        return f"Something is wrong that no known cause fits, with probability {probability[UNKNOWN]:.2f}."
+    leading = ", ".join(f"{cause.name} ({cause.probability:.2f})" for cause in causes[:3])
+    against = f"; {', '.join(standing)} fired, which the first does not explain" if standing else ""
+    would = f"; not measured, and it would decide: {', '.join(missing)}" if missing else ""
+    classes = f"healthy {probability.get(HEALTHY, 0.0):.2f}, unknown {probability[UNKNOWN]:.2f}"
+    return f"Inconclusive: {classes}, {leading}{against}{would}."

@@ -1,0 +1,1 @@
+"""Short experiments that confirm or refute a cause."""

@@ -1,0 +1,1 @@
+"""The rule table: what each cause looks like in the record."""

@@ -1,0 +1,1 @@
+"""What scores are worth: portfolios, metrics, baselines, attribution."""

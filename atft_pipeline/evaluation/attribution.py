@@ -1,0 +1,529 @@
+"""Where a long-short return comes from and what it would cost: costs, periods, capacity, exposures.
+
+T sessions, N stocks in ascending code order. The portfolio is the one that `portfolio.long_short` holds for the same
+scores; its weights are shares of one leg's capital, which is what "capital" means here. A session is that of the score:
+its return is earned after it (portfolio.py). An input that is not there is a `Missing` with its reason, never a zero.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, is_dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from atft_pipeline.config.schema import EvaluationConfig, Slice
+from atft_pipeline.errors import InputError
+from atft_pipeline.evaluation import metrics
+from atft_pipeline.evaluation.evaluate import ScorePanel, evaluate, score_panel
+from atft_pipeline.evaluation.portfolio import COSTS_BPS, Book, after_costs, long_short_book
+from atft_pipeline.storage.product import Period, read_manifest, read_membership, read_table, resolved
+
+Array = NDArray[np.float64]
+Days = NDArray[np.datetime64]
+
+PARTICIPATIONS: tuple[float, ...] = (0.01, 0.05)
+"""Shares of a stock's daily turnover value at which a trade starts to move the price it gets."""
+LIQUIDITY_BUCKETS = 5
+TURNOVER_WINDOW_SESSIONS = 20
+LEAST_OBSERVED = 2 / 3
+"""Share of the window that must have traded, as for the slice `liquid`."""
+SPLITS: tuple[str, ...] = ("validation", "test")
+UNKNOWN_SECTOR = "unknown"
+
+
+@dataclass(frozen=True)
+class Missing:
+    """Not assessable: what was not there."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Estimate:
+    value: float
+    """NaN where the sessions do not give one."""
+    se: float
+    sessions: int
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Names entered, left or reversed whose liquidity is in one fifth of those of their session."""
+
+    name: str
+    trades: int
+    median_turnover_value: float
+    """Trailing 20-session median of the daily turnover value of the median name, in the market's currency."""
+    share_per_million: float
+    """Share of that turnover value which one million of capital trades in the median name."""
+    capital_at: dict[float, float]
+    """Participation -> capital at which the median name's trade reaches it."""
+
+
+@dataclass(frozen=True)
+class Capacity:
+    buckets: tuple[Bucket, ...]
+    """Least liquid fifth first, then all names together."""
+    unknown: int
+    """Trades in names whose turnover value is not known; they are in no bucket."""
+
+
+@dataclass(frozen=True)
+class MarketExposure:
+    """Regression of the long-short return on the equal-weight return of the investable stocks in the same interval."""
+
+    beta: Estimate
+    """Standard error robust to unequal variance (HC1)."""
+    correlation: float
+    market: Array = field(repr=False)
+    """[T] the market's returns."""
+
+
+@dataclass(frozen=True)
+class SectorWeight:
+    name: str
+    mean_net: float
+    """Long minus short, mean over sessions."""
+    mean_absolute: float
+    largest: float
+    """Net weight, with its sign, of the session where its size was largest."""
+    largest_on: str
+
+
+@dataclass(frozen=True)
+class SectorExposure:
+    sectors: tuple[SectorWeight, ...]
+    """Largest mean absolute net weight first."""
+    mean_absolute: float
+    """Over sessions and sectors."""
+
+    @property
+    def largest(self) -> SectorWeight:
+        return max(self.sectors, key=lambda sector: abs(sector.largest))
+
+
+@dataclass(frozen=True)
+class SizeTilt:
+    """Mean rank by turnover value, from 0 (least) to 1 (most traded), of the long minus the short leg."""
+
+    tilt: Estimate
+    by_session: Array = field(repr=False)
+    """[T]; NaN in a session without a portfolio."""
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """All of it for one set of scores."""
+
+    sessions: Days = field(repr=False)
+    gross: Array = field(repr=False)
+    """[T] daily long-short returns."""
+    costs: dict[float, Estimate]
+    """Cost in bps -> daily Sharpe after it; 0 is gross."""
+    turnover: Estimate
+    """Mean sum of |weight changes| per session."""
+    by_year: dict[str, Estimate]
+    """Gross daily Sharpe of a calendar year's sessions."""
+    by_month: dict[str, Estimate]
+    capacity: Capacity | Missing
+    market: MarketExposure | Missing
+    sectors: SectorExposure | Missing
+    size: SizeTilt | Missing
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON without the daily series; NaN and infinity as null."""
+        return {name: _plain(getattr(self, name)) for name in _REPORTED}
+
+
+_REPORTED = ("costs", "turnover", "by_year", "by_month", "capacity", "market", "sectors", "size")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Missing):
+        return {"not_assessable": value.reason}
+    if is_dataclass(value) and not isinstance(value, type):
+        return {name: _plain(v) for name, v in asdict(value).items() if not isinstance(v, np.ndarray)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What the portfolio is held against, on its sessions and codes."""
+
+    market: Array | Missing
+    """[T] return of the market in the interval of the targets."""
+    sector: NDArray[np.int64] | Missing
+    """[T, N] number of the sector in `sector_names`, -1 where unknown."""
+    sector_names: tuple[str, ...]
+    median_turnover: Array | Missing
+    """[T, N] trailing median of the daily turnover value, known at the close of the session."""
+
+
+def attribute(panel: ScorePanel, around: Surroundings, config: EvaluationConfig) -> Attribution:
+    """Attribution of the scores' long-short portfolio.
+
+    Raises InputError for scores that the evaluation does not rank, with its reason.
+    """
+    evaluation = evaluate(
+        panel.scores, panel.targets, panel.sessions, panel.codes, config, days_per_year=1, bootstrap=False
+    )
+    if not evaluation.valid:
+        raise InputError(evaluation.reason)
+    gross, turnover = evaluation.daily["gross"], evaluation.daily["turnover"]
+    book = long_short_book(panel.scores, panel.targets, quantile=config.quantile)
+    return Attribution(
+        sessions=panel.sessions,
+        gross=gross,
+        costs=sharpe_after_costs(gross, turnover),
+        turnover=_mean(turnover),
+        by_year=sharpe_by_period(gross, panel.sessions, "Y"),
+        by_month=sharpe_by_period(gross, panel.sessions, "M"),
+        capacity=_unless_missing(around.median_turnover, lambda known: capacity(book, known)),
+        market=_unless_missing(around.market, lambda known: market_exposure(gross, known)),
+        sectors=_unless_missing(
+            around.sector,
+            lambda number: sector_exposure(book.weights, number, around.sector_names, panel.sessions),
+        ),
+        size=_unless_missing(around.median_turnover, lambda known: size_tilt(book, known)),
+    )
+
+
+def _unless_missing(given: Any, computed: Callable[[Any], Any]) -> Any:
+    return given if isinstance(given, Missing) else computed(given)
+
+
+def _mean(values: Array) -> Estimate:
+    return Estimate(*metrics.mean_and_error(values), int(np.isfinite(values).sum()))
+
+
+def _sharpe(returns: Array) -> Estimate:
+    return Estimate(metrics.sharpe(returns), metrics.sharpe_standard_error(returns), int(np.isfinite(returns).sum()))
+
+
+# Costs and periods -----------------------------------------------------------------------------------------------
+
+
+def sharpe_after_costs(gross: Array, turnover: Array, costs_bps: Sequence[float] = COSTS_BPS) -> dict[float, Estimate]:
+    """Daily Sharpe of gross - cost_bps/1e4 * turnover for each cost; both [T], NaN in a session without a portfolio."""
+    return {bps: _sharpe(after_costs(gross, turnover, bps)) for bps in costs_bps}
+
+
+def sharpe_by_period(gross: Array, sessions: Days, unit: Literal["Y", "M"]) -> dict[str, Estimate]:
+    """Daily Sharpe, standard error and sessions of each calendar year ("2014") or month ("2014-03"), in order.
+
+    A month has some twenty sessions, so its standard error is about 0.22: months show spread, not skill.
+    """
+    period = sessions.astype(f"datetime64[{unit}]")
+    return {str(one): _sharpe(gross[period == one]) for one in np.unique(period)}
+
+
+# Capacity and size -----------------------------------------------------------------------------------------------
+
+
+def trailing_median(values: Array, window: int = TURNOVER_WINDOW_SESSIONS) -> Array:
+    """[T, N] median of the `window` sessions that end with t, NaN cells left out; NaN below two thirds of a window."""
+    T = len(values)
+    medians = np.full(values.shape, np.nan)
+    least = math.ceil(window * LEAST_OBSERVED)
+    for t in range(T):
+        seen = np.sort(values[max(0, t - window + 1) : t + 1], axis=0)  # NaN last
+        count = np.isfinite(seen).sum(axis=0)
+        middle = np.maximum(count - 1, 0)
+        low, high = (np.take_along_axis(seen, k[None], axis=0)[0] for k in (middle // 2, (middle + 1) // 2))
+        medians[t] = np.where(count >= least, 0.5 * (low + high), np.nan)
+    return medians
+
+
+def capacity(book: Book, median_turnover: Array, buckets: int = LIQUIDITY_BUCKETS) -> Capacity | Missing:
+    """How much capital the names can take that the portfolio enters, leaves or reverses, by their liquidity.
+
+    Each session's such names are ranked by `median_turnover` [T, N] and cut into `buckets` of equal number. The small
+    trades that bring a name kept on its side back to equal weight are turnover, but say nothing about capacity: with
+    them the median name would be one that is hardly traded. A name whose median turnover value is 0 takes no capital.
+    """
+    before = book.weights - book.trades
+    traded = (book.trades != 0.0) & (book.weights * before <= 0.0)
+    known = traded & np.isfinite(median_turnover)
+    if not known.any():
+        return Missing("the turnover value of none of the traded names is known")
+    place = np.full(known.shape, -1)
+    for t in np.flatnonzero(known.any(axis=1)):
+        names = np.flatnonzero(known[t])
+        order = np.argsort(median_turnover[t, names], kind="stable")
+        place[t, names[order]] = np.arange(len(names)) * buckets // len(names)
+    with np.errstate(divide="ignore"):
+        share = np.abs(book.trades[known]) / median_turnover[known]
+    turnover, number = median_turnover[known], place[known]
+    rows = [
+        _bucket(f"{k + 1} of {buckets}", share[number == k], turnover[number == k])
+        for k in range(buckets)
+        if (number == k).any()
+    ]
+    return Capacity((*rows, _bucket("all", share, turnover)), int((traded & ~known).sum()))
+
+
+def _bucket(name: str, share: Array, turnover: Array) -> Bucket:
+    middle = float(np.median(share))
+    capital = {participation: participation / middle for participation in PARTICIPATIONS}
+    return Bucket(name, len(share), float(np.median(turnover)), 1e6 * middle, capital)
+
+
+def size_tilt(book: Book, median_turnover: Array) -> SizeTilt | Missing:
+    """Mean rank by turnover value of the long minus the short names; a stand-in for size, as there are no shares.
+
+    Ranks are (average rank - 1) / (n - 1) over the session's ranked stocks whose turnover value is known, so equal legs
+    differ by 0 and opposite ends by almost 1. Names without one are left out.
+    """
+    known = book.ranked & np.isfinite(median_turnover)
+    count = known.sum(axis=1, keepdims=True)
+    rank = (metrics.average_ranks(median_turnover, known) - 1.0) / np.maximum(count - 1, 1)
+    tilts = _leg_mean(rank, known & (book.weights > 0.0)) - _leg_mean(rank, known & (book.weights < 0.0))
+    if not np.isfinite(tilts).any():
+        return Missing("no session has a name with a known turnover value in both legs")
+    return SizeTilt(_mean(tilts), tilts)
+
+
+def _leg_mean(values: Array, leg: NDArray[np.bool_]) -> Array:
+    count = leg.sum(axis=1)
+    total = np.where(leg, values, 0.0).sum(axis=1)
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+
+
+# Market and sectors ----------------------------------------------------------------------------------------------
+
+
+def market_exposure(gross: Array, market: Array) -> MarketExposure | Missing:
+    """Slope of gross [T] on market [T] by least squares, with White's HC1 standard error, over sessions with both.
+
+    Source: MacKinnon and White (1985).
+    """
+    both = np.isfinite(gross) & np.isfinite(market)
+    n = int(both.sum())
+    if n < 3:
+        return Missing(f"{n} sessions have both a portfolio and a market return; a slope and its error need 3")
+    x, y = market[both] - market[both].mean(), gross[both] - gross[both].mean()
+    spread = float(x @ x)
+    if not spread > 0.0:
+        return Missing("the market's return is the same in every session")
+    beta = float(x @ y) / spread
+    residual = y - beta * x
+    se = math.sqrt(n / (n - 2) * float((x * x) @ (residual * residual))) / spread
+    length = math.sqrt(spread * float(y @ y))
+    return MarketExposure(Estimate(beta, se, n), float(x @ y) / length if length > 0.0 else math.nan, market)
+
+
+def sector_exposure(
+    weights: Array, number: NDArray[np.int64], names: Sequence[str], sessions: Days
+) -> SectorExposure | Missing:
+    """Net weight (long minus short) per sector over the sessions that hold a portfolio.
+
+    weights [T, N]; number [T, N] indexes `names`, -1 is a stock whose sector is unknown and makes a group of its own.
+    """
+    held = weights.any(axis=1)
+    if not held.any():
+        return Missing("no session has a portfolio")
+    weights, number, sessions = weights[held], number[held], sessions[held]
+    if not (number[weights != 0.0] >= 0).any():
+        return Missing("the sector of none of the names held is known")
+    sectors = []
+    for place, name in enumerate([*names, UNKNOWN_SECTOR]):
+        of_sector = number == (place if place < len(names) else -1)
+        if (of_sector & (weights != 0.0)).any():
+            net = np.where(of_sector, weights, 0.0).sum(axis=1)
+            at = int(np.abs(net).argmax())
+            sectors.append(
+                SectorWeight(name, float(net.mean()), float(np.abs(net).mean()), float(net[at]), str(sessions[at]))
+            )
+    sectors.sort(key=lambda sector: -sector.mean_absolute)
+    return SectorExposure(tuple(sectors), float(np.mean([sector.mean_absolute for sector in sectors])))
+
+
+# From files ------------------------------------------------------------------------------------------------------
+
+
+def attribute_predictions(
+    predictions: Path, config: EvaluationConfig, *, dataset: Path, dataset_fingerprint: str | None
+) -> dict[str, Attribution | Missing]:
+    """Split -> attribution of horizon 1 in the configured slice, from a run's predictions and the dataset it names.
+
+    The dataset must still be the one the run was made on; its prices are found beside it by their fingerprint. What
+    cannot be read, or is not what the run saw, is missing with its reason; nothing is raised.
+    """
+    try:
+        table = read_table(predictions)
+    except InputError as error:
+        return {split: Missing(str(error)) for split in SPLITS}
+    universe: Slice | None = "liquid" if config.universe == "liquid" else None
+    panels = {split: _panel(table, split, universe) for split in SPLITS}
+    known = [panel.sessions for panel in panels.values() if isinstance(panel, ScorePanel)]
+    ends: list[date] = [day for sessions in known for day in sessions[[0, -1]].tolist()]
+    context = _Context(dataset, dataset_fingerprint, (min(ends), max(ends)) if ends else None)
+    return {
+        split: panel if isinstance(panel, Missing) else _attributed(panel, context, config)
+        for split, panel in panels.items()
+    }
+
+
+def _panel(table: pa.Table, split: str, universe: Slice | None) -> ScorePanel | Missing:
+    try:
+        panel = score_panel(table, score="score_1d", target="target_1d", split=split, universe=universe)
+    except (InputError, pa.ArrowException) as error:
+        return Missing(str(error))
+    return panel if len(panel.sessions) else Missing(f"no stock of split {split!r} is in the slice that is judged")
+
+
+def _attributed(panel: ScorePanel, context: _Context, config: EvaluationConfig) -> Attribution | Missing:
+    try:
+        return attribute(panel, context.around(panel.sessions, panel.codes), config)
+    except (InputError, pa.ArrowException) as error:
+        return Missing(str(error))
+
+
+class _Context:
+    """The dataset of a run, of a period at least, and its prices, each read once; what is missing is remembered with
+    its reason."""
+
+    def __init__(self, dataset: Path, fingerprint: str | None, period: Period | None = None) -> None:
+        self.missing: Missing | None = None
+        self.turnover: pa.Table | Missing
+        try:
+            manifest = read_manifest(dataset, kind="ml_dataset")
+            if manifest["fingerprint"] != fingerprint:
+                made, now = (str(value or "unknown")[:12] for value in (fingerprint, manifest["fingerprint"]))
+                raise InputError(f"{dataset} is now dataset {now}, the run was made on {made}")
+            members = read_membership(dataset, ["Date", "Code", "is_investable", "Sector33Code"], period)
+            targets = read_table(dataset, ["target_1d"], period)
+            self.members = members.append_column("target_1d", targets.column("target_1d"))
+        except (InputError, pa.ArrowException) as error:
+            self.missing = Missing(str(error))
+            return
+        self.turnover = _turnover_values(dataset, manifest)
+
+    def around(self, sessions: Days, codes: NDArray[Any]) -> Surroundings:
+        if self.missing:
+            return Surroundings(self.missing, self.missing, (), self.missing)
+        place = _Cells.of(self.members, sessions, codes)
+        names, number = _sectors(self.members, place)
+        return Surroundings(
+            market=_market(self.members, place),
+            sector=number if (number >= 0).any() else Missing("Sector33Code is null for every stock scored"),
+            sector_names=names,
+            median_turnover=self._median_turnover(sessions, codes),
+        )
+
+    def _median_turnover(self, sessions: Days, codes: NDArray[Any]) -> Array | Missing:
+        if isinstance(self.turnover, Missing):
+            return self.turnover
+        known = np.unique(_days(self.turnover))
+        first = max(int(np.searchsorted(known, sessions[0])) - TURNOVER_WINDOW_SESSIONS + 1, 0)
+        window = known[first : int(np.searchsorted(known, sessions[-1], side="right"))]
+        at = np.searchsorted(window, sessions)
+        if len(window) == 0 or (window[np.minimum(at, len(window) - 1)] != sessions).any():
+            return Missing("the prices beside the dataset lack sessions that were scored")
+        quotes = _between(self.turnover, window[0], window[-1])
+        place = _Cells.of(quotes, window, codes)
+        dense = np.full(place.shape, np.nan)
+        values = _floats(quotes.column("TurnoverValue"))
+        dense[place.session[place.inside], place.stock[place.inside]] = values[place.inside]
+        if not np.isfinite(dense).any():
+            return Missing("TurnoverValue is null for every stock scored")
+        return trailing_median(dense)[at]
+
+
+def _market(members: pa.Table, place: _Cells) -> Array | Missing:
+    """Mean `target_1d` of the investable stocks, scored or not: the targets are free of quarantined quotes."""
+    target = _floats(members.column("target_1d"))
+    used = (place.session >= 0) & np.isfinite(target) & _flags(members.column("is_investable"))
+    count = np.bincount(place.session[used], minlength=place.shape[0])
+    total = np.bincount(place.session[used], weights=target[used], minlength=place.shape[0])
+    if not count.any():
+        return Missing("no investable stock has a target_1d in these sessions")
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+
+
+def _sectors(members: pa.Table, place: _Cells) -> tuple[tuple[str, ...], NDArray[np.int64]]:
+    coded = _encoded(members.column("Sector33Code"))
+    number = pc.fill_null(coded.indices, -1).to_numpy(zero_copy_only=False).astype(np.int64)
+    dense = np.full(place.shape, -1, np.int64)
+    dense[place.session[place.inside], place.stock[place.inside]] = number[place.inside]
+    return tuple(coded.dictionary.to_pylist()), dense
+
+
+def _turnover_values(dataset: Path, manifest: Mapping[str, Any]) -> pa.Table | Missing:
+    """Date, Code and TurnoverValue of the prices that the dataset was made from: it holds no quotes of its own."""
+    fingerprint = manifest.get("prices_fingerprint")
+    if fingerprint is None:
+        return Missing(f"{dataset} is one file and keeps no prices: no turnover value; build it as a folder of months")
+    suffix = ".manifest.json"
+    for file in sorted(resolved(dataset).parent.glob(f"*{suffix}")):
+        product = file.with_name(file.name.removesuffix(suffix))
+        try:
+            if read_manifest(product, kind="prices")["fingerprint"] == fingerprint:
+                return read_table(product, ["Date", "Code", "TurnoverValue"])
+        except InputError:
+            continue  # another product, or damaged prices: neither has the quotes
+    return Missing(f"no readable prices {fingerprint[:12]} beside {dataset}: no turnover value")
+
+
+@dataclass(frozen=True)
+class _Cells:
+    """Where the rows of a long table lie in a panel; -1 outside it."""
+
+    session: NDArray[np.int64]
+    stock: NDArray[np.int64]
+    shape: tuple[int, int]
+
+    @classmethod
+    def of(cls, table: pa.Table, sessions: Days, codes: NDArray[Any]) -> _Cells:
+        coded = _encoded(table.column("Code"))
+        stocks = _position(np.array(coded.dictionary.to_pylist(), dtype=np.str_), codes)
+        return cls(_position(_days(table), sessions), stocks[coded.indices.to_numpy()], (len(sessions), len(codes)))
+
+    @property
+    def inside(self) -> NDArray[np.bool_]:
+        return (self.session >= 0) & (self.stock >= 0)
+
+
+def _position(values: NDArray[Any], among: NDArray[Any]) -> NDArray[np.int64]:
+    """Index of each value in the ascending `among`, -1 where it is not there."""
+    if not len(among):
+        return np.full(len(values), -1, np.int64)
+    at = np.minimum(np.searchsorted(among, values), len(among) - 1)
+    return np.where(among[at] == values, at, -1)
+
+
+def _encoded(column: pa.ChunkedArray) -> pa.DictionaryArray:
+    coded = pc.dictionary_encode(column.cast(pa.string())).combine_chunks()
+    return coded.chunk(0) if isinstance(coded, pa.ChunkedArray) else coded
+
+
+def _between(table: pa.Table, first: np.datetime64, last: np.datetime64) -> pa.Table:
+    dates = table.column("Date").cast(pa.date32())
+    since, until = (pa.scalar(end.item(), pa.date32()) for end in (first, last))
+    return table.filter(pc.and_(pc.greater_equal(dates, since), pc.less_equal(dates, until)))
+
+
+def _days(table: pa.Table) -> Days:
+    return table.column("Date").to_numpy().astype("datetime64[D]")
+
+
+def _floats(column: pa.ChunkedArray) -> Array:
+    return pc.fill_null(column.cast(pa.float64()), math.nan).to_numpy()
+
+
+def _flags(column: pa.ChunkedArray) -> NDArray[np.bool_]:
+    return pc.fill_null(column, False).to_numpy()

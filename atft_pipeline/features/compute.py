@@ -1,0 +1,232 @@
+"""Prices and the other tables in, 82 normalised features out: compute, normalise, keep the rows.
+
+Shapes: T sessions of the whole history, S sessions at hand, N stocks, F features, R rows of the dataset (session-major,
+then code). Features are computed side by side in threads, a span of sessions at a time: a span's panels stay in the
+cache, and the recursions are continued from span to span by the same memory that continues them from day to day.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from atft_pipeline.config.schema import DatasetConfig
+from atft_pipeline.errors import InputError
+from atft_pipeline.features import expressions as ex
+from atft_pipeline.features.inputs import Market
+from atft_pipeline.features.registry import FEATURE_NAMES, REGISTRY, Feature
+from atft_pipeline.market.calendar import market_facts
+from atft_pipeline.market.disclosures import SECTION_OF_MARKET, Days, disclosures, flow_releases
+from atft_pipeline.market.price_panel import PricePanel, day_array
+
+Panel = NDArray[np.float64]
+
+RECENT_SESSIONS = 5
+"""A stock has a row while it traded within this many sessions, the current one included."""
+NO_SECTOR: tuple[str, ...] = ("9999", "-", "")
+"""Sector33Code of funds and of stocks that were delisted before the snapshot: no industry, so no sector to share."""
+INDEX_CODE = "0000"
+"""TOPIX in the J-Quants columns."""
+OVERLAP_SESSIONS = max(feature.trace.overlap_sessions + feature.lag_sessions for feature in REGISTRY)
+"""Rows before the fresh ones that any feature looks back on."""
+OVERLAPS: tuple[int, ...] = (7, 26, 66, 125, OVERLAP_SESSIONS)
+"""Features share their intermediates within a class of overlap: one more session then costs few rows for most."""
+CELLS_AT_A_TIME = 1_500_000
+"""Cells of a span's panels, 12 MB each: larger ones leave the cache, and the allocator maps fresh pages for each."""
+THREADS = 2
+
+
+@dataclass(frozen=True)
+class FeatureMemory:
+    """What the features remember after a session: the last panels, and where each recursion stands."""
+
+    tail: PricePanel
+    """At most `OVERLAP_SESSIONS` sessions."""
+    sessions: Days
+    """All sessions so far."""
+    sectors: tuple[str, ...]
+    values: Mapping[str, Any]
+    """`Market.memory` of the stocks of `tail` and of `sectors`."""
+
+    def values_of(self, codes: Sequence[str], sectors: Sequence[str]) -> dict[str, Any]:
+        """The values for codes and sectors that contain these: what is new has not been seen."""
+        stock = np.searchsorted(np.array(codes), np.array(self.tail.codes))
+        sector = np.searchsorted(np.array(sectors), np.array(self.sectors))
+
+        def wider(value: Any) -> Any:
+            if isinstance(value, ex.Average):
+                return ex.Average(*(wider(part) for part in value))
+            shape, place, absent = (
+                ((len(codes),), stock, 0.0) if value.ndim == 1 else ((len(value), len(sectors)), sector, np.nan)
+            )
+            out = np.full(shape, absent)
+            out[..., place] = value
+            return out
+
+        return {name: wider(value) for name, value in self.values.items()}
+
+
+@dataclass(frozen=True)
+class FeaturePanel:
+    """All 82 features on the dataset's rows."""
+
+    prices: PricePanel
+    """Of the sessions computed, and those looked back on before them."""
+    first: int
+    """First row of `prices` that was computed."""
+    kept: NDArray[np.int64]
+    """[R] flat position `t * N + n` in `prices` of each row of the dataset, ascending."""
+    values: NDArray[np.float32]
+    """[F, R] in registry order, NaN where missing."""
+    return_1d: Panel
+    """R_1 of every cell of `prices` from the rows computed on, null before them."""
+    memory: FeatureMemory
+
+    def column(self, name: str) -> NDArray[np.float32]:
+        return self.values[FEATURE_NAMES.index(name)]
+
+    def dense(self, name: str) -> NDArray[np.float32]:
+        """`[S, N]`, NaN where missing or where the dataset has no row."""
+        panel = np.full(self.prices.shape, np.nan, np.float32)
+        panel.reshape(-1)[self.kept] = self.column(name)
+        return panel
+
+
+def build_market(
+    prices: PricePanel, tables: Mapping[str, pl.DataFrame], config: DatasetConfig, before: FeatureMemory | None = None
+) -> Market:
+    """The prices and the other tables as dense panels over the exchange's sessions.
+
+    tables: `index`, and `investor_flows` and `statements` where there are. With `before`, the prices are those after
+    its last session; its panels are put before them, and what it remembers is continued.
+
+    Raises: InputError when there is no row, no index, or an index table with several codes and none of TOPIX's.
+    """
+    if before is None and not prices.has_row.any():
+        raise InputError("prices: no row is left after quarantine; check the source's prices and listed tables")
+    sectors = sorted({*prices.sector.names, *(before.sectors if before else ())} - set(NO_SECTOR))
+    sessions = prices.sessions if before is None else np.concatenate([before.sessions, prices.sessions])
+    panel = prices if before is None else before.tail.followed_by(prices)
+    first = len(sessions) - len(panel.sessions)
+    releases = flow_releases(tables.get("investor_flows"), sessions)
+    sections = {
+        code: releases.sections.index(section)
+        for code, section in SECTION_OF_MARKET.items()
+        if section in releases.sections
+    }
+    return Market(
+        sessions=sessions,
+        codes=panel.codes,
+        days_per_year=market_facts(config.market).days_per_year,
+        quotes=panel.quotes,
+        index_close=_on_sessions(_index_close(tables), sessions),
+        investable=panel.is_investable,
+        sector_of=panel.sector.numbered({code: g for g, code in enumerate(sectors)}),
+        sectors=len(sectors),
+        section_of=panel.section.numbered(sections),
+        releases=releases,
+        documents=disclosures(tables.get("statements"), sessions, panel.codes, config.market, first=first),
+        fresh=0 if before is None else len(before.tail.sessions),
+        memory={} if before is None else before.values_of(panel.codes, sectors),
+    )
+
+
+def normalised(feature: Feature, values: Panel, market: Market) -> Panel:
+    """The feature's own normalisation of its values, `[S, N]` or a series as they come, in float64."""
+    if feature.norm == "ts":
+        return ex.ts_zscore(values)
+    return ex.cs_normalise(values, market.investable) if feature.norm == "cs" else values
+
+
+def build_features(
+    prices: PricePanel, tables: Mapping[str, pl.DataFrame], config: DatasetConfig, before: FeatureMemory | None = None
+) -> FeaturePanel:
+    """All features of every stock that traded within the last 5 sessions. Inputs and errors: `build_market`."""
+    market = build_market(prices, tables, config, before)
+    panel = prices if before is None else before.tail.followed_by(prices)
+    is_kept = _recently_traded(market.close)
+    is_kept[: market.fresh] = False
+    kept = np.flatnonzero(is_kept)
+    values = np.empty((len(REGISTRY), len(kept)), np.float32)
+    memory = market.memory
+    with ThreadPoolExecutor(THREADS) as pool:
+        for start, stop in _spans(market.fresh, market.rows, len(market.codes)):
+            span = replace(market.span(start, stop, OVERLAP_SESSIONS), memory=memory, remembered={})
+            columns = slice(*np.searchsorted(kept, (start * len(market.codes), stop * len(market.codes))))
+            _compute(span, is_kept[start:stop], values[:, columns], pool)
+            memory = span.remembered
+    sectors = tuple(sorted({*panel.sector.names} - set(NO_SECTOR)))
+    return FeaturePanel(
+        prices=panel,
+        first=market.fresh,
+        kept=kept,
+        values=values,
+        return_1d=ex.returns(market.close, ex.carry(market.close), 1),
+        memory=FeatureMemory(panel.last(OVERLAP_SESSIONS), market.sessions, sectors, memory),
+    )
+
+
+def _recently_traded(close: Panel) -> NDArray[np.bool_]:
+    traded = ~np.isnan(close)
+    recent = traded.copy()
+    for sessions in range(1, RECENT_SESSIONS):
+        recent[sessions:] |= traded[: max(len(traded) - sessions, 0)]
+    return recent
+
+
+def _spans(first: int, rows: int, stocks: int) -> Iterator[tuple[int, int]]:
+    """Cuts rows first to `rows` into spans of at most CELLS_AT_A_TIME cells, one session at least."""
+    length = max(1, CELLS_AT_A_TIME // max(stocks, 1))
+    for start in range(first, rows, length):
+        yield start, min(start + length, rows)
+
+
+def _compute(span: Market, kept: NDArray[np.bool_], values: NDArray[np.float32], pool: ThreadPoolExecutor) -> None:
+    """Fills `values: [F, R]` with the features of the fresh rows of `span`, on the cells `kept: [S, N]`."""
+    by_overlap = {overlap: span.recent(overlap) for overlap in OVERLAPS}
+    session = np.repeat(np.arange(len(kept)), kept.sum(axis=1))
+
+    def fill(number: int) -> None:
+        feature, out = REGISTRY[number], values[number]
+        needed = feature.trace.overlap_sessions
+        market = by_overlap[next(overlap for overlap in OVERLAPS if overlap >= needed)]
+        result = feature.compute(market)
+        if feature.norm == "cs":
+            ex.cs_normalise(result[market.fresh :], market.investable[market.fresh :], kept, out)
+            return
+        if feature.norm == "ts":
+            result = ex.ts_zscore(result)
+        fresh = result[len(result) - len(kept) :]
+        out[:] = fresh[session] if fresh.ndim == 1 else fresh[kept]
+        out[np.isnan(out)] = np.nan  # one bit pattern for missing: values are hashed
+
+    # The longest first: they are the ones that a thread would otherwise be left alone with at the end.
+    order = sorted(range(len(REGISTRY)), key=lambda number: -REGISTRY[number].trace.overlap_sessions)
+    list(pool.map(fill, order))
+
+
+def _index_close(tables: Mapping[str, pl.DataFrame]) -> pl.DataFrame:
+    if "index" not in tables:
+        raise InputError("index: the table is missing; add index.parquet with Date, Code and Close to the source")
+    index = tables["index"]
+    codes = index["Code"].cast(pl.String).unique().to_list()
+    if len(codes) > 1:
+        if INDEX_CODE not in codes:
+            raise InputError(f"index: {len(codes)} codes and none is {INDEX_CODE}; keep the market's own index only")
+        index = index.filter(pl.col("Code").cast(pl.String) == INDEX_CODE)
+    return index.select(pl.col("Date").cast(pl.Date), pl.col("Close").cast(pl.Float64)).drop_nulls().sort("Date")
+
+
+def _on_sessions(index: pl.DataFrame, sessions: Days) -> Panel:
+    series = np.full(len(sessions), np.nan)
+    days = day_array(index["Date"])
+    at = np.searchsorted(sessions, days)
+    there = (at < len(sessions)) & (sessions[np.minimum(at, len(sessions) - 1)] == days)
+    series[at[there]] = index["Close"].to_numpy()[there]
+    return series

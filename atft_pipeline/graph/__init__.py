@@ -1,0 +1,1 @@
+"""The cross-sectional stock graph: which stocks read each other's state."""

@@ -1,0 +1,1 @@
+"""From raw tables to adjusted prices: sources, contracts, calendar, universe, quarantine."""

@@ -1,0 +1,362 @@
+"""The adjusted prices of a source on disk, month by month: passed once, and continued where something is new.
+
+A product at PATH: `PATH/YYYY-MM.parquet` in `PRICES_COLUMNS`, `PATH.memory/YYYY-MM.npz` after the months from which the
+pass can be continued, `PATH.quarantine.parquet`, and a manifest. What a changed source changes is found by digests of
+the raw rows by month; the pass is taken up at the newest memory before the first month that differs.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from atft_pipeline.config.schema import DatasetConfig, to_dict
+from atft_pipeline.errors import InputError
+from atft_pipeline.market.adjustment import StockMemory
+from atft_pipeline.market.contracts import (
+    NO_UNIVERSE,
+    CheckedTables,
+    ContractReport,
+    check_prices,
+    check_table,
+    joined_report,
+)
+from atft_pipeline.market.price_panel import Days, PricePanel
+from atft_pipeline.market.sources import Source, in_time
+from atft_pipeline.market.universe import PricesResult, UniverseMemory, build_prices
+from atft_pipeline.storage.atomic import load_arrays, replacing, save_arrays
+from atft_pipeline.storage.code_version import code_revision
+from atft_pipeline.storage.monthly import (
+    Earlier,
+    PartsWriter,
+    beside,
+    is_whole,
+    month_digests,
+    part,
+    sessions_by_month,
+    spans,
+    writing_parts,
+)
+from atft_pipeline.storage.product import sha256_of, write_manifest
+
+KIND = "prices"
+CELLS_AT_A_TIME = 4_000_000
+"""Sessions times codes of a span of months: what is held at once."""
+MEMORY, QUARANTINE = "memory", "quarantine.parquet"
+SIDECARS = (MEMORY, QUARANTINE)
+"""What is written beside the prices."""
+
+
+def update_price_parts(
+    source: Source, others: CheckedTables, out: Path, config: DatasetConfig, previous: Path | None = None
+) -> tuple[dict[str, Any], ContractReport]:
+    """Passes the source's prices into the product at `out`; its manifest, and the report on what was written.
+
+    others: the source's other tables. With `previous`, an earlier product of the same configuration and code, months
+    before the first whose raw rows differ are taken over, and the pass is continued from there; `changes` in the
+    manifest says which input differed first in which month.
+
+    Raises: InputError when raw rows break their contract, or fewer than two common stocks trade.
+    """
+    whole = previous is not None and is_whole(beside(previous, QUARANTINE))
+    earlier = Earlier.of(previous if whole else None, KIND, config=to_dict(config), code=code_revision("dataset"))
+    listed = others.tables["listed"]
+    raw = _RawFiles.of(source, earlier)
+    until = _end_of(others.tables["index"])
+    digests = {"prices": raw.months, "listed": _listed_digests(listed, earlier)}
+    changes = earlier.changes({**digests, "index": until}, MEMORY, [""])
+    parts: dict[str, Any] = {month: earlier.parts[month] for month in changes.kept}
+    memory, quarantine, late = None, [], set[str]()
+    if changes.kept:
+        memory = _load_memory(earlier.path, changes.kept[-1])
+        quarantine.append(_decided_by(earlier.path, memory.sessions[-1]))
+        late |= {*earlier.manifest["late_codes"]}
+    reports = []
+    with writing_parts(out, [MEMORY], earlier) as writer:
+        for month in changes.kept:
+            writer.take_over(month)
+        for result in _passes(raw, others.tables, config, memory):
+            parts |= _write(writer, result)
+            reports.append(check_prices(result.prices, needs_universe=False))
+            quarantine.append(result.quarantine)
+            late |= _late_codes(result)
+            memory = result.memory
+    assert memory is not None
+    hits = pl.concat(quarantine).sort("Date", "Code", "rule")
+    with replacing(beside(out, QUARANTINE)) as temporary:
+        hits.write_parquet(temporary, compression="zstd")
+    manifest = {
+        "kind": KIND,
+        "fingerprint": sha256_of({"config": to_dict(config), "content": [parts, frame_digest(hits)]}),
+        "source": raw.added_to(others.record),
+        "config": to_dict(config),
+        "code": code_revision("dataset"),
+        "parts": parts,
+        "session_dates": memory.sessions.astype(str).tolist(),
+        "stocks": int((memory.stocks.history > 0).sum()),
+        "raw": raw.record(),
+        # Without an earlier version the raw rows are only known now that they have been passed.
+        "inputs": {"prices": raw.months, "index": until, "listed": month_digests(listed, "Date")},
+        "late_codes": sorted(late),
+        "late_digest": _earliest_digest(listed, late),
+        "changes": changes.record(parts),
+    }
+    write_manifest(out, manifest)
+    return manifest, joined_report("prices (adjusted)", reports, _no_universe(parts))
+
+
+def _no_universe(parts: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """check_prices' own sentence on a whole table without an investable row."""
+    if any(month["investable_rows"] for month in parts.values()):
+        return []
+    return [NO_UNIVERSE]
+
+
+def _end_of(index: pl.DataFrame) -> dict[str, str]:
+    """Its last day, which may be a session without a quote."""
+    last = str(index["Date"].max())
+    return {last[:7]: last}
+
+
+def table_digests(source: Source, others: CheckedTables) -> dict[str, str]:
+    """sha256 of each table of the source as it is now."""
+    digests = {name: entry["sha256"] for name, entry in others.record["tables"].items()}
+    return {"prices": source.fingerprint("prices"), **digests}
+
+
+def read_months(path: Path, months: Sequence[str], sessions: Days) -> PricePanel:
+    """The panel of some consecutive months over their `sessions`. Raises InputError when a part is missing."""
+    return PricePanel.from_frame(read_frame(path, months), sessions)
+
+
+def read_frame(path: Path, months: Sequence[str]) -> pl.DataFrame:
+    """The long table of some months."""
+    files = [part(path, month) for month in months]
+    missing = next((file for file in files if not file.is_file()), None)
+    if missing is not None:
+        raise InputError(f"{path}: part {missing.name} is missing; build the prices again")
+    return pl.concat([pl.read_parquet(file, glob=False) for file in files])
+
+
+def read_quarantine(path: Path) -> pl.DataFrame:
+    return pl.read_parquet(beside(path, QUARANTINE), glob=False)
+
+
+def frame_digest(frame: pl.DataFrame) -> str:
+    """Hash of a table's rows in order; the seed is fixed, so equal tables hash alike in every process."""
+    return hashlib.sha256(frame.hash_rows(seed=0).to_numpy().tobytes()).hexdigest()
+
+
+# --- the raw files ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _File:
+    """One file of raw prices: enough to know what a change of it changes."""
+
+    sha256: str
+    first: str
+    last: str
+    rows: int = 0
+    months: dict[str, int] = field(default_factory=dict)
+    null_texts: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class _RawFiles:
+    """The raw prices, file by file; a file whose bytes are those of an earlier version is not read to know its rows."""
+
+    source: Source
+    files: dict[str, _File]
+    digested: bool
+    """Whether the files' rows have been counted; else they are while they are passed."""
+
+    @staticmethod
+    def of(source: Source, earlier: Earlier) -> _RawFiles:
+        known = {name: _File(**record) for name, record in earlier.manifest.get("raw", {}).items()}
+        files = {}
+        for name, sha256 in source.part_fingerprints("prices").items():
+            if name in known and known[name].sha256 == sha256:
+                files[name] = known[name]
+            else:
+                days = _alone(source, name).dates("prices")
+                # An empty part of many is no fault, and has no days.
+                first, last = (str(days[0]), str(days[-1])) if len(days) else ("9999-12-31", "0001-01-01")
+                files[name] = _File(sha256, first, last)
+        raw = _RawFiles(source, files, digested=bool(earlier.parts))
+        if raw.digested:
+            for name, record in files.items():
+                if not record.rows and record.last >= record.first:
+                    for start, stop in _years(record.first, record.last):
+                        raw._count(name, start, stop)
+        return raw
+
+    @property
+    def months(self) -> dict[str, int]:
+        """Digest of each month's rows over all files."""
+        totals: Counter[str] = Counter()
+        for record in self.files.values():
+            totals.update(record.months)
+        return {month: total % 2**64 for month, total in sorted(totals.items())}
+
+    def dates(self, after: np.datetime64 | None) -> Days:
+        """Days that have rows, of all time or after a session; files without such days are not opened."""
+        start = "" if after is None else str(after + 1)
+        files = tuple(self.source.folder / name for name, record in self.files.items() if record.last >= start)
+        if not files:
+            return np.empty(0, "datetime64[D]")
+        days = replace(self.source, files={**self.source.files, "prices": files}).dates("prices")
+        return days if after is None else days[days > after]
+
+    def read(self, first: dt.date, last: dt.date) -> pl.DataFrame:
+        """Rows of the days from first to last; the files that cannot have any are not opened."""
+        named = [name for name, record in self.files.items() if record.first <= str(last) and record.last >= str(first)]
+        named = named or [min(self.files)]
+        frames = [self._count(name, first, last, known=self.digested) for name in named]
+        return pl.concat(in_time(frames, "Date"))
+
+    def record(self) -> dict[str, Any]:
+        return {name: vars(record) for name, record in self.files.items()}
+
+    def added_to(self, others: Mapping[str, Any]) -> dict[str, Any]:
+        """The source's record with the prices' own entry, as `contracts.read_checked` would have it."""
+        files = self.files.values()
+        texts = sum((Counter(record.null_texts) for record in files), Counter[str]())
+        entry = {
+            "rows": sum(record.rows for record in files),
+            "first_date": min(record.first for record in files),
+            "last_date": max(record.last for record in files),
+            "sha256": hashlib.sha256(b"".join(bytes.fromhex(record.sha256) for record in files)).hexdigest(),
+            "null_texts": dict(sorted(texts.items())),
+        }
+        return {**others, "tables": {"prices": entry, **others["tables"]}}
+
+    def _count(self, name: str, first: dt.date, last: dt.date, *, known: bool = False) -> pl.DataFrame:
+        read = _alone(self.source, name).read_counted("prices", first=first, last=last)
+        if not known:
+            record = self.files[name]
+            record.rows += read.frame.height
+            record.null_texts = dict(Counter(record.null_texts) + Counter(read.null_texts))
+            sums = Counter(record.months) + Counter(month_digests(read.frame, "Date"))
+            record.months = {month: total % 2**64 for month, total in sorted(sums.items())}
+        return read.frame
+
+
+def _alone(source: Source, name: str) -> Source:
+    """The source with one of its files of prices only."""
+    return replace(source, files={**source.files, "prices": (source.folder / name,)})
+
+
+def _years(first: str, last: str) -> Iterator[tuple[dt.date, dt.date]]:
+    for year in range(int(first[:4]), int(last[:4]) + 1):
+        yield dt.date(year, 1, 1), dt.date(year, 12, 31)
+
+
+# --- listed snapshots that arrive late --------------------------------------------------------------------------------
+
+
+def _listed_digests(listed: pl.DataFrame, earlier: Earlier) -> dict[str, int]:
+    """By month; and where the earliest snapshot of a stock that had prices before any has changed, of all time."""
+    digests = month_digests(listed, "Date")
+    before = earlier.manifest
+    if before and _earliest_digest(listed, before["late_codes"]) != before["late_digest"]:
+        digests[min(before["parts"])] = -1
+    return digests
+
+
+def _earliest_digest(listed: pl.DataFrame, codes: Any) -> int:
+    """Of the earliest snapshots of `codes`."""
+    earliest = listed.filter(pl.col("Code").is_in(list(codes))).sort("Code", "Date").unique("Code", keep="first")
+    return sum(month_digests(earliest, "Date").values()) % 2**64
+
+
+def _late_codes(result: PricesResult) -> set[str]:
+    """Codes whose rows precede every snapshot of them, or that are in none: a later snapshot changes earlier rows.
+
+    Dropped codes are among them: one may be a fund by the earliest snapshot alone.
+    """
+    backfilled = result.panel.is_listed_backfilled.any(axis=0)
+    absent = result.quarantine.filter(pl.col("rule").is_in(["not_listed", "not_common_stock"]))["Code"]
+    return {*np.array(result.panel.codes)[backfilled].tolist(), *absent.to_list()}
+
+
+# --- the pass ---------------------------------------------------------------------------------------------------------
+
+
+def _passes(
+    raw: _RawFiles, others: Mapping[str, pl.DataFrame], config: DatasetConfig, memory: UniverseMemory | None
+) -> Iterator[PricesResult]:
+    """The universe of a span of months after the other, after what `memory` remembers."""
+    after = None if memory is None else memory.sessions[-1]
+    # The index tells of sessions after the last quote.
+    known_to = np.datetime64(str(others["index"]["Date"].max()), "D")
+    days = raw.dates(after)
+    days = np.union1d(days, [known_to]) if after is None or known_to > after else days
+    months = sessions_by_month(days)
+    codes = len(raw.source.codes("prices") if memory is None else memory.codes)
+    for span in spans(months, min(months, default=""), max(1, CELLS_AT_A_TIME // codes)):
+        first, last = days[months[span[0]].start].item(), days[months[span[-1]].stop - 1].item()
+        frame = raw.read(first, last)
+        if frame.height or memory is None:
+            check_table("prices", frame, where=str(raw.source.where("prices")), is_whole=False).require()
+        # The exchange's sessions count to the end of a month, and in the last one up to the last day of the data.
+        is_last = months[span[-1]].stop == len(days)
+        following = (np.datetime64(span[-1]) + 1).astype("datetime64[D]").item()
+        until = None if is_last else following - dt.timedelta(days=1)
+        result = build_prices({**others, "prices": frame}, config, memory, until)
+        yield result
+        memory = result.memory
+
+
+def _write(writer: PartsWriter, result: PricesResult) -> dict[str, dict[str, Any]]:
+    """Writes the months of a pass and what is remembered after it; returns what the manifest says of them."""
+    starts = np.append(0, np.cumsum(result.panel.has_row.sum(axis=1)))
+    parts = {}
+    for month, rows in sessions_by_month(result.panel.sessions).items():
+        frame = result.prices[int(starts[rows.start]) : int(starts[rows.stop])]
+        frame.write_parquet(part(writer.folders[""], month), compression="lz4")
+        parts[month] = {
+            "rows": frame.height,
+            "sha256": frame_digest(frame),
+            **{
+                f"{name}_rows": int(frame[f"is_{name}"].sum()) for name in ("investable", "liquid", "listed_backfilled")
+            },
+        }
+    if parts:  # else there were rows of closed days alone
+        save_arrays(part(writer.folders[MEMORY], max(parts), "npz"), _to_arrays(result.memory))
+    return parts
+
+
+def _decided_by(path: Path, session: np.datetime64) -> pl.DataFrame:
+    """Quarantine rows that were decided by the close of `session`."""
+    return read_quarantine(path).filter(pl.col("known_from") <= session.item())
+
+
+def _to_arrays(memory: UniverseMemory) -> dict[str, Any]:
+    return {
+        "sessions": memory.sessions.astype(np.int64),
+        "codes": np.array(memory.codes, dtype=np.str_),
+        "turnover": memory.turnover,
+        "factors_stated": memory.factors_stated,
+        **{f"stocks.{name}": array for name, array in memory.stocks.arrays().items()},
+    }
+
+
+def _load_memory(path: Path, month: str) -> UniverseMemory:
+    arrays = load_arrays(part(beside(path, MEMORY), month, "npz"))
+    stocks = {name.removeprefix("stocks."): array for name, array in arrays.items() if name.startswith("stocks.")}
+    return UniverseMemory(
+        sessions=arrays["sessions"].astype("datetime64[D]"),
+        codes=tuple(arrays["codes"].tolist()),
+        stocks=StockMemory(**stocks),
+        turnover=arrays["turnover"],
+        factors_stated=bool(arrays["factors_stated"]),
+    )

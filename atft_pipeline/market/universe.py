@@ -1,0 +1,414 @@
+"""Adjusted prices on the exchange's sessions: which rows are investable, which are quarantined, and why.
+
+Everything of session t is decided from what was public at its close: prices and factors up to t, and `listed` as of t
+(back-filled, and flagged so, where no snapshot precedes). The one exception is marked `mask_target`: a jump that comes
+back later nulls forward returns at the bad row and touches no price, flag or membership.
+
+Adjustment is forward: P~_t = P_t / prod_{s<=t} AdjustmentFactor_s, V~_t = V_t * prod_{s<=t} AdjustmentFactor_s.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from atft_pipeline.config.schema import DatasetConfig
+from atft_pipeline.errors import InputError
+from atft_pipeline.market import calendar as trading_calendar
+from atft_pipeline.market.adjustment import HIT, RULES, Listings, Passed, StockMemory, median_reaches, pass_through
+from atft_pipeline.market.calendar import MarketFacts, market_facts
+from atft_pipeline.market.price_panel import (
+    QUOTES,
+    Categories,
+    Days,
+    Panel,
+    PricePanel,
+    compacted,
+    dates_of,
+    day_array,
+    positions,
+    scattered,
+)
+
+RAW_QUOTES = (*QUOTES, "AdjustmentFactor")
+SHARE_CLASS = r"^\d[0-9A-Z]\d[0-9A-Z][1-9]$"
+"""Tokyo's codes of preferred shares and the like: the fifth character is not 0."""
+
+
+@dataclass(frozen=True)
+class QuarantineRule:
+    decision: str
+    explanation: str
+
+
+QUARANTINE_RULES: dict[str, QuarantineRule] = {
+    "no_trade_date": QuarantineRule("drop", "no stock traded and the exchange was closed: rows of a holiday"),
+    "not_listed": QuarantineRule("drop", "the code is in no snapshot of listed, so it cannot be known to be a stock"),
+    "not_common_stock": QuarantineRule("drop", "fund, REIT or preferred share by market, sector or share class"),
+    "price_not_positive": QuarantineRule("mask", "a traded row with a price that is null, infinite or <= 0"),
+    "negative_volume": QuarantineRule("mask", "volume below 0 or infinite"),
+    "negative_turnover": QuarantineRule("mask", "turnover below 0 or infinite"),
+    "high_below_low": QuarantineRule("mask", "high below low"),
+    "price_outside_range": QuarantineRule("mask", "open or close outside [low, high]"),
+    "range_too_wide": QuarantineRule("mask", "high over 4.5 times low: one field is off in scale"),
+    "bad_factor": QuarantineRule("ignore_factor", "factor null on a traded row, or not in 1e-4 to 1e4: read as 1"),
+    "factor_without_jump": QuarantineRule("ignore_factor", "a split's factor and a price that did not move: read as 1"),
+    "split_without_factor": QuarantineRule(
+        "rebase", "open and close jumped by a split's ratio on ordinary turnover: the ratio is used as the factor"
+    ),
+    "level_break": QuarantineRule("rebase", "open and close over 4.5 times the last close: overnight move taken out"),
+    "jump_without_factor": QuarantineRule(
+        "flag", "open and close jumped by a split's ratio, on heavy turnover or after a gap: kept as a real move"
+    ),
+    "jump_reverts": QuarantineRule(
+        "mask_target", "a jump of over 4.5 times came back on the next traded session: no return starts or ends here"
+    ),
+}  # fmt: skip
+"""What is quarantined. `drop` and `mask` remove a row or its prices; `ignore_factor` and `rebase` correct the factor;
+`flag` changes nothing; `mask_target` nulls forward returns whose execution or exit price is of that row."""
+
+
+@dataclass(frozen=True)
+class UniverseMemory:
+    """What the universe remembers after a session: with it, later ones continue as if all had been passed at once."""
+
+    sessions: Days
+    """All sessions so far."""
+    codes: tuple[str, ...]
+    """Every code seen, ascending, whether kept or dropped."""
+    stocks: StockMemory
+    turnover: Panel
+    """[S, N] of the last sessions, one fewer than the window of its median."""
+    factors_stated: bool
+    """Whether anybody has stated an AdjustmentFactor."""
+
+    @staticmethod
+    def empty() -> UniverseMemory:
+        return UniverseMemory(np.empty(0, "datetime64[D]"), (), StockMemory.of(0), np.empty((0, 0)), False)
+
+    def of_codes(self, codes: Sequence[str]) -> UniverseMemory:
+        """The same for `codes`, which contain those seen."""
+        turnover = np.full((len(self.turnover), len(codes)), np.nan)
+        turnover[:, np.isin(codes, self.codes)] = self.turnover
+        stocks = self.stocks.aligned(self.codes, codes)
+        return UniverseMemory(self.sessions, tuple(codes), stocks, turnover, self.factors_stated)
+
+
+@dataclass(frozen=True)
+class PricesResult:
+    panel: PricePanel
+    """Of the sessions passed now, and of the stocks that have ever traded."""
+    quarantine: pl.DataFrame
+    """rule, decision, Date, Code, detail, known_from; one row per hit, per code where the whole code is dropped.
+    known_from is the session at whose close it was decided: after Date where only a later session shows the fault."""
+    memory: UniverseMemory
+
+    @cached_property
+    def prices(self) -> pl.DataFrame:
+        """The panel as the long table, sorted by Date, Code."""
+        return self.panel.frame()
+
+    @cached_property
+    def summary(self) -> dict[str, Any]:
+        """rows, sessions, stocks, listed_backfilled_rows, quarantine (hits per rule), warnings."""
+        rows, backfilled = int(self.panel.has_row.sum()), int(self.panel.is_listed_backfilled.sum())
+        late = f"listed: sector and market of {backfilled:,} of {rows:,} rows come from a later snapshot"
+        return {
+            "rows": rows,
+            "sessions": int(self.panel.has_row.any(axis=1).sum()),
+            "stocks": int(self.panel.has_row.any(axis=0).sum()),
+            "listed_backfilled_rows": backfilled,
+            "quarantine": dict(self.quarantine.group_by("rule").len().sort("rule").iter_rows()),
+            "warnings": [late] if backfilled else [],
+        }
+
+
+def build_prices(
+    tables: Mapping[str, pl.DataFrame],
+    config: DatasetConfig,
+    before: UniverseMemory | None = None,
+    until: dt.date | None = None,
+) -> PricesResult:
+    """The universe of `tables` (prices, listed, index as `Source.read` gives them).
+
+    Investable at t: common stock, at least `min_history_sessions` traded sessions up to t, last traded close at or
+    above the market's price floor, traded within 5 sessions. Liquid: investable, and the median turnover of the
+    trailing 20 sessions at or above the market's floor, untraded sessions left out and two thirds of them needed.
+
+    With `before`, the prices are those after its last session, and what it remembers is continued. `until`: the day up
+    to which the exchange's sessions count, unless given the last one of prices or index: the index tells of a session
+    in which no stock traded.
+
+    Raises: InputError when fewer than two common stocks trade.
+    """
+    facts = market_facts(config.market)
+    before = before or UniverseMemory.empty()
+    prices = tables["prices"]
+    until = until or last_day(prices, tables["index"])
+    sessions, row_session, closed = _on_exchange_days(prices, config.market, before.sessions, until)
+    codes = sorted({*before.codes, *prices["Code"].unique().to_list()})
+    memory = before.of_codes(codes)
+    raw, present = _dense(prices, row_session, positions(prices["Code"], codes), (len(sessions), len(codes)))
+    stated = np.flatnonzero(np.isfinite(raw["AdjustmentFactor"]).any(axis=1))
+    factors_from = 0 if memory.factors_stated else int(stated[0]) if len(stated) else len(sessions)
+    listed = _Listed.of(tables["listed"], codes, sessions, config.market)
+    passed = pass_through(
+        raw,
+        present,
+        listed.listings,
+        memory.stocks,
+        first_session=len(before.sessions),
+        factors_from=factors_from,
+        price_floor=facts.price_floor,
+        min_history_sessions=config.min_history_sessions,
+    )
+    known = np.concatenate([before.sessions, sessions])
+    quarantine = pl.concat([closed, *_hits(passed.hits, known, len(before.sessions), codes, listed)])
+    traded = memory.stocks.history > 0
+    _require_stocks(np.array(codes)[traded], quarantine)
+    turnover = np.concatenate([memory.turnover, raw["TurnoverValue"]])
+    is_liquid = passed.is_investable & _is_liquid(turnover, len(memory.turnover), facts)
+    return PricesResult(
+        _panel(sessions, codes, raw, passed, is_liquid, listed, traded),
+        quarantine.sort("Date", "Code", "rule"),
+        UniverseMemory(
+            sessions=known,
+            codes=tuple(codes),
+            stocks=memory.stocks,
+            turnover=turnover[len(turnover) - min(len(turnover), facts.turnover_window_sessions - 1) :].copy(),
+            factors_stated=memory.factors_stated or len(stated) > 0,
+        ),
+    )
+
+
+def last_day(prices: pl.DataFrame, index: pl.DataFrame) -> dt.date:
+    """The last day of either."""
+    days = pl.concat([prices["Date"], index["Date"]]).max()
+    assert isinstance(days, dt.date)
+    return days
+
+
+def _is_liquid(turnover: Panel, first: int, facts: MarketFacts) -> NDArray[np.bool_]:
+    return median_reaches(turnover, facts.turnover_floor, facts.turnover_window_sessions, first)
+
+
+def _require_stocks(codes: NDArray[np.str_], quarantine: pl.DataFrame) -> None:
+    if len(codes) == 0:
+        counts = ", ".join(f"{rule} {n}" for rule, n in quarantine.group_by("rule").len().sort("rule").iter_rows())
+        raise InputError(
+            f"prices: no traded row of a common stock is left ({counts or 'Volume is 0 throughout'}); check Code"
+            " against the table listed, and prices and Volume"
+        )
+    if len(codes) == 1:
+        raise InputError(
+            f"prices: one stock only (Code {codes[0]}) is left of the common stocks; a cross-section needs several"
+        )
+
+
+def _panel(
+    sessions: Days,
+    codes: Sequence[str],
+    raw: Mapping[str, Panel],
+    passed: Passed,
+    is_liquid: NDArray[np.bool_],
+    listed: _Listed,
+    traded: NDArray[np.bool_],
+) -> PricePanel:
+    """The panel of the stocks that have ever traded: funds and unlisted codes take no columns."""
+
+    columns = np.flatnonzero(traded)
+
+    def kept(cells: NDArray[Any]) -> NDArray[Any]:
+        return compacted(cells, columns)
+
+    listing = kept(passed.listing)
+    return PricePanel(
+        sessions=sessions,
+        codes=tuple(np.array(codes)[traded].tolist()),
+        quotes={name: kept(raw[name]) for name in QUOTES},
+        cumulative_factor=kept(passed.cumulative_factor),
+        is_traded=kept(passed.is_traded),
+        is_investable=kept(passed.is_investable),
+        is_liquid=kept(is_liquid),
+        is_listed_backfilled=kept(passed.is_backfilled),
+        has_row=kept(passed.has_row),
+        sector=listed.sector.at(listing),
+        section=listed.section.at(listing),
+    )
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+def _on_exchange_days(
+    prices: pl.DataFrame, market: str, before: Days, until: dt.date
+) -> tuple[Days, NDArray[np.int64], pl.DataFrame]:
+    """Sessions, the session of each row (−1 on a closed day), and a hit per closed day on which there are rows.
+
+    A session is a day on which anything traded, or one that the exchange's calendar knows, whether or not there are
+    rows: in Tokyo on 2020-10-01 nothing traded. Where the calendar's rules do not reach, the days with a trade are.
+
+    Raises: InputError where something traded on a day that the calendar knows to be closed: it is another market's.
+    """
+    volume = pl.col("Volume")
+    priced = pl.any_horizontal(pl.col("Open", "High", "Low", "Close").is_finite().fill_null(value=False))
+    by_day = prices.group_by("Date").agg(rows=pl.len(), traded=volume.ne(0).fill_null(priced).any()).sort("Date")
+    days = day_array(by_day["Date"])
+    first = before[-1] + 1 if len(before) else days[0]
+    known = trading_calendar.known_sessions(market, first, until)
+    traded = days[by_day["traded"].to_numpy()]
+    trading_calendar.require_sessions(market, traded)
+    sessions = np.union1d(traded, known)
+    place = np.searchsorted(sessions, days)
+    is_session = np.isin(days, sessions)
+    closed = by_day.filter(~pl.Series(is_session)).with_columns(Code=pl.lit(""), known_from=pl.col("Date"))
+    hits = _named("no_trade_date", closed, pl.format("{} rows", "rows"))
+    runs = np.searchsorted(days, day_array(prices["Date"]))
+    return sessions, np.where(is_session, place, -1)[runs], hits
+
+
+def _dense(
+    prices: pl.DataFrame, t: NDArray[np.int64], n: NDArray[np.int32], shape: tuple[int, int]
+) -> tuple[dict[str, Panel], NDArray[np.bool_]]:
+    """`RAW_QUOTES` as `[T, N]`, and where there is a row."""
+    kept = None if (t >= 0).all() else np.flatnonzero(t >= 0)
+    cells = t * shape[1] + n
+    cells = cells if kept is None else cells[kept]
+
+    def values(name: str) -> Panel:
+        column = prices[name].cast(pl.Float64).to_numpy()
+        return column if kept is None else column[kept]
+
+    raw = {name: scattered(values(name), cells, shape, np.nan) for name in RAW_QUOTES}
+    return raw, scattered(np.ones(len(cells), np.bool_), cells, shape, absent=False)
+
+
+@dataclass(frozen=True)
+class _Attribute:
+    """A text column of the snapshots."""
+
+    names: tuple[str, ...]
+    number: NDArray[np.int32]
+    """[snapshots], and a last −1 for a stock that is in none."""
+
+    @staticmethod
+    def of(texts: pl.Series) -> _Attribute:
+        names = texts.unique().drop_nulls().sort().to_list()
+        return _Attribute(tuple(names), np.append(positions(texts, names), np.int32(-1)))
+
+    def at(self, listing: NDArray[np.int32]) -> Categories:
+        return Categories(self.names, self.number[listing])
+
+
+@dataclass(frozen=True)
+class _Listed:
+    """The snapshots of `listed`, sorted by code and date; of codes that have prices."""
+
+    listings: Listings
+    sector: _Attribute
+    section: _Attribute
+    attributes: pl.DataFrame
+    """Sector33Code and MarketCode as stated."""
+
+    @staticmethod
+    def of(listed: pl.DataFrame, codes: Sequence[str], sessions: Days, market: str) -> _Listed:
+        """A fund is told by its market; sector 9999 under a stock's own market is a stock that has been delisted since:
+        kept, its sector unknown."""
+        texts = [pl.col(name).str.strip_chars().replace("", None) for name in ("Sector33Code", "MarketCode")]
+        stock = pl.Series("n", positions(listed["Code"], codes))
+        rows = listed.select("Date", *texts).with_columns(stock).filter(pl.col("n") >= 0).sort("n", "Date")
+        sector, section = pl.col("Sector33Code"), pl.col("MarketCode")
+        is_fund = (section == "0109") | ((sector == "9999") & section.is_null())
+        share_class = pl.Series(codes, dtype=pl.String).str.contains(SHARE_CLASS).to_numpy()
+        listings = Listings(
+            start=np.searchsorted(rows["n"].to_numpy(), np.arange(len(codes) + 1)),
+            known_from=np.searchsorted(sessions, day_array(rows["Date"])),
+            is_fund=rows.select(is_fund.fill_null(value=False)).to_series().to_numpy(),
+            share_class=share_class if market == "tokyo" else np.zeros(len(codes), np.bool_),
+        )
+        industry = rows.select(pl.when(sector != "9999").then(sector)).to_series()
+        return _Listed(listings, _Attribute.of(industry), _Attribute.of(rows["MarketCode"]), rows)
+
+
+# --- quarantine -------------------------------------------------------------------------------------------------------
+
+_NUMBER = pl.Float64
+_QUOTE = ("open", "high", "low", "close", "volume")
+
+
+def _text(figure: str) -> pl.Expr:
+    return pl.col(figure).cast(pl.String).fill_null("null")
+
+
+_QUOTED = pl.format("O {} H {} L {} C {} V {}", *(_text(name) for name in _QUOTE))
+_JUMPED = pl.format(
+    "last close {}, open {}, close {}, published factor {}, correction {}",
+    "last_close", "open", "close", pl.col("factor").round(6), pl.col("correction").round(6),
+)  # fmt: skip
+_LISTED_AS = pl.format("MarketCode {} Sector33Code {}", _text("MarketCode"), _text("Sector33Code"))
+_DETAILS: dict[str, pl.Expr] = {
+    "not_listed": _LISTED_AS,
+    "not_common_stock": _LISTED_AS,
+    "price_not_positive": _QUOTED,
+    "negative_volume": _QUOTED,
+    "negative_turnover": pl.format("{} turnover {}", _QUOTED, _text("turnover")),
+    "high_below_low": _QUOTED,
+    "price_outside_range": _QUOTED,
+    "range_too_wide": _QUOTED,
+    "bad_factor": pl.format("factor {}", _text("factor")),
+    "factor_without_jump": _JUMPED,
+    "split_without_factor": _JUMPED,
+    "level_break": _JUMPED,
+    "jump_without_factor": _JUMPED,
+    "jump_reverts": _JUMPED,
+}
+"""How each rule states its evidence."""
+
+
+def _hits(hits: Panel, known: Days, passed: int, codes: Sequence[str], listed: _Listed) -> list[pl.DataFrame]:
+    """The pass's hits as rows of the quarantine table. known: all sessions, of which `passed` came before the pass."""
+    session = hits[:, HIT.session].astype(np.int64) + passed
+    listing = pl.Series("listing", hits[:, HIT.listing]).fill_nan(None).cast(pl.Int64, strict=False)
+    frame = pl.DataFrame(
+        {
+            "rule": hits[:, HIT.rule].astype(np.int64),
+            "Date": dates_of(known[session]),
+            "known_from": dates_of(known[hits[:, HIT.known_from].astype(np.int64) + passed]),
+            "Code": pl.Series(codes, dtype=pl.String).gather(hits[:, HIT.stock].astype(np.int64)),
+            **{name: pl.Series(hits[:, column], dtype=_NUMBER).fill_nan(None) for name, column in _figures().items()},
+            "listing": pl.Series(np.where(listing.is_null(), -1, listing.fill_null(-1))),
+        }
+    )
+    stated = listed.attributes.select("Sector33Code", "MarketCode").with_row_index("listing")
+    frame = frame.join(stated.with_columns(pl.col("listing").cast(pl.Int64)), on="listing", how="left")
+    return [
+        _named(RULES[number], rows, _DETAILS[RULES[number]])
+        for (number,), rows in frame.partition_by("rule", as_dict=True).items()
+        if isinstance(number, int)
+    ]
+
+
+def _figures() -> dict[str, int]:
+    return {
+        name: column
+        for name, column in HIT._asdict().items()
+        if name not in ("session", "stock", "rule", "listing", "known_from")
+    }
+
+
+def _named(rule: str, rows: pl.DataFrame, detail: pl.Expr) -> pl.DataFrame:
+    return rows.select(
+        pl.lit(rule).alias("rule"),
+        pl.lit(QUARANTINE_RULES[rule].decision).alias("decision"),
+        "Date",
+        "Code",
+        detail.cast(pl.String).alias("detail"),
+        "known_from",
+    )

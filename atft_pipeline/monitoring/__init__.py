@@ -1,0 +1,1 @@
+"""Runs while they go on: progress, warnings, dashboard, comparison."""

@@ -1,0 +1,138 @@
+"""Runs watched while they go on: one frame per look, with the warnings of those that are in progress.
+
+A frame is read from the runs' own records alone; nothing is written to a run directory.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from atft_pipeline.errors import InputError, unusable_path
+from atft_pipeline.monitoring.persistent_warnings import StandingWarning, standing_warnings
+from atft_pipeline.monitoring.progress import Progress, read_all_progress, read_progress
+from atft_pipeline.runs.record import is_held
+from atft_pipeline.training.distributed.interrupts import pause
+
+ENDED_SHOWN = 5
+"""Of the runs that go on no more, this many newest ones are shown."""
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A run of a frame. `warnings` are of a run that goes on, or that was asked for by name.
+
+    `unassessed`: why there are none, where the rules could not be held against the run.
+    """
+
+    progress: Progress
+    warnings: tuple[StandingWarning, ...] = ()
+    unassessed: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        warnings = [vars(warning) for warning in self.warnings]
+        return self.progress.as_dict() | {"warnings": warnings, "unassessed": self.unassessed}
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What one look found. `older`: ended runs that are not shown. `place`: the folder or the run looked at."""
+
+    place: Path
+    time: str
+    runs: tuple[Watched, ...]
+    older: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"time": self.time, "runs": [run.as_dict() for run in self.runs], "older": self.older}
+
+
+Look = Callable[[float], Frame]
+"""Seconds since 1970 -> what is there to see at that time."""
+
+
+def look_at_folder(runs: Path) -> Look:
+    """Every run of a folder that goes on or cannot be read, and the newest ones that have ended."""
+
+    def look(now_s: float) -> Frame:
+        found = read_all_progress(runs, now_s)
+        ended = [progress for progress in found if not _is_always_shown(progress)]
+        shown = [progress for progress in found if _is_always_shown(progress)] + ended[:ENDED_SHOWN]
+        watched = tuple(_assessed(progress) if progress.goes_on else Watched(progress) for progress in shown)
+        return Frame(runs, _clock(now_s), watched, older=len(ended) - len(ended[:ENDED_SHOWN]))
+
+    return look
+
+
+def look_at_run(run_dir: Path) -> Look:
+    """One run, whatever its state. Raises InputError where the directory does not exist."""
+
+    def look(now_s: float) -> Frame:
+        if not run_dir.is_dir():
+            raise InputError(f"{run_dir}: no such run directory; give one that `atft train` writes, or --runs FOLDER")
+        return Frame(run_dir, _clock(now_s), (_assessed(read_progress(run_dir, now_s)),))
+
+    return look
+
+
+def watch_folder(runs: Path, show: Callable[[Frame], None], *, every_s: float, once: bool) -> int:
+    """Shows the runs of a folder again and again until it is interrupted, or `once`; 0 is the exit code."""
+    look = look_at_folder(runs)
+    _require_pause(every_s)
+    while True:
+        show(look(time.time()))
+        if once:
+            return 0
+        pause(every_s)
+
+
+def watch_run(run_dir: Path, show: Callable[[Frame], None], *, every_s: float, once: bool) -> int:
+    """Shows one run until it has ended; the exit code is 1 when it then has not succeeded, else 0."""
+    look = look_at_run(run_dir)
+    _require_pause(every_s)
+    while True:
+        frame = look(time.time())
+        show(frame)
+        (run,) = frame.runs
+        if _has_ended(run.progress):
+            return 0 if run.progress.has_succeeded else 1
+        if once:
+            return 0
+        pause(every_s)
+
+
+def _require_pause(every_s: float) -> None:
+    if not (math.isfinite(every_s) and every_s > 0):
+        raise InputError(f"--every {every_s:g}: expected a number of seconds above 0")
+
+
+def _has_ended(progress: Progress) -> bool:
+    """A run that starts has no run.json yet, but a process that holds it."""
+    if progress.state == "unreadable":
+        return not is_held(progress.run_dir)
+    return not progress.goes_on
+
+
+def _is_always_shown(progress: Progress) -> bool:
+    return progress.goes_on or progress.state == "unreadable"
+
+
+def _assessed(progress: Progress) -> Watched:
+    """With the run's standing warnings; a run that cannot be read has said so already."""
+    if progress.state == "unreadable":
+        return Watched(progress)
+    try:
+        return Watched(progress, standing_warnings(progress.run_dir))
+    except InputError as error:
+        return Watched(progress, unassessed=str(error))
+    except OSError as error:
+        return Watched(progress, unassessed=str(unusable_path(error)))
+
+
+def _clock(now_s: float) -> str:
+    return datetime.fromtimestamp(now_s, UTC).isoformat(timespec="seconds")

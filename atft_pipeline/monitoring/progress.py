@@ -1,0 +1,263 @@
+"""How far each run is and how it fares, read from its own record while it is written; what cannot be read is said."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from atft_pipeline.errors import InputError, unusable_path
+from atft_pipeline.monitoring.status import epoch_length_s, run_state
+from atft_pipeline.runs.record import TABLES, read_run
+
+Curve = Mapping[int, float]
+"""Epoch -> value, ascending; NaN where what was recorded is not finite."""
+
+Key = tuple[str, ...]
+"""What names a curve: (metric, split, component, term) in `series`, (metric, split, slice) in `evals`."""
+
+KEYS: dict[str, tuple[str, ...]] = {
+    "series": ("metric", "split", "component", "term"),
+    "evals": ("metric", "split", "slice"),
+}
+
+PASSING = ("passed", "not_applicable")
+"""Verdicts of a run that has earned what was asked of it."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One run at one moment. None, or an empty curve, where something is not measured; never 0 instead.
+
+    `problems`: what could not be read, a sentence each. `eta_s` counts down between epochs; `since_epoch_s` is the time
+    since the newest epoch was written. `epoch_evaluated` is the epoch of Sharpe and IC, which are None where that
+    evaluation is invalid.
+    """
+
+    run: str
+    run_dir: Path
+    state: str
+    started: str = ""
+    reason: str | None = None
+    epoch: int | None = None
+    epochs: int | None = None
+    eta_s: float | None = None
+    since_epoch_s: float | None = None
+    train_loss: Curve = field(default_factory=dict)
+    validation_loss: Curve = field(default_factory=dict)
+    epoch_evaluated: int | None = None
+    evaluation_valid: bool | None = None
+    sharpe_daily: float | None = None
+    sharpe_se: float | None = None
+    ic_mean: float | None = None
+    lr: float | None = None
+    gradient_l2: Mapping[str, Curve] = field(default_factory=dict)
+    dispersion_ratio: Curve = field(default_factory=dict)
+    degeneracy_events: int | None = None
+    degeneracy_resets: int | None = None
+    samples_per_s: float | None = None
+    gpu_utilisation: float | None = None
+    gpu_memory_bytes: float | None = None
+    peak_rss_bytes: float | None = None
+    verdict: str | None = None
+    problems: tuple[str, ...] = ()
+
+    @property
+    def goes_on(self) -> bool:
+        return self.state == "running"
+
+    @property
+    def has_succeeded(self) -> bool:
+        """Finished, and its criterion is met or does not apply to so short a run."""
+        return self.state == "finished" and self.verdict in PASSING
+
+    def as_dict(self) -> dict[str, Any]:
+        """Newest figures by name, for JSON."""
+        curves = ("train_loss", "validation_loss", "dispersion_ratio")
+        return (
+            vars(self)
+            | {"run_dir": str(self.run_dir), "problems": list(self.problems)}
+            | {name: newest(getattr(self, name)) for name in curves}
+            | {"gradient_l2": {component: newest(curve) for component, curve in self.gradient_l2.items()}}
+        )
+
+
+def newest(curve: Curve) -> float | None:
+    """The value of the newest epoch; None where there is none, or it is not finite."""
+    return _finite(curve.get(max(curve))) if curve else None
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def read_progress(run_dir: Path, now_s: float) -> Progress:
+    """One run at `now_s` (seconds since 1970), from the parts that can be read."""
+    name = run_dir.name or run_dir.resolve().name
+    try:
+        return _read(run_dir, name, now_s)
+    except InputError as error:
+        return Progress(name, run_dir, "unreadable", problems=(str(error),))
+    except OSError as error:
+        return Progress(name, run_dir, "unreadable", problems=(str(unusable_path(error)),))
+
+
+def _read(run_dir: Path, name: str, now_s: float) -> Progress:
+    header = read_run(run_dir)
+    state = run_state(run_dir, header)
+    problems: list[str] = []
+    series = _curves(run_dir, "series", problems)
+    evals = _curves(run_dir, "evals", problems)
+    epoch, epochs = _whole(header.get("epochs_done")), _whole(header.get("epochs_planned"))
+    if epoch is None or epochs is None:
+        problems.append("run.json does not say how many epochs are done and planned: a run of another version")
+    since_s = _since_newest_part(run_dir, now_s) if state == "running" else None
+    verdict = _verdict(run_dir, problems) if state == "finished" else None
+    return Progress(
+        run=name,
+        run_dir=run_dir,
+        state=state,
+        started=str(header.get("started") or ""),
+        reason=_text(header.get("reason")),
+        epoch=epoch,
+        epochs=epochs,
+        eta_s=_left_s(series, epoch, epochs, since_s),
+        since_epoch_s=since_s,
+        train_loss=series.get(("loss_weighted", "train", "loss", "total"), {}),
+        validation_loss=series.get(("loss_weighted", "validation", "loss", "total"), {}),
+        **_evaluation(evals, _slice(header)),
+        lr=newest(series.get(("lr", "train", "all", ""), {})),
+        gradient_l2={key[2]: curve for key, curve in series.items() if key[0] == "grad_l2"},
+        dispersion_ratio=series.get(("dispersion_ratio", "validation", "", ""), {}),
+        degeneracy_events=_count(series, "degeneracy_event"),
+        degeneracy_resets=_count(series, "degeneracy_reset"),
+        samples_per_s=newest(series.get(("samples_per_s", "train", "", ""), {})),
+        gpu_utilisation=newest(series.get(("gpu_utilisation", "train", "", ""), {})),
+        gpu_memory_bytes=newest(series.get(("gpu_memory_bytes", "train", "", ""), {})),
+        peak_rss_bytes=newest(series.get(("peak_rss_bytes", "train", "", ""), {})),
+        verdict=verdict,
+        problems=tuple(problems),
+    )
+
+
+def read_all_progress(runs: Path, now_s: float) -> list[Progress]:
+    """Every run directory under `runs`, newest start first.
+
+    Raises InputError when the folder does not exist.
+    """
+    if not runs.is_dir():
+        raise InputError(f"{runs}: no such folder of runs; train one first or name another with --runs")
+    found = [read_progress(path.parent, now_s) for path in sorted(runs.glob("*/run.json"))]
+    return sorted(found, key=lambda progress: progress.started, reverse=True)
+
+
+# Curves of a run's tables -----------------------------------------------------------------------------------------
+
+
+def _curves(run_dir: Path, table: str, problems: list[str]) -> dict[Key, dict[int, float]]:
+    """Curves of all readable parts; each part is opened once per process while it stays the same."""
+    curves: dict[Key, dict[int, float]] = {}
+    for path in sorted((run_dir / table).glob("epoch_*.parquet")):
+        try:
+            state = path.stat()
+            rows = _epoch_rows(path, state.st_mtime_ns, state.st_size, table)
+        except (OSError, pa.ArrowException, KeyError) as error:
+            why = (str(error).splitlines() or [type(error).__name__])[0][:120]
+            problems.append(f"{table}/{path.name} is left out: torn, or of another version ({why})")
+            continue
+        for key, epoch, value in rows:
+            curves.setdefault(key, {})[epoch] = value
+    return curves
+
+
+@lru_cache(maxsize=8192)
+def _epoch_rows(path: Path, changed_ns: int, size: int, table: str) -> tuple[tuple[Key, int, float], ...]:  # noqa: ARG001
+    """(key, epoch, value) of the figures of whole epochs; time and size tell a changed part from a known one."""
+    rows = pq.ParquetFile(path).read().select(TABLES[table].names).cast(TABLES[table])
+    if "step" in rows.schema.names:
+        rows = rows.filter(pc.is_null(rows["step"]))
+    return tuple(
+        (
+            tuple(row[name] or "" for name in KEYS[table]),
+            row["epoch"],
+            math.nan if row["value"] is None else row["value"],
+        )
+        for row in rows.select([*KEYS[table], "epoch", "value"]).to_pylist()
+        if row["epoch"] is not None
+    )
+
+
+def _count(series: Mapping[Key, Curve], metric: str) -> int | None:
+    curve = series.get((metric, "validation", "", ""))
+    return None if curve is None else int(sum(value for value in curve.values() if math.isfinite(value)))
+
+
+def _left_s(series: Mapping[Key, Curve], epoch: int | None, epochs: int | None, since_s: float | None) -> float | None:
+    """Seconds to the end of a run that goes on; the epoch in progress has taken `since_s` of its own."""
+    length = epoch_length_s(
+        series.get(("epoch_s", "train", "", ""), {}), series.get(("validation_s", "validation", "", ""), {})
+    )
+    if since_s is None or length is None or epoch is None or epochs is None or not math.isfinite(length):
+        return None
+    return round((epochs - epoch) * length - min(since_s, length), 1) if epoch < epochs else 0.0
+
+
+def _evaluation(evals: Mapping[Key, Curve], universe: str) -> dict[str, Any]:
+    """The newest evaluation of the validation split in the criterion's slice."""
+    valid = evals.get(("valid", "validation", universe), {})
+    sharpe = evals.get(("sharpe_daily", "validation", universe), {})
+    if not (valid or sharpe):
+        return {}
+    epoch = max([*valid, *sharpe])
+    is_valid = _finite(valid.get(epoch))
+    figures = {
+        metric: _finite(evals.get((metric, "validation", universe), {}).get(epoch))
+        for metric in ("sharpe_daily", "sharpe_se", "ic_mean")
+    }
+    return {"epoch_evaluated": epoch, "evaluation_valid": None if is_valid is None else is_valid > 0} | figures
+
+
+# The rest of a run directory --------------------------------------------------------------------------------------
+
+
+def _slice(header: Mapping[str, Any]) -> str:
+    evaluation = _section(_section(header, "config"), "evaluation")
+    return str(evaluation.get("universe") or "liquid")
+
+
+def _section(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    section = values.get(name)
+    return section if isinstance(section, dict) else {}
+
+
+def _whole(value: object) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _text(value: object) -> str | None:
+    return None if value is None else str(value)
+
+
+def _verdict(run_dir: Path, problems: list[str]) -> str | None:
+    """Status of verdict.json; None, and why, where there is none to read."""
+    try:
+        content = json.loads((run_dir / "verdict.json").read_text(encoding="utf-8"))
+        return str(content["status"])
+    except FileNotFoundError:
+        problems.append("verdict.json: not written, although the run has finished")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        problems.append(f"verdict.json cannot be read ({error})")
+    return None
+
+
+def _since_newest_part(run_dir: Path, now_s: float) -> float | None:
+    written = [path.stat().st_mtime for path in run_dir.glob("series/epoch_*.parquet")]
+    return max(0.0, round(now_s - max(written), 1)) if written else None

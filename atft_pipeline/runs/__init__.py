@@ -1,0 +1,1 @@
+"""The run directory: its keys, its tables, one writer and one reader."""

@@ -1,0 +1,331 @@
+"""One run directory as it lies on disk, half-written ones included: tables in DuckDB, run.json, verdict.json.
+
+What cannot be read is named in `missing` instead of raised: a killed run leaves torn files, and needs a diagnosis most.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from atft_pipeline.errors import InputError
+from atft_pipeline.runs.record import TABLES, located
+
+KEYS: dict[str, str] = {
+    "series": "step, epoch, split, component, term, metric",
+    "evals": "epoch, split, slice, metric",
+    "daily": "epoch, split, slice, date",
+}
+"""What names a row: of two rows with the same key (an epoch repeated after a restart) the later part counts."""
+
+EpochRows = dict[tuple[str, str], list[tuple[str, str, int, float]]]
+"""(metric, term) -> (split, component, epoch, value) of the rows of whole epochs whose value is finite: nearly all rows
+are of steps, and nearly all questions about epochs."""
+
+Curve = dict[int, float]
+"""Epoch -> value, ascending, NaN and null left out."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """A run's own record. `missing` names every file that was expected and could not be used, and why.
+
+    `is_past`: the record as it stood at an earlier epoch, after which the run went on.
+    """
+
+    run_dir: Path
+    run: dict[str, Any]
+    verdict: dict[str, Any]
+    predictions: dict[int, Path]
+    missing: tuple[str, ...]
+    connection: duckdb.DuckDBPyConnection
+    epoch_rows: EpochRows
+    is_past: bool = False
+
+    def rows(self, query: str, *parameters: object) -> list[tuple[Any, ...]]:
+        return self.connection.execute(query, list(parameters)).fetchall()
+
+    def scalar(self, query: str, *parameters: object) -> float | None:
+        rows = self.rows(query, *parameters)
+        return None if not rows or rows[0][0] is None else float(rows[0][0])
+
+    def config(self, dotted: str) -> Any:
+        """The field of the run's configuration, or None where run.json does not have it."""
+        value: Any = self.run.get("config")
+        for name in dotted.split("."):
+            value = value.get(name) if isinstance(value, dict) else None
+        return value
+
+    def number(self, dotted: str, default: float) -> float:
+        """A number of the configuration; `default` where it is absent or something else (a run of another version)."""
+        return as_number(self.config(dotted), default)
+
+    @property
+    def phases(self) -> list[dict[str, Any]]:
+        """Loss phases of the configuration that have weights."""
+        phases = self.config("train.loss.phases")
+        return [p for p in phases if _section(p, "weights")] if isinstance(phases, list) else []
+
+    @property
+    def criterion(self) -> dict[str, Any]:
+        """The verdict's criterion; empty before there is one."""
+        return _section(self.verdict, "criterion")
+
+    def curve(self, metric: str, *, split: str | None = None, component: str | None = None, term: str = "") -> Curve:
+        """A per-epoch series; `split` and `component` None accept any."""
+        found = {
+            epoch: value
+            for its_split, its_component, epoch, value in self.epoch_rows.get((metric, term), ())
+            if split in (None, its_split) and component in (None, its_component)
+        }
+        return dict(sorted(found.items()))
+
+    def components(self, metric: str) -> list[str]:
+        found = {row[1] for (name, _), rows in self.epoch_rows.items() if name == metric for row in rows}
+        return sorted(str(component) for component in found if component)
+
+    def evaluation(self, metric: str, split: str = "validation") -> dict[int, tuple[float, float | None]]:
+        """Epoch -> (value, standard error or None) of a statistic in the criterion's slice."""
+        rows = self.rows(
+            """SELECT epoch, value, se FROM evals
+               WHERE metric = ? AND split = ? AND slice = ? AND isfinite(value) ORDER BY epoch""",
+            metric,
+            split,
+            self.slice,
+        )
+        return {int(e): (float(v), None if se is None or math.isnan(se) else float(se)) for e, v, se in rows}
+
+    @property
+    def slice(self) -> str:
+        """The slice the criterion is held against, by verdict, then configuration."""
+        recorded = self.criterion.get("slice") or self.config("evaluation.universe")
+        return str(recorded) if recorded else "liquid"
+
+    @property
+    def criterion_epoch(self) -> int:
+        return int(self.number("evaluation.criterion_epoch", 20))
+
+    @property
+    def criterion_sharpe(self) -> float:
+        return self.number("evaluation.criterion_sharpe", 0.10)
+
+    @property
+    def is_locked(self) -> bool:
+        """Whether a process is writing this run right now: it holds `.lock`, which dies with it.
+
+        At an epoch after which the run went on one was.
+        """
+        if self.is_past:
+            return True
+        try:
+            with (self.run_dir / ".lock").open() as handle:
+                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except BlockingIOError:
+            return True
+        return False
+
+    @property
+    def epochs_done(self) -> int:
+        """Epochs with a record; run.json may lag behind the tables of a killed run."""
+        recorded = self.scalar("SELECT max(epoch) FROM series WHERE step IS NULL")
+        evaluated = self.scalar("SELECT max(epoch) FROM evals")
+        return int(max(recorded or 0, evaluated or 0, as_number(self.run.get("epochs_done"), 0)))
+
+    @property
+    def epochs_planned(self) -> int | None:
+        planned = as_number(self.run.get("epochs_planned"), self.number("train.epochs", 0))
+        return int(planned) if planned > 0 else None
+
+
+def open_record(run_dir: Path, until_epoch: int | None = None) -> Record:
+    """Everything of `run_dir` that can be read, and no number from outside it.
+
+    With `until_epoch` as it stood at the end of that epoch: rows and predictions of later epochs are left out, and
+    where the run has gone on since, so is the verdict, and run.json says `running`.
+
+    Raises InputError where the folder does not exist or holds nothing readable of a run.
+    """
+    run_dir = Path(run_dir)
+    if not run_dir.is_dir():
+        raise InputError(f"{run_dir}: no such run directory; give the folder that holds run.json, series/ and evals/")
+    missing: list[str] = []
+    run = located(_read_json(run_dir, "run.json", missing), run_dir)
+    is_past = until_epoch is not None and _newest_epoch(run_dir, run) > until_epoch
+    if is_past:
+        verdict = {}
+        run |= {"status": "running", "ended": None, "reason": None, "epochs_done": until_epoch} if run else {}
+        missing.append(f"verdict.json: later than epoch {until_epoch}")
+    else:
+        verdict = _read_json(run_dir, "verdict.json", missing)
+    connection = duckdb.connect(":memory:", config={"threads": 1})
+    rows = sum(_load_table(connection, run_dir, name, until_epoch, missing) for name in TABLES)
+    predictions = _find_predictions(run_dir, until_epoch, missing)
+    if not (run or verdict or rows or predictions):
+        connection.close()
+        raise InputError(
+            f"{run_dir}: nothing readable of a run (no run.json, verdict.json, series/, evals/, daily/ or predictions/"
+            " with content); give a directory written by `atft train` or by a training asset"
+        )
+    return Record(run_dir, run, verdict, predictions, tuple(missing), connection, _epoch_rows(connection), is_past)
+
+
+def _epoch_rows(connection: duckdb.DuckDBPyConnection) -> EpochRows:
+    found: EpochRows = {}
+    rows = connection.execute(
+        """SELECT metric, coalesce(term, ''), split, component, epoch, value FROM series
+           WHERE step IS NULL AND epoch IS NOT NULL AND isfinite(value)"""
+    ).fetchall()
+    for metric, term, split, component, epoch, value in rows:
+        found.setdefault((metric, term), []).append((split, component, int(epoch), float(value)))
+    return found
+
+
+def part_epoch(path: Path) -> int | None:
+    """The epoch that the name of a part or of a predictions file says; None where it says none."""
+    match = re.fullmatch(r"epoch_(\d+)", path.stem)
+    return int(match.group(1)) if match else None
+
+
+def _newest_epoch(run_dir: Path, run: dict[str, Any]) -> float:
+    named = [part_epoch(path) or 0 for name in TABLES for path in (run_dir / name).glob("epoch_*.parquet")]
+    return max([as_number(run.get("epochs_done"), 0), *named])
+
+
+def _parts(folder: Path, pattern: str, until_epoch: int | None) -> list[Path]:
+    """Files of `folder` by name, without those of epochs after `until_epoch`."""
+    paths = sorted(folder.glob(pattern))
+    return [path for path in paths if until_epoch is None or (part_epoch(path) or 0) <= until_epoch]
+
+
+def as_number(value: object, default: float) -> float:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if is_number else default  # type: ignore[arg-type]
+
+
+def _section(values: object, name: str) -> dict[str, Any]:
+    section = values.get(name) if isinstance(values, dict) else None
+    return section if isinstance(section, dict) else {}
+
+
+def _read_json(run_dir: Path, name: str, missing: list[str]) -> dict[str, Any]:
+    path = run_dir / name
+    problem = _outside(path, run_dir)
+    if problem is None:
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            if isinstance(values, dict):
+                return values
+            problem = "not a JSON object"
+        except FileNotFoundError:
+            problem = "not written"
+        except (OSError, ValueError) as error:
+            problem = f"unreadable ({_first_line(error)})"
+    missing.append(f"{name}: {problem}")
+    return {}
+
+
+def _load_table(
+    connection: duckdb.DuckDBPyConnection, run_dir: Path, name: str, until_epoch: int | None, missing: list[str]
+) -> int:
+    """Creates table `name` from its readable parts; returns the number of rows."""
+    parts = []
+    paths = _parts(run_dir / name, "*.parquet", until_epoch)
+    for number, path in enumerate(paths):
+        part = _read_part(path, run_dir, TABLES[name], missing)
+        if part is not None:
+            parts.append(part.append_column("part", pa.repeat(pa.scalar(number, pa.int32()), part.num_rows)))
+    if not paths:
+        missing.append(f"{name}/: no parts written")
+    schema = TABLES[name].append(pa.field("part", pa.int32()))
+    loaded = pa.concat_tables(parts) if parts else schema.empty_table()
+    if parts and not loaded.num_rows:
+        missing.append(f"{name}/: parts without rows")
+    floats = [field.name for field in schema if pa.types.is_floating(field.type)]
+    figures = ["value"] if "value" in floats else floats
+    if loaded.num_rows and not any(_has_finite(loaded[column]) for column in figures):
+        missing.append(f"{name}/: {loaded.num_rows:,} rows without one finite value")
+    connection.register("loaded", loaded)
+    connection.execute(
+        f"""CREATE TABLE {name} AS SELECT * EXCLUDE (part) FROM loaded
+            WHERE coalesce(epoch <= ?, true)
+            QUALIFY row_number() OVER (PARTITION BY {KEYS[name]} ORDER BY part DESC) = 1""",
+        [until_epoch],
+    )
+    connection.unregister("loaded")
+    return loaded.num_rows
+
+
+def _has_finite(values: pa.ChunkedArray) -> bool:
+    return bool(pc.any(pc.is_finite(values)).as_py())
+
+
+def _read_part(path: Path, run_dir: Path, schema: pa.Schema, missing: list[str]) -> pa.Table | None:
+    problem = _outside(path, run_dir)
+    if problem is None:
+        try:
+            found = pq.ParquetFile(path).read()
+            lacking = [name for name in schema.names if name not in found.schema.names]
+            if not lacking:
+                return found.select(schema.names).cast(schema)
+            problem = f"column {lacking[0]} is missing"
+        except (OSError, pa.ArrowException) as error:
+            problem = f"torn or unreadable ({_first_line(error)})"
+    missing.append(f"{path.parent.name}/{path.name}: {problem}")
+    return None
+
+
+def _find_predictions(run_dir: Path, until_epoch: int | None, missing: list[str]) -> dict[int, Path]:
+    found: dict[int, Path] = {}
+    for path in _parts(run_dir / "predictions", "epoch_*.parquet", until_epoch):
+        epoch = part_epoch(path)
+        problem = _outside(path, run_dir)
+        if problem is None:
+            try:
+                pq.ParquetFile(path).close()
+            except (OSError, pa.ArrowException) as error:
+                problem = f"torn or unreadable ({_first_line(error)})"
+        if problem is not None:
+            missing.append(f"predictions/{path.name}: {problem}")
+        elif epoch is not None:
+            found[epoch] = path
+    if not found:
+        missing.append("predictions/: none readable")
+    return found
+
+
+def read_scores(path: Path, horizons: Sequence[int]) -> pa.Table | None:
+    """Scores and targets of a predictions file as float64 beside Date, Code, split and is_liquid.
+
+    None where it cannot be read, or a column is missing or holds something else than its name says.
+    """
+    fields: list[tuple[str, pa.DataType]] = [("Date", pa.date32()), ("Code", pa.string()), ("split", pa.string())]
+    fields += [("is_liquid", pa.bool_())]
+    fields += [(f"{kind}_{h}d", pa.float64()) for kind in ("score", "target") for h in horizons]
+    schema = pa.schema(fields)
+    try:
+        return pq.ParquetFile(path).read(columns=schema.names).select(schema.names).cast(schema)
+    except (OSError, KeyError, pa.ArrowException):
+        return None
+
+
+def _outside(path: Path, run_dir: Path) -> str | None:
+    """A link that leaves the run is how a number of another run once came to be reported as this one's."""
+    inside = path.resolve().is_relative_to(run_dir.resolve())
+    return None if inside else "a link to a file outside this run, not read"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:120]

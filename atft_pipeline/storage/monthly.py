@@ -1,0 +1,206 @@
+"""Products kept as one part per month: what did not change stays, what did is written again.
+
+A product at PATH is a folder of `YYYY-MM.parquet`; further folders beside it, `PATH.<name>/`, hold one file per month
+too. A new version is written under temporary names, takes unchanged months over as hard links, and replaces the old one
+only when it is whole; its manifest comes last.
+"""
+
+from __future__ import annotations
+
+import shutil
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from atft_pipeline.storage.atomic import link, replacing
+from atft_pipeline.storage.product import manifest_path, read_manifest, replacing_product, resolved
+
+Days = NDArray[np.datetime64]
+
+
+def sessions_by_month(sessions: Days) -> dict[str, slice]:
+    """Rows of each month among ascending sessions."""
+    months = sessions.astype("datetime64[M]")
+    if len(months) == 0:
+        return {}
+    starts = [0, *np.flatnonzero(months[1:] != months[:-1]) + 1]
+    return {str(months[start]): slice(int(start), int(stop)) for start, stop in pairwise([*starts, len(months)])}
+
+
+def spans(months: Mapping[str, slice], first: str, sessions_at_a_time: int) -> Iterator[list[str]]:
+    """Consecutive months from `first` on, in spans of about `sessions_at_a_time` sessions, one month at least.
+
+    The last month is a span of its own: what is remembered before it is where the next session continues.
+    """
+    names = [month for month in months if month >= first]
+    span: list[str] = []
+    for month in names:
+        longer = sum(months[name].stop - months[name].start for name in [*span, month])
+        if span and (longer > sessions_at_a_time or month == names[-1]):
+            yield span
+            span = []
+        span.append(month)
+    if span:
+        yield span
+
+
+def part(folder: Path, month: str, suffix: str = "parquet") -> Path:
+    return folder / f"{month}.{suffix}"
+
+
+def beside(path: Path, name: str) -> Path:
+    """The further folder or file `name` of the product at `path`; the product itself where there is no name."""
+    data = resolved(path)
+    return data.with_name(f"{data.name}.{name}") if name else data
+
+
+@dataclass(frozen=True)
+class PartsWriter:
+    """Temporary folders of a new version, by name; the product's own is ''."""
+
+    folders: Mapping[str, Path]
+    previous: Mapping[str, Path]
+
+    def take_over(self, month: str, *, but: Sequence[str] = ()) -> None:
+        """The month's files of the previous version, except those in the folders `but`."""
+        for name, folder in self.folders.items():
+            for file in self.previous[name].glob(f"{month}.*") if name not in but else ():
+                link(file, folder / file.name)
+
+
+@contextmanager
+def writing_parts(path: Path, folders: Iterable[str], earlier: Earlier) -> Iterator[PartsWriter]:
+    """Temporary folders that take the place of those at `path` when the block ends well; the manifest is then gone."""
+    data, names = resolved(path), [*folders, ""]
+    with ExitStack() as stack:
+        # The product's own folder is entered last and so replaced first: with it goes the manifest.
+        temporary = {
+            name: stack.enter_context(replacing(beside(data, name)) if name else replacing_product(data))
+            for name in names
+        }
+        for folder in temporary.values():
+            folder.mkdir()
+        yield PartsWriter(temporary, {name: beside(earlier.path, name) for name in names})
+
+
+def month_digests(frame: pl.DataFrame, date: str) -> dict[str, int]:
+    """By month of the column `date`: a digest of its rows, whatever their order. Digests of disjoint rows add up."""
+    if frame.is_empty():
+        return {}
+    names = sorted(frame.columns)
+    # A row's hash knows no names: the seed is theirs.
+    hashes = frame.select(names).hash_rows(seed=zlib.crc32("\n".join(names).encode()))
+    rows = pl.DataFrame({"month": frame[date].dt.truncate("1mo"), "digest": hashes})
+    sums = rows.group_by("month").agg(pl.col("digest").sum()).sort("month")
+    return {month.isoformat()[:7]: digest for month, digest in sums.iter_rows() if month is not None}
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """An earlier version of a product in parts, as far as it can be continued; without one, nothing."""
+
+    path: Path
+    parts: Mapping[str, dict[str, Any]]
+    """By month, what its manifest says of them."""
+    manifest: Mapping[str, Any]
+
+    @staticmethod
+    def of(previous: Path | None, kind: str, **same: Any) -> Earlier:
+        """The version at `previous` where it is of this kind, and the `same` in what is named."""
+        if previous is not None and manifest_path(previous).is_file() and resolved(previous).is_dir():
+            manifest = read_manifest(previous, kind)
+            if "inputs" in manifest and all(manifest.get(name) == value for name, value in same.items()):
+                return Earlier(resolved(previous), manifest["parts"], manifest)
+        return Earlier(Path(), {}, {})
+
+    def changes(self, inputs: Mapping[str, Mapping[str, Any]], memory: str, folders: Sequence[str]) -> Changes:
+        """inputs: by name, a digest by month. memory: the folder of what is remembered after a month. folders: those
+        that hold a file of every month; a month that is not whole there has changed, as the input `damaged parts`."""
+        first = {}
+        known = self.manifest.get("inputs", inputs)
+        for name in sorted({*inputs, *known}):
+            one, two = inputs.get(name, {}), known.get(name, {})
+            differing = [month for month in {*one, *two} if one.get(month) != two.get(month)]
+            if differing:
+                first[name] = min(differing)
+        files = {name: {file.stem: file for file in beside(self.path, name).glob("*")} for name in folders}
+        damaged = [
+            month
+            for month, record in self.parts.items()
+            if not all(month in files[name] and is_whole(files[name][month], record["rows"]) for name in folders)
+        ]
+        if damaged:
+            first["damaged parts"] = min(damaged)
+        changed = min(first.values(), default=None)
+        memories = beside(self.path, memory).glob("*.npz") if self.parts else []
+        remembered = [file.stem for file in memories if zipfile.is_zipfile(file)]
+        newest = max((month for month in remembered if changed is None or month < changed), default="")
+        return Changes(first, [month for month in sorted(self.parts) if month <= newest])
+
+
+def is_whole(file: Path, rows: int | None = None) -> bool:
+    """Whether a product's file is there and can be opened; a table must have `rows` rows where they are given."""
+    if not file.is_file():
+        return False
+    if file.suffix != ".parquet":
+        return zipfile.is_zipfile(file)
+    try:
+        found: int = pq.read_metadata(file).num_rows
+    except pa.ArrowInvalid:
+        return False
+    return rows is None or found == rows
+
+
+@dataclass(frozen=True)
+class Changes:
+    """Against an earlier version: what differs, and what stands."""
+
+    first_by_input: Mapping[str, str]
+    """The first month in which each input differs."""
+    kept: Sequence[str]
+    """Earlier months that stand: up to the newest with a memory before the first that differs."""
+
+    def record(self, months: Iterable[str]) -> dict[str, Any]:
+        """What the manifest says of it, `months` being all there are now."""
+        return {
+            "first_changed_month": dict(self.first_by_input),
+            "months_reused": list(self.kept),
+            "months_computed": sorted({*months} - {*self.kept}),
+        }
+
+
+def remove_product(path: Path) -> None:
+    """Deletes the product at `path` with all that lies beside it; there may be none."""
+    for file in _files_of(resolved(path)):
+        if file.is_dir():
+            shutil.rmtree(file)
+        else:
+            file.unlink()
+
+
+def move_product(path: Path, to: Path) -> None:
+    """Gives the product at `path`, with all that lies beside it, the name `to`; what was there is replaced."""
+    old, new = resolved(path), resolved(to)
+    manifest_path(new).unlink(missing_ok=True)
+    # The manifest comes last: without it the others are no product.
+    for file in sorted(_files_of(old), key=lambda file: file.suffix == ".json"):
+        place = new.with_name(new.name + file.name.removeprefix(old.name))
+        if place.is_dir():
+            shutil.rmtree(place)
+        file.replace(place)
+
+
+def _files_of(data: Path) -> list[Path]:
+    """The product's own folder or file and all that lies beside it, by exact name: `d2` is no part of `d`."""
+    return [file for file in data.parent.glob("*") if file.name == data.name or file.name.startswith(f"{data.name}.")]

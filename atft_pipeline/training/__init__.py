@@ -1,0 +1,1 @@
+"""The trainer, its losses and schedule, and the processes that share one run."""

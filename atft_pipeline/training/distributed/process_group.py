@@ -1,0 +1,151 @@
+"""Several processes train one run: each computes a part of every block's sessions, and all take the same step.
+
+The loss is that of the whole block, in every process: the others' scores arrive without gradient, and the gradients of
+the parts add up to the whole batch's, the Sharpe term over its sessions included. So the number of processes changes
+no figure but by the order of float32 sums, and by dropout, of which each process draws its own.
+
+Shapes: n stocks and S sessions of a block, H horizons.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from atft_pipeline.batches.blocks import Block
+from atft_pipeline.config.schema import HORIZONS
+from atft_pipeline.errors import RunFailure
+
+COLLECTIVE_TIMEOUT = timedelta(hours=2)
+"""The others wait while the leading process judges an epoch; torch's own limit on CUDA is ten minutes."""
+
+NAMING_S = 20.0
+"""How long a process that lost another waits to be ended: whoever ends first is taken for the cause."""
+
+T = TypeVar("T")
+
+
+class PeerLost(RunFailure):
+    """Another process of the run ended, or is about to; whoever launched them knows which and why."""
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process's place among those that train one run; the first leads and alone writes its directory."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    """Place among those of this machine."""
+
+    @property
+    def leads(self) -> bool:
+        return self.rank == 0
+
+    def share(self, sessions: int) -> slice:
+        """This process's contiguous part of so many sessions; empty where there are fewer than processes."""
+        each, left = divmod(sessions, self.size)
+        start = self.rank * each + min(self.rank, left)
+        return slice(start, start + each + (self.rank < left))
+
+    def own(self, block: Block) -> Block | None:
+        """This process's part of a block; None where it has none."""
+        if self.size == 1:
+            return block
+        part = self.share(block.member.shape[1])
+        return block.part(part.start, part.stop) if part.start < part.stop else None
+
+    def shared(self, model: nn.Module) -> nn.Module:
+        """`model`, whose blocks are scored by all processes together."""
+        return model if self.size == 1 else _Shared(model, self)
+
+    def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Gradients over all processes; one that no process has stays None, for the optimizer leaves it alone then."""
+        if self.size == 1:
+            return
+        present = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        flat = torch.cat([*(gradient.reshape(-1) for gradient in gradients), present])
+        _all_reduce(flat)
+        pieces = flat.split([*(p.numel() for p in parameters), len(parameters)])
+        for parameter, piece, having in zip(parameters, pieces[:-1], pieces[-1].tolist(), strict=True):
+            parameter.grad = piece.view_as(parameter) if having else None
+
+    def from_leader(self, value: T) -> T:
+        """The leading process's `value`, in every process; what the others pass is not looked at."""
+        if self.size == 1:
+            return value
+        values: list[Any] = [value if self.leads else None]
+        with _losses_explained():
+            dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
+        return values[0]
+
+
+ALONE = Processes()
+
+
+@contextmanager
+def joined() -> Iterator[Processes]:
+    """This process among those that torchrun started with it; alone where torchrun did not start it.
+
+    A process that lost another waits before it fails, so that the launcher sees the other's end first.
+    """
+    if not dist.is_torchelastic_launched():
+        yield ALONE
+        return
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=COLLECTIVE_TIMEOUT)
+    try:
+        yield Processes(dist.get_rank(), dist.get_world_size(), dist.get_node_local_rank())
+    except PeerLost:
+        time.sleep(NAMING_S)
+        raise
+    # Only after success: taking a group apart waits for processes that may be gone.
+    dist.destroy_process_group()
+
+
+class _Shared(nn.Module):
+    """Scores `[n, S, H]` of a block: each process computes those of its sessions and receives the others'.
+
+    Only its own carry gradient. A process without a session has a tensor that asks for gradient all the same: the loss
+    keeps its memory of training by that.
+    """
+
+    def __init__(self, model: nn.Module, processes: Processes) -> None:
+        super().__init__()
+        self.model, self.processes = model, processes
+
+    def forward(self, block: Block) -> Tensor:
+        stocks, sessions = block.member.shape
+        scores = torch.zeros((stocks, sessions, len(HORIZONS)), device=block.x.device)
+        part, own = self.processes.share(sessions), self.processes.own(block)
+        if own is None:
+            _all_reduce(scores)
+            return scores.requires_grad_(torch.is_grad_enabled())
+        computed = self.model(own)  # [n, S of the part, H]
+        scores[:, part] = computed.detach()
+        _all_reduce(scores)  # zeros elsewhere: the sum is each one's own
+        return torch.cat([scores[:, : part.start], computed, scores[:, part.stop :]], dim=1)
+
+
+def _all_reduce(values: Tensor) -> None:
+    with _losses_explained():
+        dist.all_reduce(values)
+
+
+@contextmanager
+def _losses_explained() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        # Without the place in gloo's source before it and the address after it.
+        reason = re.split(r"[.\[\n]", re.sub(r"^\[[^]]*\] ", "", str(error)))[0].strip()
+        raise PeerLost(f"another process of the run ended ({reason}); what it said is the cause") from error
