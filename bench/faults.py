@@ -19,11 +19,12 @@ import polars as pl
 import torch
 from torch import nn
 
-from atft_pipeline.batches.blocks import BlockDataset, Panel
-from atft_pipeline.evaluation import evaluate as evaluation
+from atft_pipeline.batches.block_dataset import BlockDataset
+from atft_pipeline.batches.panel import Panel
+from atft_pipeline.dataset.layout import membership_path
+from atft_pipeline.evaluation import evaluate
 from atft_pipeline.market import synthetic
 from atft_pipeline.model.atft_gat_fan import ATFTGATFAN
-from atft_pipeline.storage.product import membership_path
 from atft_pipeline.training import losses
 from atft_pipeline.training import trainer as training
 from atft_pipeline.training.losses import CompositeLoss
@@ -302,7 +303,7 @@ def constant_scores_ranked() -> None:
         return score
 
     replace(training, "score_sessions", make_scores)
-    replace(evaluation, "_unrankable", lambda original: lambda *arguments: "")
+    replace(evaluate, "_unrankable", lambda original: lambda *arguments: "")
 
 
 def nan_scores_ranked() -> None:
@@ -515,7 +516,7 @@ def _frozen(*components: str) -> Callable[[], None]:
 
 def encoder_bypassed() -> None:
     """What the temporal encoder says is multiplied by 0 before the graph and the fusion read it."""
-    from atft_pipeline.model.backbone_projection import BackboneProjection
+    from atft_pipeline.model.fusion import BackboneProjection
 
     replace(BackboneProjection, "forward", lambda original: lambda self, state: 0.0 * original(self, state))
 

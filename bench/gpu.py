@@ -31,12 +31,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from atft_pipeline.config.overrides import to_dict, with_overrides
 from atft_pipeline.config.presets import preset
-from atft_pipeline.config.schema import HORIZONS, PipelineConfig, to_dict, with_overrides
+from atft_pipeline.config.schema import HORIZONS, PipelineConfig
+from atft_pipeline.dataset.layout import MEMBERSHIP_COLUMNS, write_dataset
 from atft_pipeline.dataset.targets import forward_return
-from atft_pipeline.graph.build import StockGraph, write_graph
-from atft_pipeline.runs.record import RunRecord, read_table
-from atft_pipeline.storage.product import MEMBERSHIP_COLUMNS, write_dataset, write_manifest
+from atft_pipeline.graph.build import StockGraph
+from atft_pipeline.graph.store import write_graph
+from atft_pipeline.runs.record import RunRecord
+from atft_pipeline.runs.tables import read_table
+from atft_pipeline.storage.artifact import write_manifest
 from atft_pipeline.training.plan import plan_run, resolve_device
 from atft_pipeline.training.scoring import to_device
 from atft_pipeline.training.trainer import Trainer, train

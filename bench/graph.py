@@ -29,17 +29,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from atft_pipeline.config.schema import GraphConfig
-from atft_pipeline.graph.build import (
-    CLIP,
-    MINIMUM_SECTOR_MEMBERS,
-    StockGraph,
-    build_graph,
-    build_graph_file,
-    content_sha256,
-    load_graph,
-)
+from atft_pipeline.graph.build import CLIP, MINIMUM_SECTOR_MEMBERS, StockGraph, build_graph
 from atft_pipeline.graph.kernels import Search
-from atft_pipeline.storage.product import write_manifest
+from atft_pipeline.graph.store import build_graph_file, content_sha256, load_graph
+from atft_pipeline.storage.artifact import write_manifest
 
 CASES = [(stocks, window) for window in (60, 250) for stocks in (1000, 4000)]
 SECTORS = 33

@@ -8,8 +8,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from atft_pipeline.storage.artifact import sha256_of
 from atft_pipeline.storage.code_version import code_revision
-from atft_pipeline.storage.product import sha256_of
 
 
 def command(*arguments: object) -> None:

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from faults import FAULTS, Planted
 
+from atft_pipeline.config.overrides import with_overrides
 from atft_pipeline.config.presets import quick
-from atft_pipeline.config.schema import with_overrides
 from atft_pipeline.diagnostics.diagnose import diagnose
 from atft_pipeline.diagnostics.probes.probes import PROBES, run_probes
 from atft_pipeline.errors import RunFailure

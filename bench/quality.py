@@ -23,13 +23,15 @@ import torch
 from harness import command, put_between, trained
 from numpy.typing import NDArray
 
-from atft_pipeline.batches.blocks import BlockDataset, Panel, load_panel
+from atft_pipeline.batches.block_dataset import BlockDataset
+from atft_pipeline.batches.panel import Panel, load_panel
+from atft_pipeline.config.overrides import with_overrides
 from atft_pipeline.config.presets import preset
-from atft_pipeline.config.schema import with_overrides
 from atft_pipeline.dataset.splits import make_split
 from atft_pipeline.evaluation.baselines import fit_baselines
-from atft_pipeline.graph.build import StockGraph, load_graph
-from atft_pipeline.runs.record import read_run
+from atft_pipeline.graph.build import StockGraph
+from atft_pipeline.graph.store import load_graph
+from atft_pipeline.runs.header import read_run
 
 STOCKS, SESSIONS, MARKET_SEED = 1000, 1250, 0
 SEEDS = (1, 2, 3)

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
+from atft_pipeline.config.overrides import parse_assignments, with_overrides
 from atft_pipeline.config.presets import preset
-from atft_pipeline.config.schema import parse_assignments, with_overrides
 from atft_pipeline.runs.record import RunRecord
 from atft_pipeline.training import trainer as training
 from atft_pipeline.training.telemetry.activations import Activations

@@ -23,13 +23,13 @@ import numpy as np
 import polars as pl
 from harness import command, put_between, trained
 
-from atft_pipeline.batches.blocks import load_panel
-from atft_pipeline.config.schema import from_dict
+from atft_pipeline.batches.panel import load_panel
+from atft_pipeline.config.overrides import from_dict
 from atft_pipeline.dataset.splits import make_split
 from atft_pipeline.ensemble.ensemble import Delivery, deliver, paired_difference, sharpe_by_cost
 from atft_pipeline.evaluation.baselines import fit_baselines
 from atft_pipeline.evaluation.evaluate import Evaluation, evaluate
-from atft_pipeline.runs.record import read_run
+from atft_pipeline.runs.header import read_run
 from atft_pipeline.training.scoring import slice_mask
 
 EPOCHS = 8

@@ -10,8 +10,9 @@ from typing import Any
 
 import dagster as dg
 
+from atft_pipeline.config.overrides import report_overrides, with_overrides
 from atft_pipeline.config.presets import preset
-from atft_pipeline.config.schema import PipelineConfig, report_overrides, with_overrides
+from atft_pipeline.config.schema import PipelineConfig
 from atft_pipeline.errors import InputError
 
 PRESET_VARIABLE = "ATFT_PRESET"

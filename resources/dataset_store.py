@@ -15,9 +15,9 @@ from atft_pipeline.config.schema import DatasetConfig
 from atft_pipeline.errors import InputError
 from atft_pipeline.market import synthetic
 from atft_pipeline.market.sources import Source, open_source
+from atft_pipeline.storage.artifact import read_manifest, sha256_of
 from atft_pipeline.storage.atomic import relink, replacing, write_json
 from atft_pipeline.storage.monthly import move_product
-from atft_pipeline.storage.product import read_manifest, sha256_of
 
 EMBEDDED_STOCKS, EMBEDDED_SESSIONS, EMBEDDED_SEED = 200, 750, 0
 """The synthetic market that stands in where no source is named."""

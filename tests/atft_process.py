@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from atft_pipeline.cli.command import main
-from atft_pipeline.config.schema import REPORT_VARIABLES
+from atft_pipeline.config.overrides import REPORT_VARIABLES
 
 REPO = Path(__file__).resolve().parents[1]
 ATFT = Path(sys.executable).with_name("atft")

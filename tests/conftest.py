@@ -12,11 +12,11 @@ import torch
 from training_runs import Data, settings, train_quietly
 
 from atft_pipeline.config.schema import DatasetConfig, GraphConfig
+from atft_pipeline.dataset.layout import write_dataset
 from atft_pipeline.dataset.rows import build_dataset
-from atft_pipeline.graph.build import build_graph_file
+from atft_pipeline.graph.store import build_graph_file
 from atft_pipeline.market.synthetic import generate_market
 from atft_pipeline.market.universe import build_prices
-from atft_pipeline.storage.product import write_dataset
 
 Trained = Callable[..., Path]
 

@@ -16,7 +16,7 @@ import dagster as dg
 import pytest
 
 from assets.definitions import defs
-from atft_pipeline.config.schema import REPORT_VARIABLES
+from atft_pipeline.config.overrides import REPORT_VARIABLES
 from atft_pipeline.market.synthetic import write_market
 
 REPO = Path(__file__).resolve().parents[1]

@@ -10,8 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from atft_pipeline.config.schema import GraphConfig
+from atft_pipeline.dataset.layout import MEMBERSHIP_COLUMNS
 from atft_pipeline.graph.build import StockGraph, build_graph
-from atft_pipeline.storage.product import MEMBERSHIP_COLUMNS, write_manifest
+from atft_pipeline.storage.artifact import write_manifest
 
 T, N = 75, 16
 CONFIG = GraphConfig(lookback_sessions=40, neighbours=3, refresh_sessions=5, shrinkage=0.2)

@@ -23,10 +23,9 @@ from typing import Any
 import torch
 from training_runs import Data, settings, train_quietly
 
-from atft_pipeline.runs import record as lineage
+from atft_pipeline.runs import record
 from atft_pipeline.storage import atomic as files
-from atft_pipeline.training import checkpoints
-from atft_pipeline.training import judge_run as verdict
+from atft_pipeline.training import checkpoints, judge_run
 from atft_pipeline.training import trainer as training
 from atft_pipeline.training.trainer import Trainer
 
@@ -78,13 +77,13 @@ def watch(phases: Phases) -> None:
     for name in ("_score_splits", "_evaluate", "_run_battery", "_save_start"):
         noted(phases, Trainer, name, "evaluating")
     # The places where bytes are written, and where the complete file takes its name.
-    noted(phases, lineage.pq, "write_table", "writing")
+    noted(phases, record.pq, "write_table", "writing")
     noted(phases, Path, "write_bytes", "writing")
     noted(phases, Path, "write_text", "writing")
     noted(phases, Path, "replace", "writing")
     noted(phases, files.shutil, "rmtree", "writing")
-    assert checkpoints.replacing is lineage.replacing is files.replacing
-    assert training.write_verdict is verdict.write_verdict
+    assert checkpoints.replacing is record.replacing is files.replacing
+    assert training.write_verdict is judge_run.write_verdict
 
 
 def train_in_fork(data: Data, order: dict[str, Any]) -> int:

@@ -16,10 +16,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from atft_pipeline.config.overrides import to_dict, with_overrides
 from atft_pipeline.config.presets import quick
-from atft_pipeline.config.schema import LOSS_TERMS, to_dict, with_overrides
+from atft_pipeline.config.schema import LOSS_TERMS
 from atft_pipeline.runs.paired import Difference, PairedResult, write_experiment_result
-from atft_pipeline.runs.record import TABLES
+from atft_pipeline.runs.tables import TABLES
 
 EPOCHS, SESSIONS, STOCKS = 20, 80, 20
 COMPONENTS = ("variable_selection", "temporal_encoder", "backbone_projection", "fusion", "prediction_head", "gat")

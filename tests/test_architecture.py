@@ -159,7 +159,7 @@ def test_only_resources_read_the_environment() -> None:
 
 
 def test_the_training_path_imports_only_what_a_gpu_machine_has() -> None:
-    path, found = ["training.trainer", "monitoring.status", "errors"], set[str]()
+    path, found = ["training.trainer", "monitoring.progress", "errors"], set[str]()
     seen: set[str] = set()
     while path:
         module = path.pop()

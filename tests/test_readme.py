@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from assets.training.training_run import RUN_LENGTHS
-from atft_pipeline.config.schema import REPORT_VARIABLES
+from atft_pipeline.config.overrides import REPORT_VARIABLES
 from atft_pipeline.features.registry import markdown_table
 
 README = Path(__file__).parent.parent / "README.md"

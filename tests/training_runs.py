@@ -12,10 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from atft_pipeline.config.schema import HORIZONS, PipelineConfig, from_dict, with_overrides
+from atft_pipeline.config.overrides import from_dict, with_overrides
+from atft_pipeline.config.schema import HORIZONS, PipelineConfig
 from atft_pipeline.dataset.splits import make_split
-from atft_pipeline.runs.record import read_table
-from atft_pipeline.storage.product import read_manifest
+from atft_pipeline.runs.tables import read_table
+from atft_pipeline.storage.artifact import read_manifest
 from atft_pipeline.training.trainer import Outcome, train
 
 Columns = dict[str, NDArray[Any]]

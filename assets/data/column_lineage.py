@@ -2,9 +2,9 @@
 
 import dagster as dg
 
+from atft_pipeline.dataset.layout import KEYS, TARGETS
 from atft_pipeline.features.registry import REGISTRY
 from atft_pipeline.market.price_panel import FLAGS, PRICES_COLUMNS, QUOTES
-from atft_pipeline.storage.product import KEYS, TARGETS
 
 ADJUSTED = ("Open", "High", "Low", "Close", "Volume")
 """Columns of prices that hold a factor."""

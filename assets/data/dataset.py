@@ -13,7 +13,7 @@ from atft_pipeline.errors import InputError
 from atft_pipeline.features.statistics import DRIFT_WARNING, NULL_SHARE_WARNING
 from atft_pipeline.market.contracts import read_checked
 from atft_pipeline.market.price_store import read_quarantine, table_digests, update_price_parts
-from atft_pipeline.storage.product import read_manifest
+from atft_pipeline.storage.artifact import read_manifest
 from resources.compute import Compute
 from resources.dataset_store import DatasetStore
 

@@ -5,9 +5,9 @@ from typing import Any
 import dagster as dg
 
 from assets.metadata import failing_with_one_sentence, held, markdown_table, numbers
-from atft_pipeline.config.schema import to_dict
-from atft_pipeline.graph.build import build_graph_file
-from atft_pipeline.storage.product import read_manifest, sha256_of
+from atft_pipeline.config.overrides import to_dict
+from atft_pipeline.graph.store import build_graph_file
+from atft_pipeline.storage.artifact import read_manifest, sha256_of
 from resources.compute import Compute
 from resources.dataset_store import DatasetStore
 

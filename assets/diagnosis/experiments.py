@@ -10,7 +10,7 @@ from assets.metadata import failing_with_one_sentence, markdown_table, numbers
 from assets.training.training_run import RUN_LENGTHS, train_here
 from atft_pipeline.config.schema import EXPERIMENT_IDS
 from atft_pipeline.errors import InputError
-from atft_pipeline.runs.record import read_run
+from atft_pipeline.runs.header import read_run
 from resources.compute import Compute
 from resources.dataset_store import DatasetStore
 

@@ -7,7 +7,7 @@ import dagster as dg
 
 from assets.judging.evaluation import statistics_table
 from assets.metadata import failing_with_one_sentence, markdown_table, numbers
-from atft_pipeline.config.schema import to_dict
+from atft_pipeline.config.overrides import to_dict
 from atft_pipeline.dataset.splits import make_split
 from atft_pipeline.evaluation.evaluate import Evaluation, evaluate
 from resources.compute import Compute
@@ -32,7 +32,7 @@ class BaselineOverrides(dg.Config):
 def baselines(
     context: dg.AssetExecutionContext, config: BaselineOverrides, store: DatasetStore, compute: Compute
 ) -> dg.MaterializeResult:
-    from atft_pipeline.batches.blocks import load_panel
+    from atft_pipeline.batches.panel import load_panel
     from atft_pipeline.evaluation.baselines import fit_baselines
     from atft_pipeline.monitoring.comparison import setting
     from atft_pipeline.training.scoring import slice_mask

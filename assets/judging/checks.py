@@ -13,7 +13,7 @@ import dagster as dg
 from assets.metadata import failing_with_one_sentence, markdown_table, numbers
 from assets.training.gate import last_materialization
 from atft_pipeline.errors import InputError
-from atft_pipeline.runs.record import read_run
+from atft_pipeline.runs.header import read_run
 
 PASSES = ("passed", "not_applicable")
 """Statuses of a verdict with which the criterion's check passes: a run too short to be judged has not failed."""
@@ -45,7 +45,7 @@ def run_checks(epochs: int) -> dg.AssetChecksDefinition:
         ],
     )
     def judge(context: dg.AssetCheckExecutionContext) -> Iterator[dg.AssetCheckResult]:
-        from atft_pipeline.training.judge_run import read_verdict
+        from atft_pipeline.verdict.read import read_verdict
 
         with failing_with_one_sentence(context):
             verdict = read_verdict(judged_run(context.instance, run))

@@ -100,7 +100,7 @@ def further_seeds(
     Raises InputError, before any is trained, for fewer than one, where the recorded run cannot be delivered itself, and
     where the code is no longer the one that trained it.
     """
-    from atft_pipeline.ensemble.ensemble import read_finished_run
+    from atft_pipeline.ensemble.members import read_finished_run
     from atft_pipeline.training.plan import plan_run
 
     name = f"delivery_{epochs}ep"

@@ -9,10 +9,12 @@ import dagster as dg
 from assets.judging.checks import recorded_run
 from assets.metadata import failing_with_one_sentence, held, markdown_table, numbers
 from assets.training.training_run import run_asset_key
-from atft_pipeline.config.schema import from_dict
-from atft_pipeline.evaluation.evaluate import Evaluation, evaluate_table
-from atft_pipeline.runs.record import read_run, read_table
-from atft_pipeline.storage.product import read_table as read_parquet
+from atft_pipeline.config.overrides import from_dict
+from atft_pipeline.evaluation.evaluate import Evaluation
+from atft_pipeline.evaluation.predictions_table import evaluate_table
+from atft_pipeline.runs.header import read_run
+from atft_pipeline.runs.tables import read_table
+from atft_pipeline.storage.artifact import read_table as read_parquet
 
 RECORD_TOLERANCE = 1e-4
 """The record was computed on float32 scores in memory, the file holds the same float32: only sums may be reordered."""

@@ -27,9 +27,9 @@ def train_through_pipes(
     options: dict[str, Any],
 ) -> "Outcome":
     """What `train` returns and raises, of a run that other processes train; an interrupt ends them first."""
-    from atft_pipeline.config.schema import to_dict
-    from atft_pipeline.training.judge_run import read_verdict
+    from atft_pipeline.config.overrides import to_dict
     from atft_pipeline.training.trainer import Outcome
+    from atft_pipeline.verdict.read import read_verdict
 
     extras = {
         "config": to_dict(plan.config),

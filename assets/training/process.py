@@ -41,7 +41,7 @@ def main() -> int:
 
 
 def _train(pipes: PipesContext) -> "Outcome":
-    from atft_pipeline.config.schema import from_dict
+    from atft_pipeline.config.overrides import from_dict
     from atft_pipeline.training.launcher import Layout, train_in_processes
 
     asked = pipes.extras

@@ -12,8 +12,10 @@ from assets.training.gate import GATE_MODEL, last_check, last_materialization
 from assets.training.pipes import train_through_pipes
 from atft_pipeline.config.schema import EvaluationConfig
 from atft_pipeline.errors import InputError
-from atft_pipeline.runs.record import config_key, read_run
-from atft_pipeline.verdict.criterion import changed_criterion, gate_decision
+from atft_pipeline.runs.header import read_run
+from atft_pipeline.runs.keys import config_key
+from atft_pipeline.verdict.criterion import changed_criterion
+from atft_pipeline.verdict.gate import gate_decision
 from resources.compute import Compute
 from resources.dataset_store import DatasetStore
 

@@ -131,10 +131,10 @@ def _market(options: argparse.Namespace) -> Result:
 
 
 def _features(options: argparse.Namespace) -> Result:
-    from atft_pipeline.market.calendar import market_facts
+    from atft_pipeline.market.facts import market_facts
     from atft_pipeline.market.sources import open_source
+    from atft_pipeline.storage.artifact import require_replaceable
     from atft_pipeline.storage.monthly import beside
-    from atft_pipeline.storage.product import require_replaceable
 
     config = _configuration(options, sections=("dataset",))[0].dataset
     market_facts(config.market)  # an unknown market is refused before minutes of reading
@@ -163,10 +163,10 @@ def _features(options: argparse.Namespace) -> Result:
 
 
 def _dataset_in_one_file(source: Any, out: Path, config: Any, update: bool) -> dict[str, Any]:  # noqa: ARG001
+    from atft_pipeline.dataset.layout import write_dataset
     from atft_pipeline.dataset.rows import build_dataset
     from atft_pipeline.market.contracts import check_prices, read_checked
     from atft_pipeline.market.universe import build_prices
-    from atft_pipeline.storage.product import write_dataset
 
     checked = read_checked(source)
     adjusted = build_prices(checked.tables, config)
@@ -204,8 +204,8 @@ def _dataset_in_parts(source: Any, out: Path, config: Any, update: bool) -> dict
 
 
 def _graph(options: argparse.Namespace) -> Result:
-    from atft_pipeline.graph.build import build_graph_file
-    from atft_pipeline.storage.product import manifest_path, require_replaceable
+    from atft_pipeline.graph.store import build_graph_file
+    from atft_pipeline.storage.artifact import manifest_path, require_replaceable
 
     config = _configuration(options, sections=("graph",))[0].graph
     require_replaceable(options.out, "stock_graph")
@@ -242,7 +242,7 @@ def _train(options: argparse.Namespace) -> Result:
 
 def _evaluate(options: argparse.Namespace) -> Result:
     from atft_pipeline.config.schema import EvaluationConfig
-    from atft_pipeline.evaluation.evaluate import evaluate_file
+    from atft_pipeline.evaluation.predictions_table import evaluate_file
 
     result = evaluate_file(
         options.predictions,
@@ -268,7 +268,7 @@ def _evaluate(options: argparse.Namespace) -> Result:
 
 def _deliver(options: argparse.Namespace) -> Result:
     from atft_pipeline.ensemble.ensemble import deliver, write_delivery
-    from atft_pipeline.storage.product import require_replaceable
+    from atft_pipeline.storage.artifact import require_replaceable
 
     require_replaceable(options.out, "delivery")
     delivery = deliver(
@@ -366,7 +366,7 @@ def _by_name(run_dirs: Sequence[Path]) -> dict[str, Path | str]:
 
 
 def _status(options: argparse.Namespace) -> Result:
-    from atft_pipeline.monitoring.status import run_snapshots
+    from atft_pipeline.monitoring.progress import run_snapshots
 
     return {"runs": run_snapshots(options.runs)}, 0
 
@@ -393,8 +393,8 @@ def _monitor(options: argparse.Namespace) -> Result:
 
 def _configuration(options: argparse.Namespace, *, sections: tuple[str, ...]) -> tuple[Any, dict[str, Any]]:
     """Preset, the report's variables and `--set`, in this order; a field outside `sections` is refused."""
+    from atft_pipeline.config.overrides import parse_assignments, report_overrides, with_overrides
     from atft_pipeline.config.presets import preset
-    from atft_pipeline.config.schema import parse_assignments, report_overrides, with_overrides
 
     assigned = parse_assignments(options.set)
     for dotted in assigned:

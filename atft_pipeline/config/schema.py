@@ -7,17 +7,13 @@ is refused in one place.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-import json
 import math
-import re
-import types
-import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
+from atft_pipeline.config.slices import Slice
 from atft_pipeline.errors import InputError
 
 HORIZONS: tuple[int, ...] = (1, 5, 10, 20)
@@ -27,14 +23,13 @@ LOSS_TERMS: tuple[str, ...] = ("mse", "ic", "rank_ic", "sharpe", "variance_penal
 
 Execution = Literal["next_open", "next_close", "same_close"]
 EXECUTION_DELAY_SESSIONS: dict[str, int] = {"next_open": 1, "next_close": 1, "same_close": 0}
-Slice = Literal["all", "liquid"]
 PanelPlace = Literal["auto", "memory", "map"]
 Probes = Literal["none", "leading", "all"]
 EXPERIMENT_IDS = ("A", "B", "C", "D")
 """Experiments of the validation report."""
 
 
-def _require(condition: bool, message: str) -> None:
+def require(condition: bool, message: str) -> None:
     if not condition:
         raise InputError(message)
 
@@ -49,11 +44,11 @@ class DatasetConfig:
     """A stock is investable from its n-th traded session on."""
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.execution in EXECUTION_DELAY_SESSIONS,
             f"dataset.execution: expected one of {sorted(EXECUTION_DELAY_SESSIONS)}, found {self.execution!r}",
         )
-        _require(self.min_history_sessions >= 1, "dataset.min_history_sessions: expected at least 1")
+        require(self.min_history_sessions >= 1, "dataset.min_history_sessions: expected at least 1")
 
 
 @dataclass(frozen=True)
@@ -70,11 +65,11 @@ class GraphConfig:
     universe: Slice = "liquid"
 
     def __post_init__(self) -> None:
-        _require(self.lookback_sessions >= 20, "graph.lookback_sessions: expected at least 20")
-        _require(self.neighbours >= 1, "graph.neighbours: expected at least 1")
-        _require(self.refresh_sessions >= 1, "graph.refresh_sessions: expected at least 1")
-        _require(0.0 <= self.shrinkage < 1.0, "graph.shrinkage: expected 0 <= value < 1")
-        _require(self.universe in ("all", "liquid"), "graph.universe: expected 'all' or 'liquid'")
+        require(self.lookback_sessions >= 20, "graph.lookback_sessions: expected at least 20")
+        require(self.neighbours >= 1, "graph.neighbours: expected at least 1")
+        require(self.refresh_sessions >= 1, "graph.refresh_sessions: expected at least 1")
+        require(0.0 <= self.shrinkage < 1.0, "graph.shrinkage: expected 0 <= value < 1")
+        require(self.universe in ("all", "liquid"), "graph.universe: expected 'all' or 'liquid'")
 
 
 @dataclass(frozen=True)
@@ -99,23 +94,23 @@ class SplitConfig:
     """Sessions left out after the purge, on top of it."""
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.scheme in ("fraction", "sessions", "dates"),
             f"split.scheme: expected fraction, sessions or dates, found {self.scheme!r}",
         )
-        _require(
+        require(
             self.train_fraction > 0
             and self.validation_fraction > 0
             and self.train_fraction + self.validation_fraction < 1,
             "split: train_fraction and validation_fraction must be positive and leave something for test",
         )
-        _require(
+        require(
             self.validation_sessions >= 2 and self.test_sessions >= 2,
             "split: validation_sessions and test_sessions must be at least 2",
         )
-        _require(self.embargo_sessions >= 0, "split.embargo_sessions: expected at least 0")
+        require(self.embargo_sessions >= 0, "split.embargo_sessions: expected at least 0")
         if self.scheme == "dates":
-            _require(
+            require(
                 self.validation_start is not None and self.test_start is not None,
                 "split.scheme=dates needs validation_start and test_start",
             )
@@ -144,34 +139,34 @@ class ModelConfig:
     dropout: float = 0.1
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.attention_heads >= 1 and self.gat_heads >= 1,
             f"model.attention_heads, model.gat_heads: expected at least 1, found {self.attention_heads} and"
             f" {self.gat_heads}",
         )
-        _require(
+        require(
             self.hidden_size >= 4
             and self.hidden_size % self.attention_heads == 0
             and self.hidden_size % self.gat_heads == 0,
             f"model.hidden_size: expected at least 4 and a multiple of attention_heads ({self.attention_heads}) and"
             f" gat_heads ({self.gat_heads}), found {self.hidden_size}",
         )
-        _require(self.window_sessions >= 2, "model.window_sessions: expected at least 2")
-        _require(
+        require(self.window_sessions >= 2, "model.window_sessions: expected at least 2")
+        require(
             0 <= self.encoder_layers < self.window_sessions,
             "model.encoder_layers: expected at least 0 and fewer than window_sessions",
         )
-        _require(
+        require(
             self.normalisation in ("san", "fan", "revin", "none"),
             f"model.normalisation: expected san, fan, revin or none, found {self.normalisation!r}",
         )
-        _require(self.normalisation_window_sessions >= 2, "model.normalisation_window_sessions: expected at least 2")
-        _require(
+        require(self.normalisation_window_sessions >= 2, "model.normalisation_window_sessions: expected at least 2")
+        require(
             self.normalisation != "fan" or 1 <= self.fan_frequencies <= self.normalisation_window_sessions // 2,
             "model.fan_frequencies: expected 1 to half of normalisation_window_sessions"
             f" ({self.normalisation_window_sessions}), found {self.fan_frequencies}",
         )
-        _require(0.0 <= self.dropout < 1.0, "model.dropout: expected 0 <= value < 1")
+        require(0.0 <= self.dropout < 1.0, "model.dropout: expected 0 <= value < 1")
 
 
 @dataclass(frozen=True)
@@ -183,9 +178,9 @@ class OptimizerConfig:
     clip_norm: float = 1.0
 
     def __post_init__(self) -> None:
-        _require(0.0 <= self.lr <= 1e30, f"train.optimizer.lr: expected 0 to 1e30, found {self.lr}")
-        _require(self.weight_decay >= 0.0, "train.optimizer.weight_decay: expected at least 0")
-        _require(self.clip_norm > 0.0, "train.optimizer.clip_norm: expected a positive value")
+        require(0.0 <= self.lr <= 1e30, f"train.optimizer.lr: expected 0 to 1e30, found {self.lr}")
+        require(self.weight_decay >= 0.0, "train.optimizer.weight_decay: expected at least 0")
+        require(self.clip_norm > 0.0, "train.optimizer.clip_norm: expected a positive value")
 
 
 @dataclass(frozen=True)
@@ -200,14 +195,14 @@ class ScheduleConfig:
     factor: float = 0.5
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.name in ("cosine", "plateau", "constant"),
             f"train.schedule.name: expected cosine, plateau or constant, found {self.name!r}",
         )
-        _require(0.0 <= self.warmup_fraction < 1.0, "train.schedule.warmup_fraction: expected 0 <= value < 1")
-        _require(0.0 <= self.min_lr_ratio <= 1.0, "train.schedule.min_lr_ratio: expected 0 <= value <= 1")
-        _require(self.patience >= 0, "train.schedule.patience: expected at least 0")
-        _require(0.0 < self.factor < 1.0, "train.schedule.factor: expected 0 < value < 1")
+        require(0.0 <= self.warmup_fraction < 1.0, "train.schedule.warmup_fraction: expected 0 <= value < 1")
+        require(0.0 <= self.min_lr_ratio <= 1.0, "train.schedule.min_lr_ratio: expected 0 <= value <= 1")
+        require(self.patience >= 0, "train.schedule.patience: expected at least 0")
+        require(0.0 < self.factor < 1.0, "train.schedule.factor: expected 0 < value < 1")
 
 
 @dataclass(frozen=True)
@@ -219,14 +214,14 @@ class LossPhase:
     weights: Mapping[str, float]
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             1 <= self.first_epoch <= self.last_epoch,
             f"train.loss.phases: expected 1 <= first <= last epoch, found {self.first_epoch}-{self.last_epoch}",
         )
         unknown = sorted(set(self.weights) - set(LOSS_TERMS))
-        _require(not unknown, f"train.loss.phases: unknown loss terms {unknown}; expected some of {list(LOSS_TERMS)}")
+        require(not unknown, f"train.loss.phases: unknown loss terms {unknown}; expected some of {list(LOSS_TERMS)}")
         for term, weight in self.weights.items():
-            _require(weight >= 0.0, f"train.loss.phases: weight of {term}: expected at least 0, found {weight}")
+            require(weight >= 0.0, f"train.loss.phases: weight of {term}: expected at least 0, found {weight}")
 
 
 @dataclass(frozen=True)
@@ -244,17 +239,17 @@ class LossConfig:
     def __post_init__(self) -> None:
         for term in LOSS_TERMS:
             weight = getattr(self, term)
-            _require(weight >= 0.0, f"train.loss.{term}: expected at least 0, weights must not be negative: {weight}")
-        _require(
+            require(weight >= 0.0, f"train.loss.{term}: expected at least 0, weights must not be negative: {weight}")
+        require(
             len(self.horizon_weights) == len(HORIZONS) and all(w >= 0 for w in self.horizon_weights),
             f"train.loss.horizon_weights: expected {len(HORIZONS)} values, none negative, for horizons {HORIZONS}",
         )
-        _require(
+        require(
             self.horizon_weights[0] > 0,
             "train.loss.horizon_weights: horizon 1 decides the verdict, its weight must be positive",
         )
         spans = sorted((p.first_epoch, p.last_epoch) for p in self.phases)
-        _require(
+        require(
             all(earlier[1] < later[0] for earlier, later in itertools.pairwise(spans)),
             "train.loss.phases: two phases cover the same epoch",
         )
@@ -278,9 +273,9 @@ class GuardConfig:
     warmup_epochs: int = 1
 
     def __post_init__(self) -> None:
-        _require(self.dispersion_ratio > 0.0, "train.guard.dispersion_ratio: expected a positive value")
-        _require(self.patience >= 1, "train.guard.patience: expected at least 1")
-        _require(self.warmup_epochs >= 0, "train.guard.warmup_epochs: expected at least 0")
+        require(self.dispersion_ratio > 0.0, "train.guard.dispersion_ratio: expected a positive value")
+        require(self.patience >= 1, "train.guard.patience: expected at least 1")
+        require(self.warmup_epochs >= 0, "train.guard.warmup_epochs: expected at least 0")
 
 
 @dataclass(frozen=True)
@@ -304,23 +299,23 @@ class TrainConfig:
     guard: GuardConfig = field(default_factory=GuardConfig)
 
     def __post_init__(self) -> None:
-        _require(self.epochs >= 1, "train.epochs: expected at least 1")
+        require(self.epochs >= 1, "train.epochs: expected at least 1")
         different = min(self.epochs, 1 + max((phase.last_epoch for phase in self.loss.phases), default=0))
         idle = next((e for e in range(1, different + 1) if not any(self.loss.weights_at(e).values())), None)
-        _require(idle is None, f"train.loss: at least one weight must be positive; in epoch {idle} none is")
-        _require(self.batch_size >= 1, "train.batch_size: expected at least 1")
-        _require(0 <= self.seed < 2**63, "train.seed: expected 0 <= value < 2**63")
-        _require(self.universe in ("all", "liquid"), "train.universe: expected 'all' or 'liquid'")
-        _require(
+        require(idle is None, f"train.loss: at least one weight must be positive; in epoch {idle} none is")
+        require(self.batch_size >= 1, "train.batch_size: expected at least 1")
+        require(0 <= self.seed < 2**63, "train.seed: expected 0 <= value < 2**63")
+        require(self.universe in ("all", "liquid"), "train.universe: expected 'all' or 'liquid'")
+        require(
             self.precision in ("float32", "bf16-mixed"),
             f"train.precision: expected float32 or bf16-mixed, found {self.precision!r}",
         )
-        _require(0.0 <= self.weight_ema < 1.0, "train.weight_ema: expected 0 <= value < 1")
-        _require(
+        require(0.0 <= self.weight_ema < 1.0, "train.weight_ema: expected 0 <= value < 1")
+        require(
             self.panel in ("auto", "memory", "map"),
             f"train.panel: expected auto, memory or map, found {self.panel!r}",
         )
-        _require(self.loader_workers >= 0, "train.loader_workers: expected at least 0")
+        require(self.loader_workers >= 0, "train.loader_workers: expected at least 0")
 
 
 @dataclass(frozen=True)
@@ -336,11 +331,11 @@ class EvaluationConfig:
     bootstrap_samples: int = 1000
 
     def __post_init__(self) -> None:
-        _require(0.0 <= self.cost_bps < math.inf, "evaluation.cost_bps: expected at least 0 and finite")
-        _require(0.0 < self.quantile <= 0.5, "evaluation.quantile: expected 0 < value <= 0.5")
-        _require(self.universe in ("all", "liquid"), "evaluation.universe: expected 'all' or 'liquid'")
-        _require(self.criterion_epoch >= 1, "evaluation.criterion_epoch: expected at least 1")
-        _require(self.bootstrap_samples >= 1, "evaluation.bootstrap_samples: expected at least 1")
+        require(0.0 <= self.cost_bps < math.inf, "evaluation.cost_bps: expected at least 0 and finite")
+        require(0.0 < self.quantile <= 0.5, "evaluation.quantile: expected 0 < value <= 0.5")
+        require(self.universe in ("all", "liquid"), "evaluation.universe: expected 'all' or 'liquid'")
+        require(self.criterion_epoch >= 1, "evaluation.criterion_epoch: expected at least 1")
+        require(self.bootstrap_samples >= 1, "evaluation.bootstrap_samples: expected at least 1")
 
 
 @dataclass(frozen=True)
@@ -353,155 +348,3 @@ class PipelineConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """The dataclass as plain JSON types, tuples as lists."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
-
-
-def from_dict(values: Mapping[str, Any]) -> PipelineConfig:
-    """The configuration that `to_dict` wrote, validated again."""
-    return _build(PipelineConfig, values, "")
-
-
-def _build(kind: Any, values: Mapping[str, Any], where: str) -> Any:
-    hints = typing.get_type_hints(kind)
-    unknown = sorted(set(values) - set(hints))
-    _require(
-        not unknown,
-        f"configuration: unknown field {where}{unknown[0] if unknown else ''}; expected one of {', '.join(hints)}",
-    )
-    return kind(**{name: _coerce(hints[name], value, f"{where}{name}") for name, value in values.items()})
-
-
-def _coerce(kind: Any, value: Any, where: str) -> Any:
-    """`value`, a JSON value, as the type a field declares; refuses rather than guesses."""
-    origin = typing.get_origin(kind)
-    try:
-        if dataclasses.is_dataclass(kind):
-            return _build(kind, value, f"{where}.")
-        if origin is Literal:
-            _require(
-                value in typing.get_args(kind),
-                f"configuration: {where}: expected one of {list(typing.get_args(kind))}, found {value!r}",
-            )
-            return value
-        if origin is tuple:
-            return tuple(_coerce(typing.get_args(kind)[0], item, where) for item in value)
-        if origin in (types.UnionType, typing.Union):
-            inner = next(k for k in typing.get_args(kind) if k is not type(None))
-            return None if value is None else _coerce(inner, value, where)
-        if origin is not None and issubclass(origin, Mapping):
-            return {str(k): _coerce(float, v, f"{where}.{k}") for k, v in value.items()}
-        if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
-            # JSON has no infinity, so a record could not hold it; Python's parser reads the word all the same.
-            _require(math.isfinite(value), f"configuration: {where}: expected a finite number, found {value}")
-            return float(value)
-        if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
-            return value
-    except (TypeError, AttributeError) as error:
-        raise InputError(f"configuration: {where}: cannot use {value!r} ({error})") from error
-    raise InputError(f"configuration: {where}: expected {getattr(kind, '__name__', kind)}, found {value!r}")
-
-
-def leaves(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The fields of a configuration's dictionary by their dotted names."""
-    fields: dict[str, Any] = {}
-    for name, value in values.items():
-        fields |= leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return fields
-
-
-def with_overrides(config: PipelineConfig, overrides: Mapping[str, Any]) -> PipelineConfig:
-    """`config` with dotted fields replaced, e.g. `{"model.hidden_size": 512}`.
-
-    Raises InputError for a field that does not exist and for a value of another type.
-    """
-    values = to_dict(config)
-    for dotted, value in overrides.items():
-        *stages, leaf = dotted.split(".")
-        target = values
-        for depth, stage in enumerate(stages):
-            inner = target.get(stage)
-            _require(
-                isinstance(inner, dict),
-                f"configuration: no section {'.'.join(stages[: depth + 1])!r} in {dotted!r};"
-                f" sections: {_sections(values)}",
-            )
-            target = typing.cast(dict[str, Any], inner)
-        _require(
-            leaf in target, f"configuration: unknown field {dotted!r}; expected one of {', '.join(sorted(target))}"
-        )
-        # A whole section would quietly reset what the preset says about its other fields.
-        _require(not isinstance(target[leaf], dict), f"configuration: {dotted!r} is a section; set its fields by name")
-        target[leaf] = value
-    return from_dict(values)
-
-
-def _sections(values: Mapping[str, Any]) -> str:
-    return ", ".join(sorted(name for name, value in values.items() if isinstance(value, dict)))
-
-
-def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
-    """`["train.optimizer.lr=1e-3"]` as `{"train.optimizer.lr": 0.001}`; a value that is not JSON stays a string."""
-    overrides: dict[str, Any] = {}
-    for assignment in assignments:
-        name, separator, text = assignment.partition("=")
-        _require(bool(separator) and bool(name), f"--set: expected FIELD=VALUE, found {assignment!r}")
-        overrides[name.strip()] = _parse_value(text.strip())
-    return overrides
-
-
-def _parse_value(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
-
-
-REPORT_VARIABLES: dict[str, str] = {
-    "SHARPE_WEIGHT": "train.loss.sharpe",
-    "CS_IC_WEIGHT": "train.loss.ic",
-    "RANKIC_WEIGHT": "train.loss.rank_ic",
-    "VARIANCE_PENALTY_WEIGHT": "train.loss.variance_penalty",
-    "PHASE_LOSS_WEIGHTS": "train.loss.phases",
-    "PLATEAU_PATIENCE": "train.schedule.patience",
-    "PLATEAU_FACTOR": "train.schedule.factor",
-}
-"""Variables of the validation report and the field each one sets."""
-
-
-def report_overrides(environment: Mapping[str, str]) -> dict[str, Any]:
-    """Overrides that the report's variables in `environment` ask for.
-
-    `PHASE_LOSS_WEIGHTS` is a JSON object of epoch ranges, e.g. `{"1-5": {"mse": 1.0}, "6-50": {"sharpe": 0.3}}`.
-    A `PLATEAU_*` variable also selects the plateau schedule, which alone reads it.
-    """
-    overrides: dict[str, Any] = {}
-    for variable, dotted in REPORT_VARIABLES.items():
-        text = environment.get(variable)
-        if text is None or text == "":
-            continue
-        value = _parse_value(text)
-        if variable == "PHASE_LOSS_WEIGHTS":
-            value = _parse_phases(value)
-        else:
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            _require(number, f"{variable}: expected a number for {dotted}, found {text!r}")
-        overrides[dotted] = value
-        if variable.startswith("PLATEAU_"):
-            overrides["train.schedule.name"] = "plateau"
-    return overrides
-
-
-def _parse_phases(value: Any) -> list[dict[str, Any]]:
-    _require(isinstance(value, dict), 'PHASE_LOSS_WEIGHTS: expected JSON like {"1-5": {"mse": 1.0}}')
-    phases = []
-    for span, weights in value.items():
-        epochs = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", span.strip())
-        if epochs is None:
-            raise InputError(f"PHASE_LOSS_WEIGHTS: expected an epoch range like '1-5', found {span!r}")
-        first, last = epochs[1], epochs[2] or epochs[1]
-        phases.append({"first_epoch": int(first), "last_epoch": int(last), "weights": weights})
-    return phases

@@ -15,16 +15,18 @@ import polars as pl
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from atft_pipeline.config.schema import HORIZONS, DatasetConfig, to_dict
+from atft_pipeline.config.overrides import to_dict
+from atft_pipeline.config.schema import HORIZONS, DatasetConfig
+from atft_pipeline.dataset.layout import MEMBERSHIP_COLUMNS, TARGETS
 from atft_pipeline.dataset.targets import forward_return
 from atft_pipeline.features.compute import FeaturePanel, build_features
 from atft_pipeline.features.registry import FEATURE_COUNT, FEATURE_NAMES, REGISTRY, registry_fingerprint
 from atft_pipeline.features.statistics import Statistics, drift
-from atft_pipeline.market.calendar import market_facts
+from atft_pipeline.market.facts import market_facts
 from atft_pipeline.market.price_panel import PricePanel
+from atft_pipeline.storage.artifact import sha256_of
 from atft_pipeline.storage.code_version import code_revision
 from atft_pipeline.storage.monthly import Days, sessions_by_month
-from atft_pipeline.storage.product import MEMBERSHIP_COLUMNS, TARGETS, sha256_of
 
 OPTIONAL_TABLES: tuple[str, ...] = ("investor_flows", "statements")
 MASK_TARGET = "mask_target"

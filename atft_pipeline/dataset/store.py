@@ -19,7 +19,9 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from atft_pipeline.config.schema import EXECUTION_DELAY_SESSIONS, HORIZONS, DatasetConfig, to_dict
+from atft_pipeline.config.overrides import to_dict
+from atft_pipeline.config.schema import EXECUTION_DELAY_SESSIONS, HORIZONS, DatasetConfig
+from atft_pipeline.dataset.layout import TARGETS
 from atft_pipeline.dataset.rows import (
     MASK_TARGET,
     OPTIONAL_TABLES,
@@ -32,15 +34,23 @@ from atft_pipeline.dataset.rows import (
     part_record,
     with_drift,
 )
-from atft_pipeline.features import expressions as ex
 from atft_pipeline.features.compute import OVERLAP_SESSIONS, FeatureMemory, build_features
 from atft_pipeline.features.registry import FEATURE_COUNT, FEATURE_NAMES
 from atft_pipeline.features.statistics import Statistics
+from atft_pipeline.features.vocabulary.averages import Average
 from atft_pipeline.market.contracts import ContractReport, check_ml_dataset, joined_report
 from atft_pipeline.market.price_panel import Days, PricePanel
 from atft_pipeline.market.price_store import KIND as PRICES_KIND
 from atft_pipeline.market.price_store import read_frame, read_months, read_quarantine
 from atft_pipeline.market.sources import RAW_TABLES
+from atft_pipeline.storage.artifact import (
+    manifest_path,
+    read_manifest,
+    read_part,
+    sha256_of,
+    write_manifest,
+    write_part,
+)
 from atft_pipeline.storage.atomic import load_arrays, save_arrays
 from atft_pipeline.storage.code_version import code_revision
 from atft_pipeline.storage.monthly import (
@@ -52,15 +62,6 @@ from atft_pipeline.storage.monthly import (
     sessions_by_month,
     spans,
     writing_parts,
-)
-from atft_pipeline.storage.product import (
-    TARGETS,
-    manifest_path,
-    read_manifest,
-    read_part,
-    sha256_of,
-    write_manifest,
-    write_part,
 )
 
 KIND = "ml_dataset"
@@ -226,7 +227,7 @@ def _save_memory(writer: PartsWriter, month: str, memory: FeatureMemory) -> None
         "sectors": np.array(memory.sectors, dtype=np.str_),
     }
     for name, value in memory.values.items():
-        if isinstance(value, ex.Average):
+        if isinstance(value, Average):
             arrays |= {f"values.{name}.state": value.state, f"values.{name}.seen": value.seen}
         else:
             arrays[f"values.{name}"] = value
@@ -241,7 +242,7 @@ def _load_memory(path: Path, month: str, prices: _Prices) -> FeatureMemory:
         _, _, name = key.partition("values.")
         if name.endswith(".state"):
             name = name.removesuffix(".state")
-            values[name] = ex.Average(array, arrays[f"values.{name}.seen"])
+            values[name] = Average(array, arrays[f"values.{name}.seen"])
         elif name and not name.endswith(".seen"):
             values[name] = array
     following = prices.after(month, 1)

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from atft_pipeline.config.schema import from_dict, with_overrides
+from atft_pipeline.config.overrides import from_dict, with_overrides
 from atft_pipeline.diagnostics.diagnose import Diagnosis, ReportPaths, diagnose, write_report
 from atft_pipeline.diagnostics.experiments.commands import experiment_overrides
 from atft_pipeline.errors import InputError
+from atft_pipeline.runs.header import read_run
+from atft_pipeline.runs.keys import config_key
 from atft_pipeline.runs.paired import PairedResult, compare_runs, evaluated_epochs, result_path, write_experiment_result
 from atft_pipeline.runs.reader import open_record
-from atft_pipeline.runs.record import config_key, read_run
 from atft_pipeline.training.plan import Plan, plan_run
 
 

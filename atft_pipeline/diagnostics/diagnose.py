@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from atft_pipeline.config.schema import Probes, from_dict
+from atft_pipeline.config.overrides import from_dict
+from atft_pipeline.config.schema import Probes
 from atft_pipeline.diagnostics.evidence import gather
 from atft_pipeline.diagnostics.experiments.commands import ExperimentAdvice, advise, commands
 from atft_pipeline.diagnostics.posterior import Ranking, rank
@@ -21,7 +22,8 @@ from atft_pipeline.diagnostics.rules.rule import Finding, assess
 from atft_pipeline.diagnostics.run_inputs import RunInputs
 from atft_pipeline.diagnostics.signals.recorded import Value
 from atft_pipeline.errors import InputError
-from atft_pipeline.evaluation.attribution import SPLITS, Attribution, Missing, attribute_predictions
+from atft_pipeline.evaluation.attribution import Attribution, Missing
+from atft_pipeline.evaluation.attribution_inputs import SPLITS, attribute_predictions
 from atft_pipeline.runs.paired import experiment_rows
 from atft_pipeline.runs.reader import Record, open_record
 

@@ -10,14 +10,17 @@ import duckdb
 import numpy as np
 from numpy.typing import NDArray
 
-from atft_pipeline.config.schema import PipelineConfig, from_dict
+from atft_pipeline.config.overrides import from_dict
+from atft_pipeline.config.schema import PipelineConfig
+from atft_pipeline.dataset.layout import membership_path
 from atft_pipeline.dataset.splits import Split, make_split
 from atft_pipeline.errors import InputError
 from atft_pipeline.runs.reader import Record
-from atft_pipeline.storage.product import membership_path, read_manifest, resolved
+from atft_pipeline.storage.artifact import read_manifest, resolved
 
 if TYPE_CHECKING:
-    from atft_pipeline.batches.blocks import BlockDataset, Panel
+    from atft_pipeline.batches.block_dataset import BlockDataset
+    from atft_pipeline.batches.panel import Panel
     from atft_pipeline.model.atft_gat_fan import ATFTGATFAN
 
 
@@ -98,14 +101,14 @@ class RunInputs:
 
     @cached_property
     def panel(self) -> Panel:
-        from atft_pipeline.batches.blocks import load_panel
+        from atft_pipeline.batches.panel import load_panel
 
         return load_panel(self.dataset, self.config.train.universe)
 
     @cached_property
     def blocks(self) -> BlockDataset:
-        from atft_pipeline.batches.blocks import BlockDataset
-        from atft_pipeline.graph.build import load_graph
+        from atft_pipeline.batches.block_dataset import BlockDataset
+        from atft_pipeline.graph.store import load_graph
 
         graph = load_graph(self.graph) if self.config.model.graph else None
         return BlockDataset(self.panel, graph, self._new_model().receptive_field)

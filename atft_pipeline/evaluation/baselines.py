@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 
 from atft_pipeline.config.schema import HORIZONS
 from atft_pipeline.errors import InputError
-from atft_pipeline.evaluation.evaluate import one_factor_reversal
+from atft_pipeline.evaluation.reversal import one_factor_reversal
 
 if TYPE_CHECKING:  # blocks imports torch, which neither fit needs
-    from atft_pipeline.batches.blocks import Panel
+    from atft_pipeline.batches.panel import Panel
     from atft_pipeline.dataset.splits import Split
 
 TARGET_CLIP = 5.0

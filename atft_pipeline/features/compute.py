@@ -18,11 +18,13 @@ from numpy.typing import NDArray
 
 from atft_pipeline.config.schema import DatasetConfig
 from atft_pipeline.errors import InputError
-from atft_pipeline.features import expressions as ex
 from atft_pipeline.features.inputs import Market
 from atft_pipeline.features.registry import FEATURE_NAMES, REGISTRY, Feature
-from atft_pipeline.market.calendar import market_facts
+from atft_pipeline.features.vocabulary.averages import Average
+from atft_pipeline.features.vocabulary.cross_section import cs_normalise
+from atft_pipeline.features.vocabulary.windows import carry, returns, ts_zscore
 from atft_pipeline.market.disclosures import SECTION_OF_MARKET, Days, disclosures, flow_releases
+from atft_pipeline.market.facts import market_facts
 from atft_pipeline.market.price_panel import PricePanel, day_array
 
 Panel = NDArray[np.float64]
@@ -60,8 +62,8 @@ class FeatureMemory:
         sector = np.searchsorted(np.array(sectors), np.array(self.sectors))
 
         def wider(value: Any) -> Any:
-            if isinstance(value, ex.Average):
-                return ex.Average(*(wider(part) for part in value))
+            if isinstance(value, Average):
+                return Average(*(wider(part) for part in value))
             shape, place, absent = (
                 ((len(codes),), stock, 0.0) if value.ndim == 1 else ((len(value), len(sectors)), sector, np.nan)
             )
@@ -140,8 +142,8 @@ def build_market(
 def normalised(feature: Feature, values: Panel, market: Market) -> Panel:
     """The feature's own normalisation of its values, `[S, N]` or a series as they come, in float64."""
     if feature.norm == "ts":
-        return ex.ts_zscore(values)
-    return ex.cs_normalise(values, market.investable) if feature.norm == "cs" else values
+        return ts_zscore(values)
+    return cs_normalise(values, market.investable) if feature.norm == "cs" else values
 
 
 def build_features(
@@ -167,7 +169,7 @@ def build_features(
         first=market.fresh,
         kept=kept,
         values=values,
-        return_1d=ex.returns(market.close, ex.carry(market.close), 1),
+        return_1d=returns(market.close, carry(market.close), 1),
         memory=FeatureMemory(panel.last(OVERLAP_SESSIONS), market.sessions, sectors, memory),
     )
 
@@ -198,10 +200,10 @@ def _compute(span: Market, kept: NDArray[np.bool_], values: NDArray[np.float32],
         market = by_overlap[next(overlap for overlap in OVERLAPS if overlap >= needed)]
         result = feature.compute(market)
         if feature.norm == "cs":
-            ex.cs_normalise(result[market.fresh :], market.investable[market.fresh :], kept, out)
+            cs_normalise(result[market.fresh :], market.investable[market.fresh :], kept, out)
             return
         if feature.norm == "ts":
-            result = ex.ts_zscore(result)
+            result = ts_zscore(result)
         fresh = result[len(result) - len(kept) :]
         out[:] = fresh[session] if fresh.ndim == 1 else fresh[kept]
         out[np.isnan(out)] = np.nan  # one bit pattern for missing: values are hashed

@@ -17,8 +17,21 @@ from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from atft_pipeline.features import expressions as ex
 from atft_pipeline.features.trace import Trace, is_trace
+from atft_pipeline.features.vocabulary import averages, events
+from atft_pipeline.features.vocabulary.averages import exponential, seen_at_least
+from atft_pipeline.features.vocabulary.cross_section import chained, group_median, of_group
+from atft_pipeline.features.vocabulary.elementwise import change, either, positive, rise, strength
+from atft_pipeline.features.vocabulary.events import of_event, weekly_zscores
+from atft_pipeline.features.vocabulary.windows import (
+    Regression,
+    carry,
+    lag,
+    returns,
+    rolling_mean_std,
+    rolling_regression,
+    rolling_std,
+)
 from atft_pipeline.market.disclosures import EXPIRY_DAYS, Disclosures, FlowReleases
 from atft_pipeline.market.price_panel import QUOTES, Panel
 
@@ -129,12 +142,12 @@ class Market:
     @shared
     def volume(self) -> Panel:
         """Shares; a volume of 0 is an untraded session and null."""
-        return ex.positive(self.quotes["Volume"])
+        return positive(self.quotes["Volume"])
 
     @shared
     def turnover(self) -> Panel:
         """Money; Close · Volume where the table has none, which no adjustment changes."""
-        return ex.either(self.quotes["TurnoverValue"], self.close * self.volume())
+        return either(self.quotes["TurnoverValue"], self.close * self.volume())
 
     def on_rows(self, series: Panel) -> Panel:
         """`[T]` or `[T, G]` as a column `[S, 1]` or rows `[S, G]` beside the panels."""
@@ -147,7 +160,7 @@ class Market:
 
     def averaged(self, name: str, x: Panel, alpha: float, first: int) -> Panel:
         """Exponential average of a panel, continued from what is remembered under `name`."""
-        values, self.remembered[name] = ex.exponential(x, alpha, first, self.memory.get(name), self.fresh)
+        values, self.remembered[name] = exponential(x, alpha, first, self.memory.get(name), self.fresh)
         return values
 
     def history(self, name: str, rows: Panel) -> Panel:
@@ -163,16 +176,16 @@ class Market:
 
     @shared
     def carried(self) -> Panel:
-        return ex.carry(self.close)
+        return carry(self.close)
 
     @shared
     def ret(self, sessions: int) -> Panel:
         """R_h of each stock."""
-        return ex.returns(self.close, self.carried(), sessions)
+        return returns(self.close, self.carried(), sessions)
 
     def volatility(self, window: int) -> Panel:
         """std(R_1, window) · √D."""
-        return ex.rolling_std(self.ret(1), window) * np.sqrt(self.days_per_year)
+        return rolling_std(self.ret(1), window) * np.sqrt(self.days_per_year)
 
     @shared
     def ema(self, span: int) -> Panel:
@@ -180,12 +193,12 @@ class Market:
 
     @shared
     def ma_gap(self) -> Panel:
-        return ex.change(self.ema(5), self.ema(20))
+        return change(self.ema(5), self.ema(20))
 
     @shared
     def bands(self) -> tuple[Panel, Panel]:
         """Middle and σ (ddof 0) of the Bollinger bands. Source: John Bollinger, Bollinger on Bollinger Bands (2001)."""
-        return ex.rolling_mean_std(self.close, 20, 0)
+        return rolling_mean_std(self.close, 20, 0)
 
     def macd_histogram(self) -> Panel:
         """MACD minus its signal, EMA_9; each average starts with the mean of its own first values."""
@@ -195,8 +208,8 @@ class Market:
     @shared
     def steps(self) -> tuple[Panel, Panel]:
         """What the close rose and what it fell by since the last one."""
-        last = ex.lag(self.carried(), 1)
-        return ex.rise(self.close, last), ex.rise(last, self.close)
+        last = lag(self.carried(), 1)
+        return rise(self.close, last), rise(last, self.close)
 
     def rsi(self, window: int) -> Panel:
         """Relative strength index in [0, 100], 50 where the price has stood still.
@@ -208,41 +221,39 @@ class Market:
             self.averaged(f"{name}_{window}", step, 1.0 / window, window)
             for name, step in zip(("gains", "losses"), self.steps(), strict=True)
         )
-        return ex.strength(gains, losses, self.close)
+        return strength(gains, losses, self.close)
 
     def has_traded(self, sessions: int) -> Panel:
         """1 from the stock's n-th traded session on."""
-        values, self.remembered["traded"] = ex.seen_at_least(
-            self.close, sessions, self.memory.get("traded"), self.fresh
-        )
+        values, self.remembered["traded"] = seen_at_least(self.close, sessions, self.memory.get("traded"), self.fresh)
         return values
 
     # --- market ---
 
     @shared
     def mkt_ret(self, sessions: int) -> Panel:
-        return ex.returns(self.index_close, ex.carry(self.index_close), sessions)
+        return returns(self.index_close, carry(self.index_close), sessions)
 
     @shared
     def mkt_ema(self, span: int) -> Panel:
-        return ex.ema(self.index_close, span)
+        return averages.ema(self.index_close, span)
 
     @shared
     def mkt_ma_gap(self) -> Panel:
-        return ex.change(self.mkt_ema(5), self.mkt_ema(20))
+        return change(self.mkt_ema(5), self.mkt_ema(20))
 
     @shared
     def mkt_volatility(self) -> Panel:
-        return ex.rolling_std(self.mkt_ret(1), 20) * np.sqrt(self.days_per_year)
+        return rolling_std(self.mkt_ret(1), 20) * np.sqrt(self.days_per_year)
 
     @shared
     def mkt_bands(self) -> tuple[Panel, Panel]:
-        return ex.rolling_mean_std(self.index_close, 20, 0)
+        return rolling_mean_std(self.index_close, 20, 0)
 
     @shared
-    def mkt_regression(self) -> ex.Regression:
+    def mkt_regression(self) -> Regression:
         """R_1 on the market's, over 60 sessions."""
-        return ex.rolling_regression(self.ret(1), self.on_rows(self.mkt_ret(1)), BETA_WINDOW)
+        return rolling_regression(self.ret(1), self.on_rows(self.mkt_ret(1)), BETA_WINDOW)
 
     def alpha(self, sessions: int) -> Panel:
         """R_h − β · R_h of the market."""
@@ -253,38 +264,38 @@ class Market:
     @shared
     def sector_ret(self, sessions: int) -> Panel:
         """Median R_h over the universe members of each sector, `[T, G]`."""
-        medians = ex.group_median(self.ret(sessions), self.investable, self.sector_of, self.sectors)
+        medians = group_median(self.ret(sessions), self.investable, self.sector_of, self.sectors)
         return self.history(f"sector_ret_{sessions}", medians)
 
     @shared
     def sector_index(self) -> Panel:
         """Level of each sector's chained median R_1, `[T, G]`."""
-        return ex.chained(self.sector_ret(1))
+        return chained(self.sector_ret(1))
 
     def of_sector(self, values: Panel) -> Panel:
         """`[T, G]` values given to the stocks of each sector, `[S, N]`."""
-        return ex.of_group(self.on_rows(values), self.sector_of)
+        return of_group(self.on_rows(values), self.sector_of)
 
     def sector_alpha(self) -> Panel:
         """R_1 − β_sector · sector R_1, each session with the sector that the stock was in."""
         sector = self.of_sector(self.sector_ret(1))
-        return self.ret(1) - ex.rolling_regression(self.ret(1), sector, BETA_WINDOW).beta * sector
+        return self.ret(1) - rolling_regression(self.ret(1), sector, BETA_WINDOW).beta * sector
 
     # --- investor flows ---
 
     def by_section(self, values: Panel) -> Panel:
         """`[E]` values of releases given to the stocks of each market section, `[S, N]`."""
-        return ex.of_group(self.on_rows(ex.of_event(values, self.releases.latest)), self.section_of)
+        return of_group(self.on_rows(of_event(values, self.releases.latest)), self.section_of)
 
     @shared
     def since_release(self) -> Panel:
-        return ex.of_group(self.on_rows(self.releases.since), self.section_of)
+        return of_group(self.on_rows(self.releases.since), self.section_of)
 
     @shared
     def smart_weeks(self) -> Panel:
         """Foreign minus individual 52-week z of the last 4 weeks, `[E, 4]`, newest last."""
         flows = self.releases
-        return ex.weekly_zscores(flows.foreign_net, WEEKS_IN_YEAR, 4) - ex.weekly_zscores(
+        return weekly_zscores(flows.foreign_net, WEEKS_IN_YEAR, 4) - weekly_zscores(
             flows.individual_net, WEEKS_IN_YEAR, 4
         )
 
@@ -296,7 +307,7 @@ class Market:
 
     def in_force(self, values: Panel, kind: str = "results") -> Panel:
         """`[E]` values as known at each close, `[S, N]`; null once the results, forecast or document expired."""
-        return ex.in_force(
+        return events.in_force(
             values, _day_numbers(self.documents.disclosed[kind]), self.documents.latest, self._days, EXPIRY_DAYS
         )
 

@@ -18,7 +18,6 @@ from typing import Any, cast
 import numpy as np
 
 from atft_pipeline.errors import InputError
-from atft_pipeline.features import expressions as ex
 from atft_pipeline.features.inputs import (
     DOCUMENT,
     INVESTOR_BALANCES,
@@ -30,7 +29,35 @@ from atft_pipeline.features.inputs import (
     traced_market,
 )
 from atft_pipeline.features.trace import Trace
-from atft_pipeline.storage.product import sha256_of
+from atft_pipeline.features.vocabulary.averages import EMA_SPANS_TO_FORGET, ema
+from atft_pipeline.features.vocabulary.cross_section import share_of
+from atft_pipeline.features.vocabulary.elementwise import (
+    above,
+    band_position,
+    band_width,
+    change,
+    exceeds,
+    growth,
+    is_known,
+    log,
+    log_ratio,
+    ratio,
+    reaches,
+    same_sign,
+    unit_position,
+)
+from atft_pipeline.features.vocabulary.events import SESSIONS_IN_WEEK, weekly_mean, weekly_zscores
+from atft_pipeline.features.vocabulary.windows import (
+    CARRY_SESSIONS,
+    lag,
+    rolling_max,
+    rolling_mean,
+    rolling_min,
+    rolling_std,
+    rolling_sum,
+    ts_zscore,
+)
+from atft_pipeline.storage.artifact import sha256_of
 
 NORMS: tuple[str, ...] = ("cs", "ts", "raw")
 FEATURE_COUNT = 82
@@ -88,17 +115,17 @@ class Feature:
 
     def compute(self, market: Market) -> Panel:
         """Values before normalisation, `[S, N]`, or the last of a series; rows before `market.fresh` mean nothing."""
-        return ex.lag(self.expression(market), self.lag_sessions - self.publication_lag)
+        return lag(self.expression(market), self.lag_sessions - self.publication_lag)
 
 
 def _emas(*spans: int) -> int:
     """Window of exponential averages in sequence."""
-    return sum(ex.EMA_SPANS_TO_FORGET * span for span in spans)
+    return sum(EMA_SPANS_TO_FORGET * span for span in spans)
 
 
-_STEP = 2 + ex.CARRY_SESSIONS
+_STEP = 2 + CARRY_SESSIONS
 """Sessions that R_1 looks at: its own, the one before, and the ones a close is carried over."""
-_WEEKS = 60 * ex.SESSIONS_IN_WEEK
+_WEEKS = 60 * SESSIONS_IN_WEEK
 """55 weeks of releases, and the holidays among them."""
 _YEARS = 560
 """Results up to 400 days old against those of a year earlier."""
@@ -138,7 +165,7 @@ REGISTRY: tuple[Feature, ...] = (
     Feature("returns_10d", "returns", "cs", 9 + _STEP, _CLOSE, "R_10", lambda m: m.ret(10)),
     Feature("returns_20d", "returns", "cs", 19 + _STEP, _CLOSE, "R_20", lambda m: m.ret(20)),
     Feature("overnight_return_1d", "returns", "cs", _STEP, _prices("Open", "Close"), "O_t / C_{t-1} − 1",
-            lambda m: ex.change(m.open, ex.lag(m.carried(), 1))),
+            lambda m: change(m.open, lag(m.carried(), 1))),
 
     Feature("volatility_5d", "volatility", "cs", 4 + _STEP, _CLOSE, "std(R_1, 5) · √D", lambda m: m.volatility(5)),
     Feature("volatility_10d", "volatility", "cs", 9 + _STEP, _CLOSE, "std(R_1, 10) · √D", lambda m: m.volatility(10)),
@@ -146,24 +173,24 @@ REGISTRY: tuple[Feature, ...] = (
     Feature("volatility_60d", "volatility", "cs", 59 + _STEP, _CLOSE, "std(R_1, 60) · √D", lambda m: m.volatility(60)),
     Feature("parkinson_volatility_20d", "volatility", "cs", 20, _prices("High", "Low"),
             "√(mean_20 ln²(H/L) / (4 ln 2)) · √D",
-            lambda m: np.sqrt(ex.rolling_mean(ex.log_ratio(m.high, m.low) ** 2, 20) / _PARKINSON * m.days_per_year)),
+            lambda m: np.sqrt(rolling_mean(log_ratio(m.high, m.low) ** 2, 20) / _PARKINSON * m.days_per_year)),
 
     Feature("price_to_ema_5", "trend", "cs", _emas(5), _CLOSE, "C / EMA_5 − 1",
-            lambda m: ex.change(m.close, m.ema(5))),
+            lambda m: change(m.close, m.ema(5))),
     Feature("price_to_ema_20", "trend", "cs", _emas(20), _CLOSE, "C / EMA_20 − 1",
-            lambda m: ex.change(m.close, m.ema(20))),
+            lambda m: change(m.close, m.ema(20))),
     Feature("price_to_ema_200", "trend", "cs", _emas(200), _CLOSE, "C / EMA_200 − 1",
-            lambda m: ex.change(m.close, m.ema(200))),
+            lambda m: change(m.close, m.ema(200))),
     Feature("ma_gap_5_20", "trend", "cs", _emas(20), _CLOSE, "EMA_5 / EMA_20 − 1", lambda m: m.ma_gap()),
     Feature("price_to_sma_60", "trend", "cs", 60, _CLOSE, "C / SMA_60 − 1",
-            lambda m: ex.change(m.close, ex.rolling_mean(m.close, 60))),
+            lambda m: change(m.close, rolling_mean(m.close, 60))),
     Feature("returns_60d", "trend", "cs", 59 + _STEP, _CLOSE, "R_60", lambda m: m.ret(60)),
     Feature("momentum_12_1", "trend", "cs", 251 + _STEP, _CLOSE, "C_{t-21} / C_{t-252} − 1",
-            lambda m: ex.change(ex.lag(m.carried(), 21), ex.lag(m.carried(), 252))),
+            lambda m: change(lag(m.carried(), 21), lag(m.carried(), 252))),
 
     Feature("bb_position", "oscillators", "cs", 20, _CLOSE, "%B: (C − SMA_20 + 2σ) / 4σ, σ with ddof 0, 0.5 at 0/0",
-            lambda m: ex.band_position(m.close, *m.bands())),
-    Feature("bb_width", "oscillators", "cs", 20, _CLOSE, "4σ / SMA_20", lambda m: ex.band_width(*m.bands())),
+            lambda m: band_position(m.close, *m.bands())),
+    Feature("bb_width", "oscillators", "cs", 20, _CLOSE, "4σ / SMA_20", lambda m: band_width(*m.bands())),
     Feature("rsi_2", "oscillators", "cs", _emas(3) + _STEP, _CLOSE,
             "Wilder's RSI over 2 changes, 50 where the price stood still",
             lambda m: m.rsi(2)),
@@ -172,21 +199,21 @@ REGISTRY: tuple[Feature, ...] = (
             lambda m: m.rsi(14)),
     Feature("macd_histogram", "oscillators", "cs", _emas(26, 9), _CLOSE,
             "(MACD − EMA_9(MACD)) / C, MACD = EMA_12 − EMA_26",
-            lambda m: ex.ratio(m.macd_histogram(), m.close)),
+            lambda m: ratio(m.macd_histogram(), m.close)),
     Feature("stoch_k_14", "oscillators", "cs", 14, _BARS, "(C − min(L, 14)) / (max(H, 14) − min(L, 14)), 0.5 at 0/0",
-            lambda m: ex.unit_position(m.close, ex.rolling_min(m.low, 14), ex.rolling_max(m.high, 14))),
+            lambda m: unit_position(m.close, rolling_min(m.low, 14), rolling_max(m.high, 14))),
     Feature("close_location", "oscillators", "cs", 1, _BARS, "(C − L) / (H − L), 0.5 where H = L",
-            lambda m: ex.unit_position(m.close, m.low, m.high)),
+            lambda m: unit_position(m.close, m.low, m.high)),
     Feature("high_52w_ratio", "oscillators", "cs", _YEAR, _prices("High", "Close"), "C / max(H, 252)",
-            lambda m: ex.ratio(m.close, ex.rolling_max(m.high, _YEAR))),
+            lambda m: ratio(m.close, rolling_max(m.high, _YEAR))),
 
     Feature("volume_ratio_5", "liquidity", "cs", 5, _prices("Volume"), "ln(V / mean(V, 5))",
-            lambda m: ex.log_ratio(m.volume(), ex.rolling_mean(m.volume(), 5))),
+            lambda m: log_ratio(m.volume(), rolling_mean(m.volume(), 5))),
     Feature("volume_ratio_20", "liquidity", "cs", 20, _prices("Volume"), "ln(V / mean(V, 20))",
-            lambda m: ex.log_ratio(m.volume(), ex.rolling_mean(m.volume(), 20))),
+            lambda m: log_ratio(m.volume(), rolling_mean(m.volume(), 20))),
     Feature("amihud_illiquidity_20d", "liquidity", "cs", 19 + _STEP, _prices("Close", "Volume", "TurnoverValue"),
             "ln mean_20(abs(R_1) / turnover value), null where the mean is 0",
-            lambda m: ex.log(ex.rolling_mean(ex.ratio(np.abs(m.ret(1)), m.turnover()), 20))),
+            lambda m: log(rolling_mean(ratio(np.abs(m.ret(1)), m.turnover()), 20))),
 
     Feature("mkt_returns_1d", "market", "ts", _STEP, _INDEX, "R_1 of the index", lambda m: m.mkt_ret(1)),
     Feature("mkt_returns_5d", "market", "ts", 4 + _STEP, _INDEX, "R_5 of the index", lambda m: m.mkt_ret(5)),
@@ -195,27 +222,27 @@ REGISTRY: tuple[Feature, ...] = (
     Feature("mkt_ma_gap_5_20", "market", "ts", _emas(20), _INDEX, "EMA_5 / EMA_20 − 1 of the index",
             lambda m: m.mkt_ma_gap()),
     Feature("mkt_ema20_slope_3", "market", "ts", _emas(20) + 3, _INDEX, "EMA20_t / EMA20_{t-3} − 1 of the index",
-            lambda m: ex.change(m.mkt_ema(20), ex.lag(m.mkt_ema(20), 3))),
+            lambda m: change(m.mkt_ema(20), lag(m.mkt_ema(20), 3))),
     Feature("mkt_volatility_20d", "market", "ts", 19 + _STEP, _INDEX, "std(R_1, 20) · √D of the index",
             lambda m: m.mkt_volatility()),
     Feature("mkt_bull_200", "market", "raw", _emas(200), _INDEX, "1 where the index is above its EMA_200",
-            lambda m: ex.above(m.index_close, m.mkt_ema(200))),
+            lambda m: above(m.index_close, m.mkt_ema(200))),
     Feature("mkt_high_vol", "market", "raw", 251 + 19 + _STEP, _INDEX,
             "1 where the 252-session z of mkt_volatility_20d > 1",
-            lambda m: ex.exceeds(ex.ts_zscore(m.mkt_volatility()), 1.0)),
+            lambda m: exceeds(ts_zscore(m.mkt_volatility()), 1.0)),
     Feature("mkt_breadth_200", "market", "raw", _emas(200), _SECTOR, "share of the universe above its EMA_200",
-            lambda m: ex.share_of(ex.above(m.close, m.ema(200)), m.investable)),
+            lambda m: share_of(above(m.close, m.ema(200)), m.investable)),
     Feature("mkt_drawdown", "market", "ts", _YEAR, _INDEX, "C / max(C, 252) − 1 of the index",
-            lambda m: ex.change(m.index_close, ex.rolling_max(m.index_close, _YEAR))),
+            lambda m: change(m.index_close, rolling_max(m.index_close, _YEAR))),
     Feature("mkt_bb_width", "market", "ts", 20, _INDEX, "4σ / SMA_20 of the index",
-            lambda m: ex.band_width(*m.mkt_bands())),
+            lambda m: band_width(*m.mkt_bands())),
     Feature("mkt_bb_position", "market", "ts", 20, _INDEX, "%B of the index",
-            lambda m: ex.band_position(m.index_close, *m.mkt_bands())),
+            lambda m: band_position(m.index_close, *m.mkt_bands())),
 
     Feature("beta_60d", "stock and market", "cs", 59 + _STEP, _BOTH, "cov(R_1, R_1 of the index) / var, 60 sessions",
             lambda m: m.mkt_regression().beta),
     Feature("beta_stability_60d", "stock and market", "cs", 118 + _STEP, _BOTH, "1 / (std(beta_60d, 60) + 1e-6)",
-            lambda m: 1.0 / (ex.rolling_std(m.mkt_regression().beta, 60) + _BETA_EPSILON)),
+            lambda m: 1.0 / (rolling_std(m.mkt_regression().beta, 60) + _BETA_EPSILON)),
     Feature("alpha_1d", "stock and market", "cs", 59 + _STEP, _BOTH, "R_1 − β · R_1 of the index",
             lambda m: m.alpha(1)),
     Feature("alpha_5d", "stock and market", "cs", 59 + _STEP, _BOTH, "R_5 − β · R_5 of the index",
@@ -227,17 +254,17 @@ REGISTRY: tuple[Feature, ...] = (
             lambda m: m.mkt_regression().residual_std),
     Feature("trend_align_mkt", "stock and market", "raw", _emas(20), _BOTH,
             "1 where ma_gap_5_20 of stock and index have the same sign",
-            lambda m: ex.same_sign(m.ma_gap(), m.on_rows(m.mkt_ma_gap()))),
+            lambda m: same_sign(m.ma_gap(), m.on_rows(m.mkt_ma_gap()))),
 
     Feature("sec_mom_20", "sector", "cs", 19 + _STEP, _SECTOR, "20-session sum of the sector's median R_1",
-            lambda m: m.of_sector(ex.rolling_sum(m.sector_ret(1), 20))),
+            lambda m: m.of_sector(rolling_sum(m.sector_ret(1), 20))),
     Feature("sec_ret_5d", "sector", "cs", 4 + _STEP, _SECTOR, "sector median R_5",
             lambda m: m.of_sector(m.sector_ret(5))),
     Feature("sec_vol_20_z", "sector", "cs", 251 + 19 + _STEP, _SECTOR, "252-session z of std(sector median R_1, 20)",
-            lambda m: m.of_sector(ex.ts_zscore(ex.rolling_std(m.sector_ret(1), 20)))),
+            lambda m: m.of_sector(ts_zscore(rolling_std(m.sector_ret(1), 20)))),
     Feature("sec_gap_5_20", "sector", "cs", _emas(20) + _STEP, _SECTOR,
             "EMA_5 / EMA_20 − 1 of the sector's chained median R_1",
-            lambda m: m.of_sector(ex.change(ex.ema(m.sector_index(), 5), ex.ema(m.sector_index(), 20)))),
+            lambda m: m.of_sector(change(ema(m.sector_index(), 5), ema(m.sector_index(), 20)))),
     Feature("alpha_vs_sec_1d", "sector", "cs", 59 + _STEP, _SECTOR, "R_1 − β_sector · sector median R_1, 60 sessions",
             lambda m: m.sector_alpha()),
 
@@ -249,26 +276,26 @@ REGISTRY: tuple[Feature, ...] = (
             lambda m: m.by_section(m.releases.individual_net[:, -1]), lag_sessions=1),
     Feature("flow_activity_ratio", "investor flow", "raw", _WEEKS, _flows("TotalTotal"),
             "TotalTotal / its 52-week mean",
-            lambda m: m.by_section(ex.ratio(m.releases.total[:, -1], ex.weekly_mean(m.releases.total, WEEKS_IN_YEAR))),
+            lambda m: m.by_section(ratio(m.releases.total[:, -1], weekly_mean(m.releases.total, WEEKS_IN_YEAR))),
             lag_sessions=1),
     Feature("flow_breadth_pos", "investor flow", "raw", _WEEKS, (*RELEASE, *INVESTOR_BALANCES, "listed.MarketCode"),
             "share of investor types with Balance > 0",
             lambda m: m.by_section(m.releases.buying_share), lag_sessions=1),
     Feature("flow_foreign_net_z", "investor flow", "raw", _WEEKS, _flows(*_FOREIGN),
             "52-week z of flow_foreign_net_ratio",
-            lambda m: m.by_section(ex.weekly_zscores(m.releases.foreign_net, WEEKS_IN_YEAR, 1)[:, -1]), lag_sessions=1),
+            lambda m: m.by_section(weekly_zscores(m.releases.foreign_net, WEEKS_IN_YEAR, 1)[:, -1]), lag_sessions=1),
     Feature("flow_individual_net_z", "investor flow", "raw", _WEEKS, _flows(*_INDIVIDUAL),
             "52-week z of flow_individual_net_ratio",
-            lambda m: m.by_section(ex.weekly_zscores(m.releases.individual_net, WEEKS_IN_YEAR, 1)[:, -1]),
+            lambda m: m.by_section(weekly_zscores(m.releases.individual_net, WEEKS_IN_YEAR, 1)[:, -1]),
             lag_sessions=1),
     Feature("flow_activity_z", "investor flow", "raw", _WEEKS, _flows("TotalTotal"), "52-week z of TotalTotal",
-            lambda m: m.by_section(ex.weekly_zscores(m.releases.total, WEEKS_IN_YEAR, 1)[:, -1]), lag_sessions=1),
+            lambda m: m.by_section(weekly_zscores(m.releases.total, WEEKS_IN_YEAR, 1)[:, -1]), lag_sessions=1),
     Feature("flow_smart_idx", "investor flow", "raw", _WEEKS, _SMART, "flow_foreign_net_z − flow_individual_net_z",
             lambda m: m.by_section(m.smart_weeks()[:, -1]), lag_sessions=1),
     Feature("flow_smart_mom4", "investor flow", "raw", _WEEKS, _SMART, "flow_smart_idx − its 4-week mean",
-            lambda m: m.by_section(m.smart_weeks()[:, -1] - ex.weekly_mean(m.smart_weeks(), 4)), lag_sessions=1),
+            lambda m: m.by_section(m.smart_weeks()[:, -1] - weekly_mean(m.smart_weeks(), 4)), lag_sessions=1),
     Feature("flow_shock_flag", "investor flow", "raw", _WEEKS, _SMART, "1 where abs(flow_smart_idx) ≥ 2",
-            lambda m: m.by_section(ex.reaches(np.abs(m.smart_weeks()[:, -1]), 2.0)), lag_sessions=1),
+            lambda m: m.by_section(reaches(np.abs(m.smart_weeks()[:, -1]), 2.0)), lag_sessions=1),
     Feature("flow_impulse", "investor flow", "raw", _WEEKS, _flows(),
             "1 at the first session that may use a release, halved each session",
             lambda m: 0.5 ** (m.since_release() - 1.0), lag_sessions=1),
@@ -277,47 +304,47 @@ REGISTRY: tuple[Feature, ...] = (
 
     Feature("stmt_yoy_sales", "statements", "cs", _YEARS, _statements("NetSales"),
             "(NetSales − that of the same period a year ago) / abs(that)",
-            lambda m: m.in_force(ex.growth(m.stmt("NetSales"), m.stmt("NetSales_year_ago")))),
+            lambda m: m.in_force(growth(m.stmt("NetSales"), m.stmt("NetSales_year_ago")))),
     Feature("stmt_yoy_op", "statements", "cs", _YEARS, _statements("OperatingProfit"), "the same of OperatingProfit",
-            lambda m: m.in_force(ex.growth(m.stmt("OperatingProfit"), m.stmt("OperatingProfit_year_ago")))),
+            lambda m: m.in_force(growth(m.stmt("OperatingProfit"), m.stmt("OperatingProfit_year_ago")))),
     Feature("stmt_yoy_np", "statements", "cs", _YEARS, _statements("Profit"), "the same of Profit",
-            lambda m: m.in_force(ex.growth(m.stmt("Profit"), m.stmt("Profit_year_ago")))),
+            lambda m: m.in_force(growth(m.stmt("Profit"), m.stmt("Profit_year_ago")))),
     Feature("stmt_opm", "statements", "cs", _YEARS, _statements("OperatingProfit", "NetSales"),
             "OperatingProfit / NetSales",
-            lambda m: m.in_force(ex.ratio(m.stmt("OperatingProfit"), m.stmt("NetSales")))),
+            lambda m: m.in_force(ratio(m.stmt("OperatingProfit"), m.stmt("NetSales")))),
     Feature("stmt_npm", "statements", "cs", _YEARS, _statements("Profit", "NetSales"), "Profit / NetSales",
-            lambda m: m.in_force(ex.ratio(m.stmt("Profit"), m.stmt("NetSales")))),
+            lambda m: m.in_force(ratio(m.stmt("Profit"), m.stmt("NetSales")))),
     Feature("stmt_progress_op", "statements",
             "cs", _YEARS, _statements("OperatingProfit", *_forecasts("OperatingProfit")),
             "OperatingProfit so far / full-year forecast in force",
-            lambda m: m.in_force(ex.ratio(m.stmt("OperatingProfit"), m.stmt("OperatingProfit_full_year")))),
+            lambda m: m.in_force(ratio(m.stmt("OperatingProfit"), m.stmt("OperatingProfit_full_year")))),
     Feature("stmt_progress_np", "statements", "cs", _YEARS, _statements("Profit", *_forecasts("Profit")),
             "Profit so far / full-year forecast in force",
-            lambda m: m.in_force(ex.ratio(m.stmt("Profit"), m.stmt("Profit_full_year")))),
+            lambda m: m.in_force(ratio(m.stmt("Profit"), m.stmt("Profit_full_year")))),
     Feature("stmt_rev_fore_op", "statements", "cs", _YEARS, _statements(*_forecasts("OperatingProfit")),
             "(forecast − the one before for the same year) / abs(that), OperatingProfit",
-            lambda m: m.in_force(ex.growth(m.stmt("OperatingProfit_forecast"),
+            lambda m: m.in_force(growth(m.stmt("OperatingProfit_forecast"),
                                    m.stmt("OperatingProfit_forecast_before")), "forecast")),
     Feature("stmt_rev_fore_np", "statements", "cs", _YEARS, _statements(*_forecasts("Profit")), "the same of Profit",
-            lambda m: m.in_force(ex.growth(m.stmt("Profit_forecast"), m.stmt("Profit_forecast_before")), "forecast")),
+            lambda m: m.in_force(growth(m.stmt("Profit_forecast"), m.stmt("Profit_forecast_before")), "forecast")),
     Feature("stmt_roe", "statements", "cs", _YEARS, _statements("Profit", "Equity"), "Profit / Equity",
-            lambda m: m.in_force(ex.ratio(m.stmt("Profit"), m.stmt("Equity")))),
+            lambda m: m.in_force(ratio(m.stmt("Profit"), m.stmt("Equity")))),
     Feature("stmt_roa", "statements", "cs", _YEARS, _statements("Profit", "TotalAssets"), "Profit / TotalAssets",
-            lambda m: m.in_force(ex.ratio(m.stmt("Profit"), m.stmt("TotalAssets")))),
+            lambda m: m.in_force(ratio(m.stmt("Profit"), m.stmt("TotalAssets")))),
     Feature("stmt_recent_flag", "statements", "raw", _YEARS, _statements(),
             "1 in the first 5 sessions that know the latest document",
-            lambda m: 1.0 - ex.reaches(m.sessions_since_document(), 5.0)),
+            lambda m: 1.0 - reaches(m.sessions_since_document(), 5.0)),
     Feature("stmt_days_since", "statements", "cs", _YEARS, _statements(), "calendar days since the latest document",
             lambda m: m.document_age("document")),
 
     Feature("is_flow_valid", "masks", "raw", _WEEKS, _flows(), "1 where the section has a release",
-            lambda m: ex.is_known(m.since_release()), lag_sessions=1),
+            lambda m: is_known(m.since_release()), lag_sessions=1),
     Feature("is_stmt_valid", "masks", "raw", _YEARS, _statements(), "1 where results no older than 400 days are known",
-            lambda m: ex.is_known(m.document_age("results"))),
+            lambda m: is_known(m.document_age("results"))),
     Feature("is_ma_valid", "masks", "raw", _emas(200), _CLOSE, "1 from the 200th traded session on",
             lambda m: m.has_traded(200)),
     Feature("is_sector_valid", "masks", "raw", _STEP, _SECTOR, "1 where 5 members of the sector have an R_1",
-            lambda m: ex.is_known(m.of_sector(m.sector_ret(1)))),
+            lambda m: is_known(m.of_sector(m.sector_ret(1)))),
 )
 # fmt: on
 

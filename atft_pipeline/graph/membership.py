@@ -18,9 +18,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from atft_pipeline.config.schema import GraphConfig, to_dict
+from atft_pipeline.config.overrides import to_dict
+from atft_pipeline.config.schema import GraphConfig
+from atft_pipeline.config.slices import SLICES
+from atft_pipeline.dataset.layout import read_membership
 from atft_pipeline.errors import InputError
-from atft_pipeline.storage.product import read_membership, read_table, resolved, sha256_of
+from atft_pipeline.storage.artifact import read_table, resolved, sha256_of
 
 MINIMUM_SESSIONS: int = 60
 """History before the first graph. A shorter one finds chance, a longer one leaves the first year without a graph."""
@@ -28,7 +31,6 @@ MINIMUM_SESSIONS: int = 60
 DEFINITION: int = 2
 """Raise it when the same membership gives other edges: it enters every digest, so parts of before are not reused."""
 
-UNIVERSE_COLUMNS: dict[str, str] = {"all": "is_investable", "liquid": "is_liquid"}
 
 Window = tuple[int, int]
 """First session and refresh session of a graph, positions in the dataset's sessions, both included."""
@@ -180,7 +182,7 @@ def _update(digest: Any, membership: Membership, t: int) -> None:
 
 def read_members(dataset: Path, config: GraphConfig, only: Sequence[str] | None = None) -> Membership:
     """The dataset's membership, of the months in `only` if given, as dense arrays."""
-    flag = UNIVERSE_COLUMNS[config.universe]
+    flag = SLICES[config.universe]
     names = ["Date", "Code", "return_1d", flag, "Sector33Code", "MarketCode"]
     table = read_membership(dataset, names) if only is None else read_membership_months(dataset, only, names)
     sessions = np.sort(pc.unique(table["Date"]).to_numpy(zero_copy_only=False).astype("datetime64[D]"))

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from atft_pipeline.config.schema import DatasetConfig, to_dict
+from atft_pipeline.config.overrides import to_dict
+from atft_pipeline.config.schema import DatasetConfig
 from atft_pipeline.errors import InputError
 from atft_pipeline.market.adjustment import StockMemory
 from atft_pipeline.market.contracts import (
@@ -32,6 +33,7 @@ from atft_pipeline.market.contracts import (
 from atft_pipeline.market.price_panel import Days, PricePanel
 from atft_pipeline.market.sources import Source, in_time
 from atft_pipeline.market.universe import PricesResult, UniverseMemory, build_prices
+from atft_pipeline.storage.artifact import sha256_of, write_manifest
 from atft_pipeline.storage.atomic import load_arrays, replacing, save_arrays
 from atft_pipeline.storage.code_version import code_revision
 from atft_pipeline.storage.monthly import (
@@ -45,7 +47,6 @@ from atft_pipeline.storage.monthly import (
     spans,
     writing_parts,
 )
-from atft_pipeline.storage.product import sha256_of, write_manifest
 
 KIND = "prices"
 CELLS_AT_A_TIME = 4_000_000

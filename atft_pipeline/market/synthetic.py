@@ -19,7 +19,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from atft_pipeline.errors import InputError
-from atft_pipeline.market import calendar as trading_calendar
+from atft_pipeline.market import calendar
 from atft_pipeline.storage.atomic import replacing
 
 Array = NDArray[np.float64]
@@ -213,7 +213,7 @@ def _rng(seed: int, kind: int, index: int) -> np.random.Generator:
 
 def _sessions(first: dt.date, count: int) -> NDArray[np.datetime64]:
     last = first + dt.timedelta(days=int(count * 1.55) + 30)
-    return trading_calendar.sessions("tokyo", first, last)[:count]
+    return calendar.sessions("tokyo", first, last)[:count]
 
 
 def _draw_stocks(N: int, rng: np.random.Generator) -> _Stocks:
@@ -563,7 +563,7 @@ def _known_from(day: dt.date, time: str, days: NDArray[np.datetime64]) -> int:
     """First session at whose close the disclosure is public; before the first session counts as the first."""
     t = int(np.searchsorted(days, np.datetime64(day)))
     if t < len(days) and days[t] == np.datetime64(day):
-        return t if dt.time.fromisoformat(time) < trading_calendar.close_time("tokyo", day) else t + 1
+        return t if dt.time.fromisoformat(time) < calendar.close_time("tokyo", day) else t + 1
     return t
 
 

@@ -21,58 +21,24 @@ from numpy.typing import NDArray
 
 from atft_pipeline.config.schema import DatasetConfig
 from atft_pipeline.errors import InputError
-from atft_pipeline.market import calendar as trading_calendar
-from atft_pipeline.market.adjustment import HIT, RULES, Listings, Passed, StockMemory, median_reaches, pass_through
-from atft_pipeline.market.calendar import MarketFacts, market_facts
+from atft_pipeline.market import calendar
+from atft_pipeline.market.adjustment import Passed, StockMemory, pass_through
+from atft_pipeline.market.facts import market_facts
+from atft_pipeline.market.liquidity import liquid_rows
+from atft_pipeline.market.listed import Listed
 from atft_pipeline.market.price_panel import (
     QUOTES,
-    Categories,
     Days,
     Panel,
     PricePanel,
     compacted,
-    dates_of,
     day_array,
     positions,
     scattered,
 )
+from atft_pipeline.market.quarantine import as_quarantine_rows, quarantine_rows
 
 RAW_QUOTES = (*QUOTES, "AdjustmentFactor")
-SHARE_CLASS = r"^\d[0-9A-Z]\d[0-9A-Z][1-9]$"
-"""Tokyo's codes of preferred shares and the like: the fifth character is not 0."""
-
-
-@dataclass(frozen=True)
-class QuarantineRule:
-    decision: str
-    explanation: str
-
-
-QUARANTINE_RULES: dict[str, QuarantineRule] = {
-    "no_trade_date": QuarantineRule("drop", "no stock traded and the exchange was closed: rows of a holiday"),
-    "not_listed": QuarantineRule("drop", "the code is in no snapshot of listed, so it cannot be known to be a stock"),
-    "not_common_stock": QuarantineRule("drop", "fund, REIT or preferred share by market, sector or share class"),
-    "price_not_positive": QuarantineRule("mask", "a traded row with a price that is null, infinite or <= 0"),
-    "negative_volume": QuarantineRule("mask", "volume below 0 or infinite"),
-    "negative_turnover": QuarantineRule("mask", "turnover below 0 or infinite"),
-    "high_below_low": QuarantineRule("mask", "high below low"),
-    "price_outside_range": QuarantineRule("mask", "open or close outside [low, high]"),
-    "range_too_wide": QuarantineRule("mask", "high over 4.5 times low: one field is off in scale"),
-    "bad_factor": QuarantineRule("ignore_factor", "factor null on a traded row, or not in 1e-4 to 1e4: read as 1"),
-    "factor_without_jump": QuarantineRule("ignore_factor", "a split's factor and a price that did not move: read as 1"),
-    "split_without_factor": QuarantineRule(
-        "rebase", "open and close jumped by a split's ratio on ordinary turnover: the ratio is used as the factor"
-    ),
-    "level_break": QuarantineRule("rebase", "open and close over 4.5 times the last close: overnight move taken out"),
-    "jump_without_factor": QuarantineRule(
-        "flag", "open and close jumped by a split's ratio, on heavy turnover or after a gap: kept as a real move"
-    ),
-    "jump_reverts": QuarantineRule(
-        "mask_target", "a jump of over 4.5 times came back on the next traded session: no return starts or ends here"
-    ),
-}  # fmt: skip
-"""What is quarantined. `drop` and `mask` remove a row or its prices; `ignore_factor` and `rebase` correct the factor;
-`flag` changes nothing; `mask_target` nulls forward returns whose execution or exit price is of that row."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +124,7 @@ def build_prices(
     raw, present = _dense(prices, row_session, positions(prices["Code"], codes), (len(sessions), len(codes)))
     stated = np.flatnonzero(np.isfinite(raw["AdjustmentFactor"]).any(axis=1))
     factors_from = 0 if memory.factors_stated else int(stated[0]) if len(stated) else len(sessions)
-    listed = _Listed.of(tables["listed"], codes, sessions, config.market)
+    listed = Listed.of(tables["listed"], codes, sessions, config.market)
     passed = pass_through(
         raw,
         present,
@@ -170,11 +136,11 @@ def build_prices(
         min_history_sessions=config.min_history_sessions,
     )
     known = np.concatenate([before.sessions, sessions])
-    quarantine = pl.concat([closed, *_hits(passed.hits, known, len(before.sessions), codes, listed)])
+    quarantine = pl.concat([closed, *quarantine_rows(passed.hits, known, len(before.sessions), codes, listed)])
     traded = memory.stocks.history > 0
     _require_stocks(np.array(codes)[traded], quarantine)
     turnover = np.concatenate([memory.turnover, raw["TurnoverValue"]])
-    is_liquid = passed.is_investable & _is_liquid(turnover, len(memory.turnover), facts)
+    is_liquid = passed.is_investable & liquid_rows(turnover, len(memory.turnover), facts)
     return PricesResult(
         _panel(sessions, codes, raw, passed, is_liquid, listed, traded),
         quarantine.sort("Date", "Code", "rule"),
@@ -193,10 +159,6 @@ def last_day(prices: pl.DataFrame, index: pl.DataFrame) -> dt.date:
     days = pl.concat([prices["Date"], index["Date"]]).max()
     assert isinstance(days, dt.date)
     return days
-
-
-def _is_liquid(turnover: Panel, first: int, facts: MarketFacts) -> NDArray[np.bool_]:
-    return median_reaches(turnover, facts.turnover_floor, facts.turnover_window_sessions, first)
 
 
 def _require_stocks(codes: NDArray[np.str_], quarantine: pl.DataFrame) -> None:
@@ -218,7 +180,7 @@ def _panel(
     raw: Mapping[str, Panel],
     passed: Passed,
     is_liquid: NDArray[np.bool_],
-    listed: _Listed,
+    listed: Listed,
     traded: NDArray[np.bool_],
 ) -> PricePanel:
     """The panel of the stocks that have ever traded: funds and unlisted codes take no columns."""
@@ -262,14 +224,14 @@ def _on_exchange_days(
     by_day = prices.group_by("Date").agg(rows=pl.len(), traded=volume.ne(0).fill_null(priced).any()).sort("Date")
     days = day_array(by_day["Date"])
     first = before[-1] + 1 if len(before) else days[0]
-    known = trading_calendar.known_sessions(market, first, until)
+    known = calendar.known_sessions(market, first, until)
     traded = days[by_day["traded"].to_numpy()]
-    trading_calendar.require_sessions(market, traded)
+    calendar.require_sessions(market, traded)
     sessions = np.union1d(traded, known)
     place = np.searchsorted(sessions, days)
     is_session = np.isin(days, sessions)
     closed = by_day.filter(~pl.Series(is_session)).with_columns(Code=pl.lit(""), known_from=pl.col("Date"))
-    hits = _named("no_trade_date", closed, pl.format("{} rows", "rows"))
+    hits = as_quarantine_rows("no_trade_date", closed, pl.format("{} rows", "rows"))
     runs = np.searchsorted(days, day_array(prices["Date"]))
     return sessions, np.where(is_session, place, -1)[runs], hits
 
@@ -288,127 +250,3 @@ def _dense(
 
     raw = {name: scattered(values(name), cells, shape, np.nan) for name in RAW_QUOTES}
     return raw, scattered(np.ones(len(cells), np.bool_), cells, shape, absent=False)
-
-
-@dataclass(frozen=True)
-class _Attribute:
-    """A text column of the snapshots."""
-
-    names: tuple[str, ...]
-    number: NDArray[np.int32]
-    """[snapshots], and a last −1 for a stock that is in none."""
-
-    @staticmethod
-    def of(texts: pl.Series) -> _Attribute:
-        names = texts.unique().drop_nulls().sort().to_list()
-        return _Attribute(tuple(names), np.append(positions(texts, names), np.int32(-1)))
-
-    def at(self, listing: NDArray[np.int32]) -> Categories:
-        return Categories(self.names, self.number[listing])
-
-
-@dataclass(frozen=True)
-class _Listed:
-    """The snapshots of `listed`, sorted by code and date; of codes that have prices."""
-
-    listings: Listings
-    sector: _Attribute
-    section: _Attribute
-    attributes: pl.DataFrame
-    """Sector33Code and MarketCode as stated."""
-
-    @staticmethod
-    def of(listed: pl.DataFrame, codes: Sequence[str], sessions: Days, market: str) -> _Listed:
-        """A fund is told by its market; sector 9999 under a stock's own market is a stock that has been delisted since:
-        kept, its sector unknown."""
-        texts = [pl.col(name).str.strip_chars().replace("", None) for name in ("Sector33Code", "MarketCode")]
-        stock = pl.Series("n", positions(listed["Code"], codes))
-        rows = listed.select("Date", *texts).with_columns(stock).filter(pl.col("n") >= 0).sort("n", "Date")
-        sector, section = pl.col("Sector33Code"), pl.col("MarketCode")
-        is_fund = (section == "0109") | ((sector == "9999") & section.is_null())
-        share_class = pl.Series(codes, dtype=pl.String).str.contains(SHARE_CLASS).to_numpy()
-        listings = Listings(
-            start=np.searchsorted(rows["n"].to_numpy(), np.arange(len(codes) + 1)),
-            known_from=np.searchsorted(sessions, day_array(rows["Date"])),
-            is_fund=rows.select(is_fund.fill_null(value=False)).to_series().to_numpy(),
-            share_class=share_class if market == "tokyo" else np.zeros(len(codes), np.bool_),
-        )
-        industry = rows.select(pl.when(sector != "9999").then(sector)).to_series()
-        return _Listed(listings, _Attribute.of(industry), _Attribute.of(rows["MarketCode"]), rows)
-
-
-# --- quarantine -------------------------------------------------------------------------------------------------------
-
-_NUMBER = pl.Float64
-_QUOTE = ("open", "high", "low", "close", "volume")
-
-
-def _text(figure: str) -> pl.Expr:
-    return pl.col(figure).cast(pl.String).fill_null("null")
-
-
-_QUOTED = pl.format("O {} H {} L {} C {} V {}", *(_text(name) for name in _QUOTE))
-_JUMPED = pl.format(
-    "last close {}, open {}, close {}, published factor {}, correction {}",
-    "last_close", "open", "close", pl.col("factor").round(6), pl.col("correction").round(6),
-)  # fmt: skip
-_LISTED_AS = pl.format("MarketCode {} Sector33Code {}", _text("MarketCode"), _text("Sector33Code"))
-_DETAILS: dict[str, pl.Expr] = {
-    "not_listed": _LISTED_AS,
-    "not_common_stock": _LISTED_AS,
-    "price_not_positive": _QUOTED,
-    "negative_volume": _QUOTED,
-    "negative_turnover": pl.format("{} turnover {}", _QUOTED, _text("turnover")),
-    "high_below_low": _QUOTED,
-    "price_outside_range": _QUOTED,
-    "range_too_wide": _QUOTED,
-    "bad_factor": pl.format("factor {}", _text("factor")),
-    "factor_without_jump": _JUMPED,
-    "split_without_factor": _JUMPED,
-    "level_break": _JUMPED,
-    "jump_without_factor": _JUMPED,
-    "jump_reverts": _JUMPED,
-}
-"""How each rule states its evidence."""
-
-
-def _hits(hits: Panel, known: Days, passed: int, codes: Sequence[str], listed: _Listed) -> list[pl.DataFrame]:
-    """The pass's hits as rows of the quarantine table. known: all sessions, of which `passed` came before the pass."""
-    session = hits[:, HIT.session].astype(np.int64) + passed
-    listing = pl.Series("listing", hits[:, HIT.listing]).fill_nan(None).cast(pl.Int64, strict=False)
-    frame = pl.DataFrame(
-        {
-            "rule": hits[:, HIT.rule].astype(np.int64),
-            "Date": dates_of(known[session]),
-            "known_from": dates_of(known[hits[:, HIT.known_from].astype(np.int64) + passed]),
-            "Code": pl.Series(codes, dtype=pl.String).gather(hits[:, HIT.stock].astype(np.int64)),
-            **{name: pl.Series(hits[:, column], dtype=_NUMBER).fill_nan(None) for name, column in _figures().items()},
-            "listing": pl.Series(np.where(listing.is_null(), -1, listing.fill_null(-1))),
-        }
-    )
-    stated = listed.attributes.select("Sector33Code", "MarketCode").with_row_index("listing")
-    frame = frame.join(stated.with_columns(pl.col("listing").cast(pl.Int64)), on="listing", how="left")
-    return [
-        _named(RULES[number], rows, _DETAILS[RULES[number]])
-        for (number,), rows in frame.partition_by("rule", as_dict=True).items()
-        if isinstance(number, int)
-    ]
-
-
-def _figures() -> dict[str, int]:
-    return {
-        name: column
-        for name, column in HIT._asdict().items()
-        if name not in ("session", "stock", "rule", "listing", "known_from")
-    }
-
-
-def _named(rule: str, rows: pl.DataFrame, detail: pl.Expr) -> pl.DataFrame:
-    return rows.select(
-        pl.lit(rule).alias("rule"),
-        pl.lit(QUARANTINE_RULES[rule].decision).alias("decision"),
-        "Date",
-        "Code",
-        detail.cast(pl.String).alias("detail"),
-        "known_from",
-    )

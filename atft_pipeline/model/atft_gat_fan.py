@@ -13,11 +13,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from atft_pipeline.batches.blocks import Block
+from atft_pipeline.batches.block import Block
 from atft_pipeline.config.schema import HORIZONS, ModelConfig
 from atft_pipeline.model.adaptive_norm import NORMALISATIONS
-from atft_pipeline.model.backbone_projection import BackboneProjection
-from atft_pipeline.model.fusion import Fusion
+from atft_pipeline.model.fusion import BackboneProjection, Fusion
 from atft_pipeline.model.gat import GraphAttention
 from atft_pipeline.model.prediction_head import PredictionHead
 from atft_pipeline.model.temporal_encoder import TemporalEncoder

@@ -36,3 +36,14 @@ class Fusion(nn.Module):
         gates = torch.sigmoid(self.gate(torch.cat(states, dim=-1))).chunk(len(states), dim=-1)
         gated = torch.stack([gate * state for gate, state in zip(gates, states, strict=True)])
         return self.norm(gated.sum(dim=0))
+
+
+class BackboneProjection(nn.Module):
+    """LayerNorm, linear map and GELU: `[N, S, D] -> [N, S, D]`."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.LayerNorm(hidden), nn.Linear(hidden, hidden), nn.GELU())
+
+    def forward(self, state: Tensor) -> Tensor:
+        return self.layers(state)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch_geometric.nn import GATv2Conv
 
-from atft_pipeline.batches.blocks import Neighbours
+from atft_pipeline.batches.block import Neighbours
 
 EDGE_CHANNELS: int = 3
 """corr, same_sector, same_market."""

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from atft_pipeline.errors import InputError
 from atft_pipeline.runs.reader import Record, open_record
-from atft_pipeline.verdict.criterion import MAX_DEGENERACY_RESETS, MILESTONES, Milestone, Progress, progress_milestones
+from atft_pipeline.verdict.milestones import MAX_DEGENERACY_RESETS, MILESTONES, Milestone, Progress, progress_milestones
 
 State = Literal["finished", "invalid", "unfinished", "missing", "unreadable", "other dataset", "other split", "stale"]
 

@@ -16,7 +16,7 @@ from typing import Any
 from atft_pipeline.errors import InputError, unusable_path
 from atft_pipeline.monitoring.persistent_warnings import StandingWarning, standing_warnings
 from atft_pipeline.monitoring.progress import Progress, read_all_progress, read_progress
-from atft_pipeline.runs.record import is_held
+from atft_pipeline.runs.lock import is_held
 from atft_pipeline.training.distributed.interrupts import pause
 
 ENDED_SHOWN = 5

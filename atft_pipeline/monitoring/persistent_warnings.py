@@ -15,8 +15,9 @@ from atft_pipeline.diagnostics.evidence import recorded
 from atft_pipeline.diagnostics.experiments.commands import commands
 from atft_pipeline.diagnostics.rules.rule import Finding, assess
 from atft_pipeline.errors import InputError
+from atft_pipeline.runs.header import read_run
 from atft_pipeline.runs.reader import open_record, part_epoch
-from atft_pipeline.runs.record import TABLES, read_run
+from atft_pipeline.runs.tables import TABLES
 
 STANDING_EPOCHS = 3
 """A rule that fires at this many newest complete epochs is a warning; fewer may be the noise of one evaluation."""

@@ -17,10 +17,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from atft_pipeline.config.schema import EXPERIMENT_IDS, from_dict, leaves
+from atft_pipeline.config.overrides import from_dict, leaves
+from atft_pipeline.config.schema import EXPERIMENT_IDS
 from atft_pipeline.errors import InputError
 from atft_pipeline.evaluation.metrics import finite_or_none, paired_difference, sharpe
-from atft_pipeline.runs.record import PLACEMENT, read_run, read_table
+from atft_pipeline.runs.header import read_run
+from atft_pipeline.runs.keys import PLACEMENT
+from atft_pipeline.runs.tables import read_table
 from atft_pipeline.storage.atomic import write_json
 
 SPLIT = "validation"

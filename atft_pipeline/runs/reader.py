@@ -20,7 +20,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from atft_pipeline.errors import InputError
-from atft_pipeline.runs.record import TABLES, located
+from atft_pipeline.runs.header import located
+from atft_pipeline.runs.tables import TABLES
 
 KEYS: dict[str, str] = {
     "series": "step, epoch, split, component, term, metric",

@@ -23,8 +23,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from atft_pipeline.storage.artifact import manifest_path, read_manifest, replacing_product, resolved
 from atft_pipeline.storage.atomic import link, replacing
-from atft_pipeline.storage.product import manifest_path, read_manifest, replacing_product, resolved
 
 Days = NDArray[np.datetime64]
 

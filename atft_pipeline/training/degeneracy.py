@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from atft_pipeline.batches.blocks import Panel
+from atft_pipeline.batches.panel import Panel
 from atft_pipeline.config.schema import GuardConfig
 from atft_pipeline.training.scoring import Scores
 

@@ -19,9 +19,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from atft_pipeline.batches.blocks import Block, BlockDataset
+from atft_pipeline.batches.block import Block
+from atft_pipeline.batches.block_dataset import BlockDataset
 from atft_pipeline.errors import RunFailure, RunInterrupted
-from atft_pipeline.runs.record import RunRecord, now
+from atft_pipeline.runs.header import now
+from atft_pipeline.runs.record import RunRecord
 from atft_pipeline.training.distributed.interrupts import handled
 
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}

@@ -32,7 +32,9 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from atft_pipeline.config.schema import PipelineConfig
 from atft_pipeline.errors import InputError, RunFailure, unusable_path
-from atft_pipeline.runs.record import RunRecord, is_held, read_run
+from atft_pipeline.runs.header import read_run
+from atft_pipeline.runs.lock import is_held
+from atft_pipeline.runs.record import RunRecord
 from atft_pipeline.training.distributed.interrupts import handled, kept
 from atft_pipeline.training.distributed.process_group import PeerLost, joined
 from atft_pipeline.training.failures import early_end_recorded

@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from atft_pipeline.config.schema import GraphConfig, PipelineConfig, to_dict
+from atft_pipeline.config.overrides import to_dict
+from atft_pipeline.config.schema import GraphConfig, PipelineConfig
 from atft_pipeline.errors import InputError
-from atft_pipeline.runs.record import config_key, now, read_run, run_key
+from atft_pipeline.runs.header import now, read_run
+from atft_pipeline.runs.keys import config_key, run_key
+from atft_pipeline.storage.artifact import read_manifest
 from atft_pipeline.storage.code_version import code_revision
-from atft_pipeline.storage.product import read_manifest
 from atft_pipeline.training.distributed.process_group import ALONE, Processes
 
 

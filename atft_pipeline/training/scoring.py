@@ -19,9 +19,12 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from atft_pipeline.batches.blocks import Block, BlockDataset, Panel
+from atft_pipeline.batches.block import Block
+from atft_pipeline.batches.block_dataset import BlockDataset
+from atft_pipeline.batches.panel import Panel
 from atft_pipeline.batches.panel_storage import prefetched
-from atft_pipeline.config.schema import HORIZONS, EvaluationConfig, LossConfig, Slice
+from atft_pipeline.config.schema import HORIZONS, EvaluationConfig, LossConfig
+from atft_pipeline.config.slices import Slice
 from atft_pipeline.evaluation.evaluate import Evaluation, evaluate
 from atft_pipeline.runs.record import statistics_rows, write_parquet
 from atft_pipeline.training.losses import CompositeLoss

@@ -22,15 +22,20 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from atft_pipeline.batches.blocks import Block, BlockDataset, Panel, load_panel
+from atft_pipeline.batches.block import Block
+from atft_pipeline.batches.block_dataset import BlockDataset
+from atft_pipeline.batches.panel import Panel, load_panel
 from atft_pipeline.batches.panel_storage import PanelStorage, prefetched
 from atft_pipeline.config.schema import PipelineConfig
 from atft_pipeline.dataset.splits import Split, make_split
 from atft_pipeline.errors import InputError, RunFailure
 from atft_pipeline.evaluation.evaluate import Evaluation
-from atft_pipeline.graph.build import load_graph
+from atft_pipeline.graph.store import load_graph
 from atft_pipeline.model.atft_gat_fan import ATFTGATFAN
-from atft_pipeline.runs.record import TABLES, RunRecord, UnwrittenRecord, exclusive, now, read_run, read_table
+from atft_pipeline.runs.header import now, read_run
+from atft_pipeline.runs.lock import exclusive
+from atft_pipeline.runs.record import RunRecord, UnwrittenRecord
+from atft_pipeline.runs.tables import TABLES, read_table
 from atft_pipeline.storage.atomic import remove_remnants
 from atft_pipeline.training.checkpoints import packed, read_checkpoint, unpacked, write_checkpoint
 from atft_pipeline.training.degeneracy import DegeneracyGuard, dispersions
@@ -43,7 +48,7 @@ from atft_pipeline.training.failures import (
     non_finite_loss,
     shortage_of_memory_explained,
 )
-from atft_pipeline.training.judge_run import Battery, read_verdict, write_verdict
+from atft_pipeline.training.judge_run import write_verdict
 from atft_pipeline.training.losses import CompositeLoss, LossTerms
 from atft_pipeline.training.plan import Plan, claim_directory, plan_run, resolve_device, run_header
 from atft_pipeline.training.schedule import LearningRateSchedule
@@ -71,7 +76,9 @@ from atft_pipeline.training.telemetry.step_metrics import (
     log_steps,
     log_update,
 )
+from atft_pipeline.training.validity_checks import Battery
 from atft_pipeline.training.weight_average import WeightAverage
+from atft_pipeline.verdict.read import read_verdict
 
 SCORING_BATCH_RATIO = 4
 """Samples per block when scoring, over those when training: the warm-up sessions of a longer block weigh less."""

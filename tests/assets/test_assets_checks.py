@@ -22,7 +22,7 @@ from atft_pipeline.config.schema import GraphConfig
 from atft_pipeline.dataset import store as dataset_parts
 from atft_pipeline.market import price_store as price_parts
 from atft_pipeline.market.sources import RAW_TABLES
-from atft_pipeline.storage.product import write_manifest
+from atft_pipeline.storage.artifact import write_manifest
 
 RAW = "group:raw"
 RUN = dg.AssetKey("training_run_20ep")

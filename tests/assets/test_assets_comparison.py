@@ -16,7 +16,7 @@ import pytest
 from dagster_runs import EVER, UPSTREAM_CONFIG, failures, make, make_source, outcomes, training
 
 import assets.judging.comparison
-from atft_pipeline.runs.record import TABLES
+from atft_pipeline.runs.tables import TABLES
 from resources.dataset_store import DatasetStore
 
 CHECK = "comparison:no_identical_figures"

@@ -12,8 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 from dagster_runs import EVER, UPSTREAM, UPSTREAM_CONFIG, failures, make, make_source, training
 
-from atft_pipeline.evaluation.evaluate import EvaluationConfig, evaluate_file
-from atft_pipeline.runs.record import read_run
+from atft_pipeline.config.schema import EvaluationConfig
+from atft_pipeline.evaluation.predictions_table import evaluate_file
+from atft_pipeline.runs.header import read_run
 
 DELIVERY = 'key:"delivery_5ep"'
 RUN = 'key:"training_run_5ep"'

@@ -12,10 +12,10 @@ from dagster_runs import EVER, NEVER, UPSTREAM, UPSTREAM_CONFIG, failures, made,
 
 import atft_pipeline.training.trainer
 from assets.training.gate import GATE_MODEL, last_check, last_materialization
+from atft_pipeline.config.overrides import with_overrides
 from atft_pipeline.config.presets import preset
-from atft_pipeline.config.schema import with_overrides
 from atft_pipeline.errors import RunFailure
-from atft_pipeline.runs.record import config_key
+from atft_pipeline.runs.keys import config_key
 from atft_pipeline.training.plan import plan_run
 
 LONG = 'key:"model_120ep"'

@@ -17,7 +17,7 @@ from atft_process import environment
 from kill_server import PHASES
 from training_runs import Data, header, record
 
-from atft_pipeline.runs.record import TABLES, read_table
+from atft_pipeline.runs.tables import TABLES, read_table
 
 SEED = 20240105
 KILLS, IN_EACH_PHASE = 50, 8

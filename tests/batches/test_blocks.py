@@ -15,12 +15,15 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from atft_pipeline.batches.blocks import Block, BlockDataset, Panel, load_panel
+from atft_pipeline.batches.block import Block
+from atft_pipeline.batches.block_dataset import BlockDataset
+from atft_pipeline.batches.panel import Panel, load_panel
 from atft_pipeline.config.schema import ModelConfig
+from atft_pipeline.dataset.layout import MEMBERSHIP_COLUMNS, TARGETS, membership_path, write_dataset
 from atft_pipeline.errors import InputError
 from atft_pipeline.graph.build import StockGraph
 from atft_pipeline.model import ATFTGATFAN
-from atft_pipeline.storage.product import MEMBERSHIP_COLUMNS, TARGETS, manifest_path, membership_path, write_dataset
+from atft_pipeline.storage.artifact import manifest_path
 
 FEATURES = ["alpha", "dead", "beta", "gamma"]
 LIVE = ["alpha", "beta", "gamma"]

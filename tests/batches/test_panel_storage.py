@@ -18,11 +18,13 @@ from numpy.typing import NDArray
 from test_training import trainer_of
 from training_runs import Data, header, record, settings, train_quietly
 
-from atft_pipeline.batches import blocks, panel_storage
-from atft_pipeline.batches.blocks import Block, BlockDataset, Neighbours, Panel, load_panel
+from atft_pipeline.batches import block_dataset, panel_storage
+from atft_pipeline.batches.block import Block, Neighbours
+from atft_pipeline.batches.block_dataset import BlockDataset
+from atft_pipeline.batches.panel import Panel, load_panel
 from atft_pipeline.batches.panel_storage import PanelStorage, free_host_bytes, in_map, left_to_the_cache
 from atft_pipeline.errors import RunFailure
-from atft_pipeline.graph.build import load_graph
+from atft_pipeline.graph.store import load_graph
 from atft_pipeline.training import trainer as training
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
@@ -188,7 +190,7 @@ def test_a_block_reads_the_pages_of_its_own_sessions_and_keeps_none(
     left_to_the_cache(panel.features)
     assert resident_kb(tmp_path) == [0]
     read = []
-    monkeypatch.setattr(blocks, "left_to_the_cache", lambda _: read.extend(resident_kb(tmp_path)))
+    monkeypatch.setattr(block_dataset, "left_to_the_cache", lambda _: read.extend(resident_kb(tmp_path)))
     block = data.block(np.arange(30, 32))
     assert block.x.shape == (128, 5, 124)
     assert 5 * 64 <= read[0] <= (5 + 2) * 64

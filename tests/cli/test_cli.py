@@ -349,6 +349,6 @@ def test_interrupt_is_one_line(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("atft_pipeline.evaluation.evaluate.evaluate_file", interrupted)
+    monkeypatch.setattr("atft_pipeline.evaluation.predictions_table.evaluate_file", interrupted)
     assert atft_here("evaluate", tmp_path / "p.parquet") == 130
     assert capsys.readouterr().err == "atft evaluate: interrupted\n"

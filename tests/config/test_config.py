@@ -11,7 +11,8 @@ import polars as pl
 import pytest
 from market_factory import raw_tables
 
-from atft_pipeline.config import schema as configuration
+from atft_pipeline.config import schema
+from atft_pipeline.config.overrides import from_dict, parse_assignments, report_overrides, to_dict, with_overrides
 from atft_pipeline.config.presets import PRESETS, preset
 from atft_pipeline.config.schema import (
     DatasetConfig,
@@ -26,17 +27,12 @@ from atft_pipeline.config.schema import (
     ScheduleConfig,
     SplitConfig,
     TrainConfig,
-    from_dict,
-    parse_assignments,
-    report_overrides,
-    to_dict,
-    with_overrides,
 )
 from atft_pipeline.dataset.rows import build_dataset
 from atft_pipeline.dataset.splits import make_split
 from atft_pipeline.errors import InputError
 from atft_pipeline.graph.build import StockGraph, build_graph
-from atft_pipeline.market import calendar as trading_calendar
+from atft_pipeline.market import calendar
 from atft_pipeline.market.universe import build_prices
 
 # --- from text to fields ----------------------------------------------------------------------------------------------
@@ -247,9 +243,7 @@ def test_values_out_of_range_are_refused_by_the_field_s_name(make: Callable[[], 
 
 def test_every_validated_class_has_a_case_that_fires() -> None:
     validated = {
-        name
-        for name, kind in vars(configuration).items()
-        if dataclasses.is_dataclass(kind) and "__post_init__" in vars(kind)
+        name for name, kind in vars(schema).items() if dataclasses.is_dataclass(kind) and "__post_init__" in vars(kind)
     }
     assert validated == {
         "DatasetConfig", "GraphConfig", "SplitConfig", "ModelConfig", "OptimizerConfig", "ScheduleConfig", "LossPhase",
@@ -264,7 +258,7 @@ def test_every_dataset_field_changes_the_dataset() -> None:
     tables = {name: raw_tables(stocks=20, sessions=120)[name] for name in ("prices", "listed", "index")}
     # Days on which both markets trade: either calendar refuses quotes of the other's holidays.
     days = tables["prices"]["Date"]
-    common = trading_calendar.sessions("us", days.min(), days.max()).tolist()
+    common = calendar.sessions("us", days.min(), days.max()).tolist()
     tables["prices"] = tables["prices"].filter(pl.col("Date").is_in(common))
 
     def fingerprint(config: DatasetConfig) -> tuple[Any, ...]:

@@ -16,6 +16,7 @@ from eventful_market import eventful_tables
 from atft_pipeline.cli.command import main
 from atft_pipeline.config.schema import DatasetConfig
 from atft_pipeline.dataset import store as dataset_parts
+from atft_pipeline.dataset.layout import read_membership
 from atft_pipeline.dataset.rows import build_dataset
 from atft_pipeline.dataset.store import update_dataset_parts
 from atft_pipeline.errors import InputError
@@ -26,8 +27,8 @@ from atft_pipeline.market.price_store import read_quarantine, update_price_parts
 from atft_pipeline.market.sources import RAW_TABLES, open_source
 from atft_pipeline.market.synthetic import generate_market
 from atft_pipeline.market.universe import build_prices
+from atft_pipeline.storage.artifact import read_manifest, read_table
 from atft_pipeline.storage.monthly import move_product, remove_product
-from atft_pipeline.storage.product import read_manifest, read_membership, read_table
 
 CONFIG = DatasetConfig()
 Tables = dict[str, pl.DataFrame]

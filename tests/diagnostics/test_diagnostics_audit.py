@@ -27,12 +27,13 @@ from training_runs import (
     without_inputs,
 )
 
+from atft_pipeline.dataset.layout import membership_path
 from atft_pipeline.diagnostics.diagnose import diagnose
 from atft_pipeline.diagnostics.signals import dataset_audit as audit_module
 from atft_pipeline.diagnostics.signals.dataset_audit import SIGNALS, audit
 from atft_pipeline.diagnostics.signals.recorded import Value
 from atft_pipeline.runs.reader import open_record
-from atft_pipeline.storage.product import membership_path, read_manifest, write_manifest
+from atft_pipeline.storage.artifact import read_manifest, write_manifest
 
 GAPS = (
     "validation_elsewhere", "validation_in_training", "targets_unlike_dataset", "rows_not_scored", "ic_gap",

@@ -19,7 +19,9 @@ from run_directories import healthy, honest_probes, write_probe
 from training_runs import Data, header, newest_predictions, settings, with_scores
 
 from atft_pipeline.cli.command import main
-from atft_pipeline.config.schema import DatasetConfig, GraphConfig, to_dict
+from atft_pipeline.config.overrides import to_dict
+from atft_pipeline.config.schema import DatasetConfig, GraphConfig
+from atft_pipeline.dataset.layout import TARGETS, write_dataset
 from atft_pipeline.dataset.rows import build_dataset, part_record
 from atft_pipeline.dataset.splits import make_split
 from atft_pipeline.diagnostics.diagnose import diagnose
@@ -36,13 +38,13 @@ from atft_pipeline.diagnostics.probes.probes import (
 )
 from atft_pipeline.diagnostics.run_inputs import RunInputs
 from atft_pipeline.errors import InputError
-from atft_pipeline.graph.build import build_graph_file
+from atft_pipeline.graph.store import build_graph_file
 from atft_pipeline.market.contracts import read_checked
 from atft_pipeline.market.sources import open_source
 from atft_pipeline.market.synthetic import write_market
 from atft_pipeline.market.universe import build_prices
 from atft_pipeline.runs.reader import open_record
-from atft_pipeline.storage.product import TARGETS, read_manifest, write_dataset, write_manifest
+from atft_pipeline.storage.artifact import read_manifest, write_manifest
 
 RETURNS = "returns_1d"
 

@@ -16,8 +16,8 @@ import pytest
 from conftest import Trained
 from run_directories import BASE_LR, frozen_failure, healthy
 
+from atft_pipeline.config.overrides import parse_assignments, to_dict, with_overrides
 from atft_pipeline.config.presets import preset, quick
-from atft_pipeline.config.schema import parse_assignments, to_dict, with_overrides
 from atft_pipeline.diagnostics.diagnose import Diagnosis, diagnose, write_report
 from atft_pipeline.diagnostics.experiments.commands import commands
 from atft_pipeline.diagnostics.report.report import _answer, headline, markdown_to_html

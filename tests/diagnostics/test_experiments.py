@@ -26,7 +26,7 @@ from atft_pipeline.runs.paired import (
     read_experiment_results,
     write_experiment_result,
 )
-from atft_pipeline.runs.record import read_table
+from atft_pipeline.runs.tables import read_table
 
 Trained = Callable[..., Path]
 

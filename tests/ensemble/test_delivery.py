@@ -14,15 +14,15 @@ import pytest
 from atft_process import atft_here
 from training_runs import header, settings, verdict
 
-from atft_pipeline.batches.blocks import load_panel
+from atft_pipeline.batches.panel import load_panel
 from atft_pipeline.config.schema import HORIZONS, EvaluationConfig
 from atft_pipeline.dataset.splits import make_split
 from atft_pipeline.ensemble.combine import blended, smoothed, standardised
 from atft_pipeline.ensemble.ensemble import deliver, write_delivery
 from atft_pipeline.errors import InputError
 from atft_pipeline.evaluation.baselines import fit_lightgbm
-from atft_pipeline.evaluation.evaluate import evaluate_file
-from atft_pipeline.storage.product import read_manifest
+from atft_pipeline.evaluation.predictions_table import evaluate_file
+from atft_pipeline.storage.artifact import read_manifest
 
 NAN = np.nan
 

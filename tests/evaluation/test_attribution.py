@@ -21,6 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from atft_pipeline.config.schema import EvaluationConfig
+from atft_pipeline.dataset.layout import read_membership
 from atft_pipeline.diagnostics.diagnose import attributions, diagnose, write_report
 from atft_pipeline.diagnostics.report.attribution_plots import ATTRIBUTION_PLOTS, draw_attributions
 from atft_pipeline.diagnostics.report.attribution_tables import attribution_tables, money, not_assessable
@@ -34,9 +35,7 @@ from atft_pipeline.evaluation.attribution import (
     SectorExposure,
     SizeTilt,
     Surroundings,
-    _Context,
     attribute,
-    attribute_predictions,
     capacity,
     market_exposure,
     sector_exposure,
@@ -45,11 +44,12 @@ from atft_pipeline.evaluation.attribution import (
     size_tilt,
     trailing_median,
 )
-from atft_pipeline.evaluation.evaluate import ScorePanel
+from atft_pipeline.evaluation.attribution_inputs import _Context, attribute_predictions
 from atft_pipeline.evaluation.portfolio import Book, long_short, long_short_book
-from atft_pipeline.market.calendar import market_facts
+from atft_pipeline.evaluation.predictions_table import ScorePanel
+from atft_pipeline.market.facts import market_facts
 from atft_pipeline.runs.reader import open_record
-from atft_pipeline.storage.product import manifest_path, read_manifest, read_membership, read_table
+from atft_pipeline.storage.artifact import manifest_path, read_manifest, read_table
 
 NAN = np.nan
 T, N, QUANTILE = 60, 23, 0.2

@@ -16,16 +16,11 @@ from scipy import stats
 
 from atft_pipeline.config.schema import EvaluationConfig
 from atft_pipeline.errors import InputError
-from atft_pipeline.evaluation.evaluate import (
-    DAILY,
-    STATISTICS,
-    evaluate,
-    evaluate_file,
-    evaluate_table,
-    one_factor_reversal,
-)
+from atft_pipeline.evaluation.evaluate import DAILY, STATISTICS, evaluate
 from atft_pipeline.evaluation.metrics import sharpe
 from atft_pipeline.evaluation.portfolio import long_short, long_short_tranches
+from atft_pipeline.evaluation.predictions_table import evaluate_file, evaluate_table
+from atft_pipeline.evaluation.reversal import one_factor_reversal
 
 NAN = np.nan
 CONFIG = EvaluationConfig()

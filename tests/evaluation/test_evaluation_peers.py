@@ -18,7 +18,8 @@ import pytest
 from skfolio.measures import expected_max_sharpe_ratio, probabilistic_sharpe_ratio
 
 from atft_pipeline.config.schema import EvaluationConfig
-from atft_pipeline.evaluation.evaluate import Evaluation, evaluate_table
+from atft_pipeline.evaluation.evaluate import Evaluation
+from atft_pipeline.evaluation.predictions_table import evaluate_table
 
 TOLERANCE = 1e-9
 """What agreement means here; peers sum in another order, which alone makes 2e-15 of these figures."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from atft_pipeline.features import expressions as ex
+from atft_pipeline.features.vocabulary.elementwise import positive, ratio
 
 PANEL = np.random.default_rng(0).standard_normal((7, 5))
 OPERANDS: dict[str, Callable[[], object]] = {
@@ -28,26 +28,26 @@ OPERANDS: dict[str, Callable[[], object]] = {
 def test_values_are_those_of_numpy_whatever_the_operands_look_like(one: str, two: str) -> None:
     a, b = OPERANDS[one](), OPERANDS[two]()
     expected = np.asarray(a, np.float64) / np.asarray(b, np.float64)
-    np.testing.assert_array_equal(ex.ratio(a, b), expected)
+    np.testing.assert_array_equal(ratio(a, b), expected)
 
 
 def test_a_series_is_as_good_as_a_panel_and_an_empty_one_too() -> None:
-    np.testing.assert_array_equal(ex.positive(np.array([1.0, -1.0])), [1.0, np.nan])
-    assert ex.positive(np.empty((0, 3))).shape == (0, 3)
+    np.testing.assert_array_equal(positive(np.array([1.0, -1.0])), [1.0, np.nan])
+    assert positive(np.empty((0, 3))).shape == (0, 3)
 
 
 def test_the_given_output_is_filled() -> None:
     out = np.zeros((8, 5))
-    ex.ratio(PANEL, 2.0, out=out[1:])
+    ratio(PANEL, 2.0, out=out[1:])
     np.testing.assert_array_equal(out, np.vstack([np.zeros((1, 5)), PANEL / 2.0]))
 
 
 @pytest.mark.parametrize("out", [np.zeros((8, 5)), np.zeros((7, 5), order="F"), np.zeros((7, 10))[:, ::2]])
 def test_an_output_that_would_not_be_filled_is_refused(out: np.ndarray) -> None:
     with pytest.raises(ValueError, match="ratio: expected out of shape"):
-        ex.ratio(PANEL, 2.0, out=out)
+        ratio(PANEL, 2.0, out=out)
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="broadcast"):
-        ex.ratio(PANEL, PANEL[:, :2])
+        ratio(PANEL, PANEL[:, :2])

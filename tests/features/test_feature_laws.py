@@ -36,9 +36,9 @@ from market_factory import (
 from polars.testing import assert_frame_equal
 
 from atft_pipeline.config.schema import DatasetConfig
+from atft_pipeline.dataset import layout
 from atft_pipeline.dataset.rows import build_dataset
 from atft_pipeline.errors import InputError
-from atft_pipeline.features import expressions as ex
 from atft_pipeline.features import registry
 from atft_pipeline.features.compute import build_features, normalised
 from atft_pipeline.features.registry import (
@@ -50,10 +50,10 @@ from atft_pipeline.features.registry import (
     registry_fingerprint,
     validated,
 )
+from atft_pipeline.features.vocabulary.windows import lag
 from atft_pipeline.market.calendar import close_time
 from atft_pipeline.market.price_panel import PricePanel
 from atft_pipeline.market.universe import PricesResult, build_prices
-from atft_pipeline.storage import product as dataset
 
 
 def built() -> Built:
@@ -75,11 +75,11 @@ every_long_market = pytest.mark.parametrize("market", LONG)
 def test_law_1_dataset_carries_the_82_in_registry_order_with_their_fingerprint(market: str) -> None:
     features, membership, manifest = built_of(market)
     assert len(FEATURE_NAMES) == len(set(FEATURE_NAMES)) == 82
-    assert features.column_names == [*dataset.KEYS, *FEATURE_NAMES, *dataset.TARGETS]
+    assert features.column_names == [*layout.KEYS, *FEATURE_NAMES, *layout.TARGETS]
     assert manifest["features"] == list(FEATURE_NAMES)
     assert manifest["registry_fingerprint"] == registry_fingerprint()
-    assert all(features[name].type == pa.float32() for name in (*FEATURE_NAMES, *dataset.TARGETS))
-    assert membership.column_names == list(dataset.MEMBERSHIP_COLUMNS)
+    assert all(features[name].type == pa.float32() for name in (*FEATURE_NAMES, *layout.TARGETS))
+    assert membership.column_names == list(layout.MEMBERSHIP_COLUMNS)
     assert manifest["rows"] == features.num_rows == membership.num_rows
 
 
@@ -141,7 +141,7 @@ def changed(name: str, **fields: Any) -> tuple[Feature, ...]:
         ("rsi_14", {"window_sessions": 14}, "rsi_14: window of 14 sessions"),
         ("flow_smart_idx", {"lag_sessions": 0}, "flow_smart_idx: lag of 0 sessions, but investor_flows counts from"),
         ("returns_5d", {"lag_sessions": -1}, "returns_5d: lag of -1 sessions, but prices counts from"),
-        ("returns_5d", {"expression": lambda m: ex.lag(m.ret(5), -1)}, "returns_5d: lag looks 1 sessions ahead"),
+        ("returns_5d", {"expression": lambda m: lag(m.ret(5), -1)}, "returns_5d: lag looks 1 sessions ahead"),
         ("returns_5d", {"expression": lambda m: np.roll(m.ret(5), 3)}, "returns_5d: .*in the words of expressions.py"),
     ],
 )
@@ -288,13 +288,13 @@ def test_law_2_nothing_published_after_the_close_moves_an_earlier_session(market
     assert_same_prices(prices, changed_prices, t)
     now = dataset_of(changed_prices, changed)
     compared = 0
-    for table, columns in ((0, FEATURE_NAMES), (1, dataset.MEMBERSHIP_COLUMNS)):
+    for table, columns in ((0, FEATURE_NAMES), (1, layout.MEMBERSHIP_COLUMNS)):
         rows = [pl.DataFrame(result[table]).filter(pl.col("Date") <= t) for result in (was, now)]
-        assert rows[0].select(dataset.KEYS).equals(rows[1].select(dataset.KEYS))
+        assert rows[0].select(layout.KEYS).equals(rows[1].select(layout.KEYS))
         for name in columns:
             assert rows[0][name].equals(rows[1][name]), f"{name} of a session up to {t} saw what came later"
             compared += 1
-    assert compared == 82 + len(dataset.MEMBERSHIP_COLUMNS)
+    assert compared == 82 + len(layout.MEMBERSHIP_COLUMNS)
     later = [pl.DataFrame(result[0]).filter(pl.col("Date") > t) for result in (was, now)]
     assert not later[0].equals(later[1]), "the perturbation must have done something"
 
@@ -511,8 +511,8 @@ def split_cases() -> list[tuple[str, str, int, float]]:
 def test_law_7_a_split_changes_no_feature(market: str, code: str, t: int, n: float) -> None:
     tables, day = tables_of(market), sessions_of(prices_of(market).prices)[t]
     was, now = built_of(market)[0], build(with_split(tables, code, day, n))[0]
-    assert was.select(dataset.KEYS).equals(now.select(dataset.KEYS))
-    for name in (*FEATURE_NAMES, *dataset.TARGETS):
+    assert was.select(layout.KEYS).equals(now.select(layout.KEYS))
+    for name in (*FEATURE_NAMES, *layout.TARGETS):
         np.testing.assert_allclose(now[name].to_numpy(), was[name].to_numpy(), atol=1e-6, rtol=1e-6, err_msg=name)
 
 

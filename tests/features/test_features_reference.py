@@ -20,7 +20,8 @@ from market_factory import CONFIG, QUIET, panels_of, prices_of, sample_market, s
 
 from atft_pipeline.features.compute import normalised
 from atft_pipeline.features.registry import REGISTRY, Feature
-from atft_pipeline.market.calendar import MARKETS, close_time
+from atft_pipeline.market.calendar import close_time
+from atft_pipeline.market.facts import MARKETS
 
 Value = float | None
 Series = Callable[[int], Value]

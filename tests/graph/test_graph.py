@@ -28,10 +28,12 @@ from graph_market import (
 )
 
 from atft_pipeline.config.schema import GraphConfig
+from atft_pipeline.dataset.layout import TARGETS, write_dataset
 from atft_pipeline.errors import InputError
-from atft_pipeline.graph.build import CLIP, MINIMUM_SECTOR_MEMBERS, build_graph_file, load_graph, write_graph
+from atft_pipeline.graph.build import CLIP, MINIMUM_SECTOR_MEMBERS
 from atft_pipeline.graph.membership import MINIMUM_SESSIONS
-from atft_pipeline.storage.product import TARGETS, read_manifest, write_dataset
+from atft_pipeline.graph.store import build_graph_file, load_graph, write_graph
+from atft_pipeline.storage.artifact import read_manifest
 
 SESSIONS = days(T)
 ONE_REFRESH = replace(CONFIG, lookback_sessions=60, refresh_sessions=59)

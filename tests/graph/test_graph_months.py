@@ -16,8 +16,8 @@ from graph_market import CONFIG, Market, all_edges, build, days, market, write_m
 from atft_pipeline.config.schema import GraphConfig
 from atft_pipeline.errors import InputError
 from atft_pipeline.graph import membership as graph_inputs
-from atft_pipeline.graph.build import build_graph_file, content_sha256, load_graph
-from atft_pipeline.storage.product import manifest_path, read_manifest
+from atft_pipeline.graph.store import build_graph_file, content_sha256, load_graph
+from atft_pipeline.storage.artifact import manifest_path, read_manifest
 
 SESSIONS = 205
 """2020-01-06 to 2020-07-28: refreshes in February to July, the last on 2020-07-24; a window reaches two months back."""

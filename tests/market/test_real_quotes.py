@@ -14,12 +14,13 @@ import pytest
 from atft_process import REPO, atft_here
 
 from atft_pipeline.config.schema import DatasetConfig
+from atft_pipeline.dataset.layout import TARGETS
 from atft_pipeline.features.registry import FEATURE_NAMES
-from atft_pipeline.graph.build import load_graph
+from atft_pipeline.graph.store import load_graph
 from atft_pipeline.market.contracts import check_ml_dataset, check_prices, read_checked
 from atft_pipeline.market.sources import open_source
 from atft_pipeline.market.universe import PricesResult, build_prices
-from atft_pipeline.storage.product import TARGETS, read_manifest
+from atft_pipeline.storage.artifact import read_manifest
 
 QUOTES = REPO.parent / "shared" / "data" / "jp-tse-2006-2015"
 pytestmark = pytest.mark.skipif(

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from atft_pipeline.errors import InputError
-from atft_pipeline.market.calendar import MARKETS, close_time, sessions
+from atft_pipeline.market.calendar import close_time, sessions
+from atft_pipeline.market.facts import MARKETS
 
 
 def test_sessions_are_weekdays_without_holidays() -> None:

@@ -16,14 +16,15 @@ from polars.testing import assert_frame_equal
 from atft_pipeline.config.schema import DatasetConfig
 from atft_pipeline.errors import InputError
 from atft_pipeline.features.registry import REGISTRY
-from atft_pipeline.market import calendar as trading_calendar
+from atft_pipeline.market import calendar
 from atft_pipeline.market.contracts import check_prices
 from atft_pipeline.market.price_panel import PRICES_COLUMNS
+from atft_pipeline.market.quarantine import QUARANTINE_RULES
 from atft_pipeline.market.synthetic import generate_market
-from atft_pipeline.market.universe import QUARANTINE_RULES, PricesResult, build_prices
+from atft_pipeline.market.universe import PricesResult, build_prices
 
 CONFIG = DatasetConfig(min_history_sessions=10)
-DAYS: list[dt.date] = trading_calendar.sessions("tokyo", "2023-01-04", "2023-04-28").tolist()
+DAYS: list[dt.date] = calendar.sessions("tokyo", "2023-01-04", "2023-04-28").tolist()
 Tables = dict[str, pl.DataFrame]
 
 
@@ -183,7 +184,7 @@ def test_market_without_codes_of_class_or_sector_keeps_its_stocks() -> None:
     tables["listed"] = tables["listed"].with_columns(Sector33Code=pl.lit(None, pl.String), MarketCode=pl.lit("Q"))
     with pytest.raises(InputError, match="calendar of us: 2023-01-16 is no session"):  # it is one in Tokyo
         build_prices(tables, DatasetConfig(market="us"))
-    open_days = trading_calendar.sessions("us", DAYS[0], DAYS[-1]).tolist()
+    open_days = calendar.sessions("us", DAYS[0], DAYS[-1]).tolist()
     tables["prices"] = tables["prices"].filter(pl.col("Date").is_in(open_days))
     assert set(build_prices(tables, DatasetConfig(market="us")).prices["Code"]) == {"GOOGL", "BRK.B", "F"}
 
@@ -592,7 +593,7 @@ US_SECTORS = ("Information Technology", "Health Care", "Consumer Staples")
 
 def us_market(stocks: int = 45, sessions: int = 100) -> Tables:
     """New York: tickers for codes, names of GICS for sectors, dollars, no section of the market and no factor table."""
-    days = trading_calendar.sessions("us", "2024-01-02", "2024-12-31")[:sessions].tolist()
+    days = calendar.sessions("us", "2024-01-02", "2024-12-31")[:sessions].tolist()
     base = generate_market(stocks=stocks, sessions=sessions, seed=6).tables
     was = base["index"]["Date"].sort().to_list()
     names = base["listed"].filter(pl.col("MarketCode") != "0109", pl.col("Code").str.ends_with("0"))["Code"].unique()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from atft_pipeline.batches.blocks import Block, Neighbours
+from atft_pipeline.batches.block import Block, Neighbours
 from atft_pipeline.config.schema import HORIZONS, LossConfig, ModelConfig
 from atft_pipeline.model import ATFTGATFAN
 from atft_pipeline.model import gat as gat_module

@@ -16,7 +16,7 @@ from run_directories import EPOCHS, Tables, frozen_failure, healthy
 from atft_pipeline.errors import InputError
 from atft_pipeline.evaluation.evaluate import STATISTICS
 from atft_pipeline.monitoring.comparison import REPEATABLE, Comparison, Row, compare, read_baselines, setting
-from atft_pipeline.runs.record import exclusive
+from atft_pipeline.runs.lock import exclusive
 
 
 def another(skill: float = 0.4, weights: str = "v") -> Tables:

@@ -27,8 +27,8 @@ from atft_pipeline.monitoring import persistent_warnings as standing
 from atft_pipeline.monitoring.dashboard import duration, plain, sparkline
 from atft_pipeline.monitoring.persistent_warnings import StandingWarning, complete_epochs, standing_warnings
 from atft_pipeline.monitoring.progress import Progress, read_progress
+from atft_pipeline.runs.lock import exclusive
 from atft_pipeline.runs.reader import open_record
-from atft_pipeline.runs.record import exclusive
 from atft_pipeline.training.distributed import interrupts
 
 NOW_S = 2e9

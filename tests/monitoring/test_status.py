@@ -8,8 +8,9 @@ import math
 import pytest
 
 from atft_pipeline.errors import InputError
-from atft_pipeline.monitoring.status import run_snapshot, run_snapshots, run_state
-from atft_pipeline.runs.record import RunRecord, exclusive
+from atft_pipeline.monitoring.progress import run_snapshot, run_snapshots, run_state
+from atft_pipeline.runs.lock import exclusive
+from atft_pipeline.runs.record import RunRecord
 
 
 def started_run(path, epochs=5, status="running", started="2024-01-01", validation_s=True):

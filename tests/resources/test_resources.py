@@ -14,7 +14,7 @@ import torch
 from dagster_runs import REPO
 
 from atft_pipeline.errors import InputError
-from atft_pipeline.storage.product import write_manifest
+from atft_pipeline.storage.artifact import write_manifest
 from resources.compute import Compute
 from resources.dataset_store import DatasetStore
 from resources.execution import executing, release_killed_runs

@@ -11,21 +11,16 @@ from pathlib import Path
 import pytest
 from training_runs import series, settings
 
-from atft_pipeline.config.schema import PipelineConfig, to_dict
+from atft_pipeline.config.overrides import to_dict
+from atft_pipeline.config.schema import PipelineConfig
 from atft_pipeline.errors import InputError
-from atft_pipeline.runs import record as lineage
-from atft_pipeline.runs.record import (
-    RunRecord,
-    config_key,
-    exclusive,
-    is_held,
-    located,
-    read_run,
-    read_table,
-    run_key,
-    statistics_rows,
-)
-from atft_pipeline.storage.product import write_manifest
+from atft_pipeline.runs import keys, lock, tables
+from atft_pipeline.runs.header import located, read_run
+from atft_pipeline.runs.keys import config_key, run_key
+from atft_pipeline.runs.lock import exclusive, is_held
+from atft_pipeline.runs.record import RunRecord, statistics_rows
+from atft_pipeline.runs.tables import read_table
+from atft_pipeline.storage.artifact import write_manifest
 
 NAN = float("nan")
 
@@ -41,7 +36,7 @@ def test_a_run_key_names_configuration_code_and_data(monkeypatch):
     base = key(settings())
     assert base == key(settings())
     others = [key(settings({"train.seed": 2})), key(settings(), dataset="e"), key(settings(), graph="h")]
-    monkeypatch.setattr(lineage, "code_revision", lambda _: "other code")
+    monkeypatch.setattr(keys, "code_revision", lambda _: "other code")
     others.append(key(settings()))
     assert len({base, *others}) == 5
 
@@ -74,7 +69,7 @@ def test_every_field_of_the_configuration_is_in_the_run_key(dotted, monkeypatch)
     for stage in stages:
         section = section[stage]
     section[leaf] = changed(section[leaf])
-    monkeypatch.setattr(lineage, "to_dict", lambda _: values)
+    monkeypatch.setattr(keys, "to_dict", lambda _: values)
     assert (key(PipelineConfig()) == base) is (dotted in ("train.panel", "train.loader_workers"))
 
 
@@ -97,7 +92,7 @@ def test_rows_appear_when_their_epoch_is_complete(tmp_path):
     record.log("loss_weighted", 0.5, epoch=2, component="loss", term="total")
     record.close_epoch(2)
     assert series(tmp_path, "loss_weighted", term="total") == {1: 1.0, 2: 0.5}
-    assert lineage.series_values(read_table(tmp_path, "series"), "loss", term="total") == {}, "steps are not epochs"
+    assert tables.series_values(read_table(tmp_path, "series"), "loss", term="total") == {}, "steps are not epochs"
     assert read_table(tmp_path, "evals").num_rows == 0
 
 
@@ -238,7 +233,7 @@ def test_asking_whether_a_run_is_held_does_not_cost_its_writer_the_lock(tmp_path
 
     def ask():
         with tmp_path.joinpath(".lock").open() as handle:
-            assert lineage._locked(handle, lineage.fcntl.LOCK_SH)
+            assert lock._locked(handle, lock.fcntl.LOCK_SH)
             asking.set()
             time.sleep(0.06)
 

@@ -12,10 +12,12 @@ from conftest import Trained
 from torch import Tensor, nn
 from training_runs import Data, header, series, settings, train_quietly
 
-from atft_pipeline.batches.blocks import Block, BlockDataset, Panel, load_panel
-from atft_pipeline.config.schema import from_dict
+from atft_pipeline.batches.block import Block
+from atft_pipeline.batches.block_dataset import BlockDataset
+from atft_pipeline.batches.panel import Panel, load_panel
+from atft_pipeline.config.overrides import from_dict
 from atft_pipeline.dataset.splits import make_split
-from atft_pipeline.graph.build import load_graph
+from atft_pipeline.graph.store import load_graph
 from atft_pipeline.model.atft_gat_fan import ATFTGATFAN
 from atft_pipeline.training import trainer as training
 from atft_pipeline.training.telemetry.activations import ATTENTION, OBSERVED_SESSIONS, Figures, observing

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from atft_pipeline.batches.blocks import Panel
+from atft_pipeline.batches.panel import Panel
 from atft_pipeline.config.schema import GuardConfig
 from atft_pipeline.training.degeneracy import DegeneracyGuard, dispersions
 from atft_pipeline.training.scoring import Scores

@@ -23,8 +23,9 @@ from training_runs import Data, header, record, settings, train_quietly
 
 from atft_pipeline.errors import InputError, RunFailure, RunInterrupted
 from atft_pipeline.model.atft_gat_fan import ATFTGATFAN
-from atft_pipeline.monitoring.status import run_snapshot
-from atft_pipeline.runs.record import RunRecord, read_table
+from atft_pipeline.monitoring.progress import run_snapshot
+from atft_pipeline.runs.record import RunRecord
+from atft_pipeline.runs.tables import read_table
 from atft_pipeline.training import failures
 from atft_pipeline.training import trainer as training
 from atft_pipeline.training.failures import early_end_recorded, first_non_finite, is_out_of_memory, smaller_batches

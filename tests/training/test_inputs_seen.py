@@ -16,10 +16,12 @@ from atft_process import REPO
 from conftest import Trained
 from training_runs import Data, settings, split_sessions, train_quietly
 
-from atft_pipeline.batches.blocks import Block, BlockDataset, load_panel
+from atft_pipeline.batches.block import Block
+from atft_pipeline.batches.block_dataset import BlockDataset
+from atft_pipeline.batches.panel import load_panel
 from atft_pipeline.config.schema import HORIZONS
 from atft_pipeline.dataset.splits import Split
-from atft_pipeline.runs.record import read_run
+from atft_pipeline.runs.header import read_run
 from atft_pipeline.training import scoring
 from atft_pipeline.training import trainer as training
 from atft_pipeline.training.telemetry.input_sample import (

@@ -23,10 +23,11 @@ from process_work import gone
 from test_training import COLLAPSED, trainer_of
 from training_runs import TINY, Data, header, record, series, settings, train_quietly
 
+from atft_pipeline.config.overrides import with_overrides
 from atft_pipeline.config.presets import preset
-from atft_pipeline.config.schema import with_overrides
 from atft_pipeline.errors import InputError, RunFailure, RunInterrupted
-from atft_pipeline.runs.record import is_held, read_table
+from atft_pipeline.runs.lock import is_held
+from atft_pipeline.runs.tables import read_table
 from atft_pipeline.training import launcher as launch
 from atft_pipeline.training.distributed.process_group import Processes
 from atft_pipeline.training.launcher import Layout, processes_asked, threads_each, train_in_processes

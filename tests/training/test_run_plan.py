@@ -9,7 +9,7 @@ import torch
 from training_runs import settings
 
 from atft_pipeline.errors import InputError
-from atft_pipeline.runs.record import exclusive
+from atft_pipeline.runs.lock import exclusive
 from atft_pipeline.training.plan import claim_directory, plan_run, resolve_device, run_header
 
 

@@ -12,13 +12,15 @@ import pytest
 import torch
 from training_runs import evals, settings
 
-from atft_pipeline.batches.blocks import BlockDataset, load_panel
+from atft_pipeline.batches.block_dataset import BlockDataset
+from atft_pipeline.batches.panel import load_panel
 from atft_pipeline.config.schema import HORIZONS, EvaluationConfig, LossConfig
 from atft_pipeline.dataset.splits import make_split
-from atft_pipeline.evaluation.evaluate import STATISTICS, evaluate_table
-from atft_pipeline.graph.build import load_graph
+from atft_pipeline.evaluation.evaluate import STATISTICS
+from atft_pipeline.evaluation.predictions_table import evaluate_table
+from atft_pipeline.graph.store import load_graph
 from atft_pipeline.model.atft_gat_fan import ATFTGATFAN
-from atft_pipeline.runs.record import read_table
+from atft_pipeline.runs.tables import read_table
 from atft_pipeline.training.scoring import (
     Scores,
     evaluable_slices,

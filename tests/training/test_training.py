@@ -29,7 +29,8 @@ from atft_pipeline.config.schema import (
 from atft_pipeline.errors import InputError, RunFailure
 from atft_pipeline.evaluation.evaluate import evaluate
 from atft_pipeline.model.atft_gat_fan import ATFTGATFAN
-from atft_pipeline.runs.record import RunRecord, read_table
+from atft_pipeline.runs.record import RunRecord
+from atft_pipeline.runs.tables import read_table
 from atft_pipeline.training import trainer as training
 from atft_pipeline.training.losses import CompositeLoss
 from atft_pipeline.training.plan import plan_run, run_header

@@ -9,18 +9,16 @@ import re
 import pytest
 
 from atft_pipeline.config.schema import EvaluationConfig
-from atft_pipeline.verdict.criterion import (
-    CriterionEvidence,
+from atft_pipeline.verdict.criterion import CriterionEvidence, judge
+from atft_pipeline.verdict.gate import gate_decision
+from atft_pipeline.verdict.health import (
     HealthItem,
-    Progress,
     finite_losses,
-    gate_decision,
     gradients_reach_components,
-    judge,
     parameters_moved,
     predictions_not_constant,
-    progress_milestones,
 )
+from atft_pipeline.verdict.milestones import Progress, progress_milestones
 from atft_pipeline.verdict.validity import ValidityItem
 
 GOOD = CriterionEvidence(value=0.142, se=0.063, psr_0=0.988, sessions=250)

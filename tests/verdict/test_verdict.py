@@ -12,17 +12,19 @@ import pyarrow.parquet as pq
 import pytest
 from training_runs import Data, evals, hashes, header, settings, train_quietly, validity, verdict
 
-from atft_pipeline.batches.blocks import load_panel
+from atft_pipeline.batches.panel import load_panel
 from atft_pipeline.config.schema import EvaluationConfig, LossConfig
+from atft_pipeline.dataset.layout import membership_path
 from atft_pipeline.dataset.splits import make_split
 from atft_pipeline.errors import InputError
 from atft_pipeline.evaluation.portfolio import long_short
-from atft_pipeline.storage.product import manifest_path, membership_path
-from atft_pipeline.training import judge_run as verdict_module
+from atft_pipeline.storage.artifact import manifest_path
 from atft_pipeline.training import trainer as training
-from atft_pipeline.training.judge_run import read_verdict, write_verdict
+from atft_pipeline.training import validity_checks
+from atft_pipeline.training.judge_run import write_verdict
 from atft_pipeline.training.scoring import score_sessions
 from atft_pipeline.verdict.criterion import changed_criterion
+from atft_pipeline.verdict.read import read_verdict
 
 ITEMS = (
     "reinitialised_weights_score_differently",
@@ -50,7 +52,7 @@ def test_a_changed_criterion_is_warned_of(trained):
 
 
 def test_a_dataset_without_past_returns_has_no_reversal(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(verdict_module, "REVERSAL_FEATURES", ("absent",))
+    monkeypatch.setattr(validity_checks, "REVERSAL_FEATURES", ("absent",))
     run_dir = tmp_path / "run"
     train_quietly(settings(), data, run_dir)
     assert verdict(run_dir)["reversal_sharpe"] is None
@@ -59,13 +61,13 @@ def test_a_dataset_without_past_returns_has_no_reversal(data, tmp_path, monkeypa
 
 def test_the_reversal_beside_the_verdict_is_chosen_on_training_sessions_alone(data, tmp_path, monkeypatch):
     chosen = []
-    reversal = verdict_module.one_factor_reversal
+    reversal = validity_checks.one_factor_reversal
 
     def watched(*arrays, **options):
         chosen.append(arrays[-1])
         return reversal(*arrays, **options)
 
-    monkeypatch.setattr(verdict_module, "one_factor_reversal", watched)
+    monkeypatch.setattr(validity_checks, "one_factor_reversal", watched)
     run_dir = train_quietly(settings(), data, tmp_path / "run").run_dir
     panel = load_panel(data.dataset, "all")
     train_sessions = make_split(panel.sessions, settings().split).train

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from atft_pipeline.config.overrides import leaves, to_dict
 from atft_pipeline.config.presets import PRESETS
-from atft_pipeline.config.schema import leaves, to_dict
 from atft_pipeline.diagnostics.rules.rule import Finding
 from atft_pipeline.errors import InputError
 from atft_pipeline.runs.reader import Record
-from atft_pipeline.storage.product import read_manifest
+from atft_pipeline.storage.artifact import read_manifest
 
 TRAINING_SECTIONS = ("split", "model", "train", "evaluation")
 """What a training command decides; `dataset` and `graph` come with the files it is given."""

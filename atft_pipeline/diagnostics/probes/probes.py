@@ -24,13 +24,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from atft_pipeline.dataset.layout import read_membership
 from atft_pipeline.diagnostics.experiments.commands import experiment_overrides
 from atft_pipeline.diagnostics.run_inputs import RunInputs
 from atft_pipeline.errors import InputError, RunFailure
 from atft_pipeline.evaluation.metrics import information_coefficient, mean_and_error
 from atft_pipeline.runs.reader import Record, read_scores
+from atft_pipeline.storage.artifact import read_table
 from atft_pipeline.storage.atomic import write_json
-from atft_pipeline.storage.product import read_membership, read_table
 
 Figures = dict[str, float | str | None]
 
@@ -181,7 +182,7 @@ def _unlike(stored: Any, made: Any) -> bool:
 
 def graph(inputs: RunInputs) -> Figures:
     """Builds the graph again from the run's dataset. `edges_unlike_dataset`: share of edges that only one has."""
-    from atft_pipeline.graph.build import build_graph_file, load_graph
+    from atft_pipeline.graph.store import build_graph_file, load_graph
 
     if not inputs.config.model.graph:
         raise InputError("the run has no graph")
@@ -327,7 +328,7 @@ def remedy(inputs: RunInputs, cause: str) -> Figures:
 
     The settings are those of this code: where a fault lies in code that has changed since, both are without it.
     """
-    from atft_pipeline.config.schema import with_overrides
+    from atft_pipeline.config.overrides import with_overrides
     from atft_pipeline.training.trainer import train
 
     if cause not in REMEDIES:

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from atft_pipeline.batches.blocks import Block
+from atft_pipeline.batches.block import Block
 from atft_pipeline.config.schema import HORIZONS
 from atft_pipeline.errors import RunFailure
 

@@ -18,7 +18,8 @@ from atft_pipeline.dataset.splits import Split
 from atft_pipeline.runs.record import write_parquet
 
 if TYPE_CHECKING:  # the diagnosis reads what is written here, and needs no torch
-    from atft_pipeline.batches.blocks import Block, Panel
+    from atft_pipeline.batches.block import Block
+    from atft_pipeline.batches.panel import Panel
 
 SAMPLED_SESSIONS: int = 16
 """Sessions of each split that have a member of the universe, evenly spaced, first and last included."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from atft_pipeline.runs.record import RunRecord
 from atft_pipeline.training.telemetry.loss_gradients import LossGradients
-from atft_pipeline.verdict.criterion import GRADIENT_FLOOR_L2
+from atft_pipeline.verdict.health import GRADIENT_FLOOR_L2
 
 Components = Mapping[str, Sequence[Tensor]]
 """Named component of the model -> its parameters."""

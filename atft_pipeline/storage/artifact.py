@@ -1,9 +1,7 @@
-"""`ml_dataset` on disk: 82 features and targets, its membership table and its manifest, written whole or not at all.
+"""An artifact on disk: parquet file or folder of partitions, with a manifest beside it that is written last.
 
-The training path reads a dataset through this module alone, so it needs pyarrow and nothing else. `PATH` is a parquet
-file, or a folder of one part per month; beside it lie `PATH.membership.parquet` or `PATH.membership/` (same parts, rows
-and order) and `PATH.manifest.json`, which is written last: a dataset without a manifest is not a dataset. The sidecar
-helpers serve any other product with a manifest, the stock graph included.
+`PATH` is a parquet file, or a folder of one partition per month; beside it lies `PATH.manifest.json`. Data without a
+manifest are no artifact. The training path reads through this module, so it needs pyarrow and nothing else.
 """
 
 from __future__ import annotations
@@ -19,25 +17,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from atft_pipeline.config.schema import HORIZONS
 from atft_pipeline.errors import InputError
 from atft_pipeline.storage.atomic import replacing, write_json
 
 Period = tuple[date, date]
 """First and last day."""
-KEYS: tuple[str, ...] = ("Date", "Code")
-TARGETS: tuple[str, ...] = tuple(f"target_{h}d" for h in HORIZONS)
-MEMBERSHIP_COLUMNS: tuple[str, ...] = (
-    *KEYS,
-    "is_traded",
-    "is_investable",
-    "is_liquid",
-    "return_1d",
-    "Open",
-    "Close",
-    "Sector33Code",
-    "MarketCode",
-)
 
 
 def resolved(path: Path) -> Path:
@@ -49,12 +33,6 @@ def manifest_path(path: Path) -> Path:
     """Where the manifest of the product at `path` lies."""
     data = resolved(path)
     return data.with_name(f"{data.name}.manifest.json")
-
-
-def membership_path(path: Path) -> Path:
-    """Where the membership table of the dataset at `path` lies: beside a file a file, beside a folder a folder."""
-    data = resolved(path)
-    return data.with_name(f"{data.name}.membership" if data.is_dir() else f"{data.name}.membership.parquet")
 
 
 def sha256_of(value: Any) -> str:
@@ -151,44 +129,6 @@ def read_table(path: Path, columns: Sequence[str] | None = None, period: Period 
     if odd is not None:
         raise InputError(f"{path}: {files[odd].name} has other columns or types than {files[0].name}; make them alike")
     return pa.concat_tables(tables)
-
-
-def read_membership(path: Path, columns: Sequence[str] | None = None, period: Period | None = None) -> pa.Table:
-    """The membership table of the dataset at `path`: same rows, same order as its features."""
-    return read_table(membership_path(path), columns, period)
-
-
-def write_dataset(path: Path, features: pa.Table, membership: pa.Table, manifest: dict[str, Any]) -> None:
-    """Writes features, membership and manifest as one file each under temporary names beside `path`, then renames.
-
-    features: `Date`, `Code`, the manifest's features float32 and the targets float32, sorted by Date, Code.
-    membership: `MEMBERSHIP_COLUMNS`, same rows, same order. An earlier dataset at `path` is replaced only once
-    everything new is written. A dataset in parts is written by dataset_parts.py.
-
-    Raises: InputError when the two tables differ in their keys, or the columns are not the manifest's.
-    """
-    _require_consistent(features, membership, manifest)
-    data = resolved(path)
-    members = data.with_name(f"{data.name}.membership.parquet")
-    # The data is entered last and so replaced first: with it goes the manifest.
-    with replacing(members) as temporary, replacing_product(data) as rows:
-        write_part(rows, features)
-        write_part(temporary, membership)
-    write_manifest(data, manifest)
-
-
-def _require_consistent(features: pa.Table, membership: pa.Table, manifest: dict[str, Any]) -> None:
-    expected = [*KEYS, *manifest["features"], *TARGETS]
-    if features.column_names != expected:
-        missing = sorted(set(expected) - set(features.column_names))
-        raise InputError(
-            f"ml_dataset: expected {len(expected)} columns in the registry's order, found {features.num_columns};"
-            f" missing {missing or 'none'}"
-        )
-    if membership.column_names != list(MEMBERSHIP_COLUMNS):
-        raise InputError(f"membership: expected columns {list(MEMBERSHIP_COLUMNS)}, found {membership.column_names}")
-    if any(not features[key].equals(membership[key]) for key in KEYS):
-        raise InputError("membership: its Date and Code differ from those of the features; build both from one panel")
 
 
 def write_part(path: Path, table: pa.Table) -> None:

@@ -1,0 +1,59 @@
+"""A block: contiguous target sessions of their stocks, the sessions before them, and whose state each stock reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """Edges as a padded table: whose state each stock reads. `known` is False where a stock has fewer than K."""
+
+    place: Tensor
+    """[..., n, K] integer position of the neighbour among the n stocks."""
+    known: Tensor
+    """[..., n, K] bool."""
+    attributes: Tensor
+    """[..., n, K, 3] float32 corr, same_sector, same_market."""
+
+    def to(self, device: torch.device, *, non_blocking: bool = False) -> Neighbours:
+        """The table on `device`."""
+        moved = (tensor.to(device, non_blocking=non_blocking) for tensor in (self.place, self.known, self.attributes))
+        return Neighbours(*moved)
+
+
+@dataclass(frozen=True)
+class Block:
+    """S contiguous target sessions, the n stocks that are members at one of them, and the sessions before them."""
+
+    session_index: Tensor
+    """[S] int64 into the panel's sessions."""
+    stock_index: Tensor
+    """[n] int64 into the panel's codes, ascending."""
+    x: Tensor
+    """[n, S + R - 1, F] float32, warm-up sessions first, 0 where missing."""
+    missing: Tensor
+    """[n, S + R - 1, F] bool; True too for sessions before the panel's first."""
+    member: Tensor
+    """[n, S] bool."""
+    target: Tensor
+    """[n, S, H] float32 raw forward returns, NaN where missing."""
+    neighbours: Neighbours
+    """[S, n, K]; place and attributes are 0 where not known."""
+
+    def part(self, start: int, stop: int) -> Block:
+        """The block of its target sessions `start` to `stop`, exclusive, with all its stocks."""
+        warm_up = self.x.shape[1] - self.member.shape[1]
+        table = self.neighbours
+        return Block(
+            session_index=self.session_index[start:stop],
+            stock_index=self.stock_index,
+            x=self.x[:, start : stop + warm_up],
+            missing=self.missing[:, start : stop + warm_up],
+            member=self.member[:, start:stop],
+            target=self.target[:, start:stop],
+            neighbours=Neighbours(table.place[start:stop], table.known[start:stop], table.attributes[start:stop]),
+        )

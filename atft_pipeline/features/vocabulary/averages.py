@@ -1,0 +1,74 @@
+"""Exponential averages that can be continued from where they stood, and counts of values seen."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import njit
+
+from atft_pipeline.features.trace import word
+from atft_pipeline.features.vocabulary.elementwise import Panel
+from atft_pipeline.features.vocabulary.windows import as_panel
+
+EMA_SPANS_TO_FORGET = 5
+"""Spans after which an exponential average has forgotten its start: its weight is then e^-10."""
+
+
+# --- recursions, which continue from what they remember ---------------------------------------------------------------
+
+
+class Average(NamedTuple):
+    """An exponential average after a session: the average so far `[N]`, and the values seen `[N]`."""
+
+    state: Panel
+    seen: Panel
+
+    @staticmethod
+    def unstarted(N: int) -> Average:
+        return Average(np.zeros(N), np.zeros(N))
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _smooth(x: Any, alpha: Any, first: Any, fresh: Any, state: Any, seen: Any, out: Any) -> None:
+    T, N = x.shape
+    out[:fresh] = np.nan
+    for t in range(fresh, T):
+        row, result = x[t], out[t]
+        for j in range(N):
+            value = row[j]
+            there = value == value
+            seen[j] += 1.0 if there else 0.0
+            started = seen[j] > first
+            step = alpha * (value - state[j]) if started else value / first
+            state[j] += step if there else 0.0
+            result[j] = state[j] if there and seen[j] >= first else np.nan
+
+
+@word(lambda alpha: EMA_SPANS_TO_FORGET * round(2 / alpha - 1) - 1, results=2, remembers=True)
+def exponential(x: Panel, alpha: float, first: int, before: Average | None, fresh: int) -> tuple[Panel, Average]:
+    """Exponential average that starts as the mean of its first `first` non-null values, and where it stands at the end.
+
+    It steps over nulls: a null session changes nothing and is null itself. before: where it stood after the session
+    before row `fresh`, None at the start of the data; earlier rows are null.
+    """
+    panel = as_panel(x)
+    state, seen = (array.copy() for array in before or Average.unstarted(panel.shape[1]))
+    out = np.empty_like(panel)
+    _smooth(panel, alpha, first, fresh, state, seen, out)
+    return out.reshape(x.shape), Average(state, seen)
+
+
+def ema(x: Panel, span: int) -> Panel:
+    """`exponential` with alpha = 2 / (span + 1) of a series that is kept whole."""
+    values, _ = exponential(x, 2.0 / (span + 1), span, None, 0)
+    return values
+
+
+@word(lambda least: least - 1, results=2, remembers=True)
+def seen_at_least(x: Panel, least: int, before: Panel | None, fresh: int) -> tuple[Panel, Panel]:
+    """1 from the `least`-th non-null value on, else 0; and the values seen `[N]`. before, fresh: as `exponential`."""
+    seen = np.cumsum(~np.isnan(x[fresh:]), axis=0, dtype=np.float64) + (0.0 if before is None else before)
+    out = np.full_like(x, np.nan)
+    out[fresh:] = seen >= least
+    return out, seen[-1]

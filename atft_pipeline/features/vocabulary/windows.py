@@ -1,0 +1,268 @@
+"""Functions of a trailing window of sessions: lags, carried values, moments, extremes, regressions."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import njit
+
+from atft_pipeline.features.trace import word
+from atft_pipeline.features.vocabulary.elementwise import FLAT, Panel, change, least_of, ratio
+
+CARRY_SESSIONS = 5
+"""Sessions for which the last close stands in for a missing one, to form a return and for nothing else."""
+TS_WINDOW, TS_LEAST = 252, 60
+"""Sessions of a trailing z-score, and the observations it needs."""
+
+_TILE = 64
+"""Stocks per tile: the longest window, 252 sessions x 64 stocks x 8 bytes, stays in the second-level cache."""
+
+
+# --- earlier sessions -------------------------------------------------------------------------------------------------
+
+
+@word(lambda sessions: sessions)
+def lag(x: Panel, sessions: int) -> Panel:
+    """The value `sessions` earlier, null before the first."""
+    if sessions == 0:
+        return x
+    out = np.empty_like(x)
+    out[:sessions] = np.nan
+    out[sessions:] = x[:-sessions]
+    return out
+
+
+@njit(cache=True, nogil=True)
+def _carry(x: Any, longest: Any, out: Any) -> None:
+    T, N = x.shape
+    age = np.full(N, longest)
+    for t in range(T):
+        row, result, before = x[t], out[t], out[max(t - 1, 0)]
+        for j in range(N):
+            there = row[j] == row[j]
+            age[j] = 0 if there else age[j] + 1
+            result[j] = row[j] if there else (before[j] if age[j] <= longest and t > 0 else np.nan)
+
+
+@word(CARRY_SESSIONS)
+def carry(x: Panel) -> Panel:
+    """The last non-null value, at most `CARRY_SESSIONS` old."""
+    panel = as_panel(x)
+    out = np.empty_like(panel)
+    _carry(panel, CARRY_SESSIONS, out)
+    return out.reshape(x.shape)
+
+
+@word(lambda sessions: sessions)
+def returns(close: Panel, carried: Panel, sessions: int) -> Panel:
+    """R_h: the close over the one `sessions` earlier, minus 1, both carried; R_1 is null on an untraded session."""
+    out = np.full_like(close, np.nan)
+    new = close if sessions == 1 else carried
+    change(new[sessions:], carried[: max(len(close) - sessions, 0)], out=out[sessions:])
+    return out
+
+
+# --- windows ----------------------------------------------------------------------------------------------------------
+
+
+def as_panel(x: Panel) -> Panel:
+    """`[T, N]` in C order: a series is a panel of one."""
+    return np.ascontiguousarray(x.reshape(len(x), -1))
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _moments(x: Any, window: Any, least: Any, ddof: Any, two_pass: Any, mean: Any, std: Any) -> None:
+    T, N = x.shape
+    total, seen, centre = np.empty(_TILE), np.empty(_TILE), np.empty(_TILE)
+    for first in range(0, N, _TILE):
+        width = min(_TILE, N - first)
+        for t in range(T):
+            oldest = max(0, t - window + 1)
+            total[:] = 0.0
+            seen[:] = 0.0
+            for s in range(oldest, t + 1):
+                row = x[s, first : first + width]
+                for j in range(width):
+                    there = row[j] == row[j]
+                    total[j] += row[j] if there else 0.0
+                    seen[j] += 1.0 if there else 0.0
+            result = mean[t, first : first + width]
+            for j in range(width):
+                centre[j] = total[j] / seen[j]
+                result[j] = centre[j] if seen[j] >= least else np.nan
+            if not two_pass:
+                continue
+            total[:] = 0.0
+            for s in range(oldest, t + 1):
+                row = x[s, first : first + width]
+                for j in range(width):
+                    deviation = row[j] - centre[j]
+                    total[j] += deviation * deviation if deviation == deviation else 0.0
+            result = std[t, first : first + width]
+            for j in range(width):
+                spread = np.sqrt(total[j] / (seen[j] - ddof)) if seen[j] > ddof else np.nan
+                # Equal values leave rounding of their mean: that is no spread.
+                spread = 0.0 if spread <= FLAT * abs(centre[j]) else spread
+                result[j] = spread if seen[j] >= least else np.nan
+
+
+def _rolling(x: Panel, window: int, least: int, ddof: int, *, two_pass: bool) -> tuple[Panel, Panel]:
+    panel = as_panel(x)
+    mean = np.empty_like(panel)
+    std = np.empty_like(panel) if two_pass else np.empty((0, 0))
+    _moments(panel, window, least, ddof, two_pass, mean, std)
+    return mean.reshape(x.shape), std.reshape(x.shape) if two_pass else std
+
+
+@word(lambda window: window - 1)
+def rolling_mean(x: Panel, window: int) -> Panel:
+    """Mean of the window's non-null values."""
+    return _rolling(x, window, least_of(window), 0, two_pass=False)[0]
+
+
+@word(lambda window: window - 1)
+def rolling_sum(x: Panel, window: int) -> Panel:
+    """Sum of the window's non-null values."""
+    return _counted(x, window) * _rolling(x, window, least_of(window), 0, two_pass=False)[0]
+
+
+@word(lambda window: window - 1, results=2)
+def rolling_mean_std(x: Panel, window: int, ddof: int) -> tuple[Panel, Panel]:
+    """Mean and standard deviation of the window's non-null values."""
+    return _rolling(x, window, least_of(window), ddof, two_pass=True)
+
+
+@word(lambda window: window - 1)
+def rolling_std(x: Panel, window: int) -> Panel:
+    """Standard deviation, ddof 1, of the window's non-null values."""
+    return _rolling(x, window, least_of(window), 1, two_pass=True)[1]
+
+
+@word(TS_WINDOW - 1)
+def ts_zscore(x: Panel) -> Panel:
+    """Trailing z-score over 252 sessions, ddof 1, at least 60 observations; null where the series did not move."""
+    mean, std = _rolling(x, TS_WINDOW, TS_LEAST, 1, two_pass=True)
+    return ratio(x - mean, std)
+
+
+@njit(cache=True, nogil=True)
+def _count(x: Any, window: Any, out: Any) -> None:
+    T, N = x.shape
+    seen = np.zeros(N)
+    for t in range(T):
+        new, old, result = x[t], x[max(t - window, 0)], out[t]
+        leaves = t >= window
+        for j in range(N):
+            seen[j] += 1.0 if new[j] == new[j] else 0.0
+            seen[j] -= 1.0 if leaves and old[j] == old[j] else 0.0
+            result[j] = seen[j]
+
+
+def _counted(x: Panel, window: int) -> Panel:
+    """Non-null values in the window; whole numbers, which a running count adds exactly."""
+    panel = as_panel(x)
+    out = np.empty_like(panel)
+    _count(panel, window, out)
+    return out.reshape(x.shape)
+
+
+def _extreme(x: Panel, window: int, larger: Any) -> Panel:
+    """`larger` of two is that of their windows: each doubling of the width is one pass, and two cover the rest."""
+    top, width = x, 1
+    while width < window:
+        step = min(width, window - width)
+        wider = top.copy()
+        larger(top[step:], top[: max(len(top) - step, 0)], out=wider[step:])
+        top, width = wider, width + step
+    return np.where(_counted(x, window) >= least_of(window), top, np.nan)
+
+
+@word(lambda window: window - 1)
+def rolling_max(x: Panel, window: int) -> Panel:
+    """Largest of the window's non-null values."""
+    return _extreme(x, window, np.fmax)
+
+
+@word(lambda window: window - 1)
+def rolling_min(x: Panel, window: int) -> Panel:
+    """Smallest of the window's non-null values."""
+    return _extreme(x, window, np.fmin)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _regress(y: Any, x: Any, window: Any, least: Any, beta: Any, corr: Any, residual: Any) -> None:
+    T, N = y.shape
+    n, mx, my = np.empty(_TILE), np.empty(_TILE), np.empty(_TILE)
+    sxx, sxy, syy, slope = np.empty(_TILE), np.empty(_TILE), np.empty(_TILE), np.empty(_TILE)
+    for first in range(0, N, _TILE):
+        width = min(_TILE, N - first)
+        for t in range(T):
+            oldest = max(0, t - window + 1)
+            n[:] = 0.0
+            mx[:] = 0.0
+            my[:] = 0.0
+            for s in range(oldest, t + 1):
+                a, b = x[s, first : first + width], y[s, first : first + width]
+                for j in range(width):
+                    there = (a[j] == a[j]) & (b[j] == b[j])
+                    n[j] += 1.0 if there else 0.0
+                    mx[j] += a[j] if there else 0.0
+                    my[j] += b[j] if there else 0.0
+            for j in range(width):
+                mx[j] /= n[j]
+                my[j] /= n[j]
+            sxx[:] = 0.0
+            sxy[:] = 0.0
+            syy[:] = 0.0
+            for s in range(oldest, t + 1):
+                a, b = x[s, first : first + width], y[s, first : first + width]
+                for j in range(width):
+                    dx, dy = a[j] - mx[j], b[j] - my[j]
+                    there = (dx == dx) & (dy == dy)
+                    sxx[j] += dx * dx if there else 0.0
+                    sxy[j] += dx * dy if there else 0.0
+                    syy[j] += dy * dy if there else 0.0
+            betas, corrs = beta[t, first : first + width], corr[t, first : first + width]
+            for j in range(width):
+                moved = sxx[j] > n[j] * (FLAT * mx[j]) ** 2
+                slope[j] = sxy[j] / sxx[j] if moved and n[j] >= least else np.nan
+                both = moved and syy[j] > n[j] * (FLAT * my[j]) ** 2
+                found = sxy[j] / np.sqrt(sxx[j] * syy[j])
+                betas[j] = slope[j]
+                corrs[j] = min(max(found, -1.0), 1.0) if both and slope[j] == slope[j] else np.nan
+            # The residuals are summed themselves: syy − slope * sxy cancels when the fit is close.
+            syy[:] = 0.0
+            for s in range(oldest, t + 1):
+                a, b = x[s, first : first + width], y[s, first : first + width]
+                for j in range(width):
+                    e = (b[j] - my[j]) - slope[j] * (a[j] - mx[j])
+                    syy[j] += e * e if e == e else 0.0
+            result = residual[t, first : first + width]
+            for j in range(width):
+                result[j] = np.sqrt(syy[j] / (n[j] - 1.0)) if slope[j] == slope[j] else np.nan
+
+
+class Regression(NamedTuple):
+    """Slope cov(y, x) / var(x), correlation, and standard deviation (ddof 1) of y − slope · x."""
+
+    beta: Panel
+    corr: Panel
+    residual_std: Panel
+
+
+def rolling_regression(y: Panel, x: Panel, window: int) -> Regression:
+    """The regression of y on x over each window.
+
+    A session counts where both are non-null. x: `[T, N]`, or `[T, 1]` for the same regressor everywhere. Null where x
+    did not move; the correlation also where y did not.
+    """
+    return Regression(*_regression(y, x, window))
+
+
+@word(lambda window: window - 1, results=3)
+def _regression(y: Panel, x: Panel, window: int) -> tuple[Panel, Panel, Panel]:
+    beta, corr, residual = np.empty_like(y), np.empty_like(y), np.empty_like(y)
+    regressor = np.ascontiguousarray(np.broadcast_to(x, y.shape))
+    _regress(np.ascontiguousarray(y), regressor, window, least_of(window), beta, corr, residual)
+    return beta, corr, residual

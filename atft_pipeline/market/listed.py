@@ -1,0 +1,68 @@
+"""The snapshots of `listed`: which sector and market segment a stock had at each session, and which codes are funds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from atft_pipeline.market.adjustment import Listings
+from atft_pipeline.market.price_panel import (
+    Categories,
+    Days,
+    day_array,
+    positions,
+)
+
+SHARE_CLASS = r"^\d[0-9A-Z]\d[0-9A-Z][1-9]$"
+"""Tokyo's codes of preferred shares and the like: the fifth character is not 0."""
+
+
+@dataclass(frozen=True)
+class _Attribute:
+    """A text column of the snapshots."""
+
+    names: tuple[str, ...]
+    number: NDArray[np.int32]
+    """[snapshots], and a last −1 for a stock that is in none."""
+
+    @staticmethod
+    def of(texts: pl.Series) -> _Attribute:
+        names = texts.unique().drop_nulls().sort().to_list()
+        return _Attribute(tuple(names), np.append(positions(texts, names), np.int32(-1)))
+
+    def at(self, listing: NDArray[np.int32]) -> Categories:
+        return Categories(self.names, self.number[listing])
+
+
+@dataclass(frozen=True)
+class Listed:
+    """The snapshots of `listed`, sorted by code and date; of codes that have prices."""
+
+    listings: Listings
+    sector: _Attribute
+    section: _Attribute
+    attributes: pl.DataFrame
+    """Sector33Code and MarketCode as stated."""
+
+    @staticmethod
+    def of(listed: pl.DataFrame, codes: Sequence[str], sessions: Days, market: str) -> Listed:
+        """A fund is told by its market; sector 9999 under a stock's own market is a stock that has been delisted since:
+        kept, its sector unknown."""
+        texts = [pl.col(name).str.strip_chars().replace("", None) for name in ("Sector33Code", "MarketCode")]
+        stock = pl.Series("n", positions(listed["Code"], codes))
+        rows = listed.select("Date", *texts).with_columns(stock).filter(pl.col("n") >= 0).sort("n", "Date")
+        sector, section = pl.col("Sector33Code"), pl.col("MarketCode")
+        is_fund = (section == "0109") | ((sector == "9999") & section.is_null())
+        share_class = pl.Series(codes, dtype=pl.String).str.contains(SHARE_CLASS).to_numpy()
+        listings = Listings(
+            start=np.searchsorted(rows["n"].to_numpy(), np.arange(len(codes) + 1)),
+            known_from=np.searchsorted(sessions, day_array(rows["Date"])),
+            is_fund=rows.select(is_fund.fill_null(value=False)).to_series().to_numpy(),
+            share_class=share_class if market == "tokyo" else np.zeros(len(codes), np.bool_),
+        )
+        industry = rows.select(pl.when(sector != "9999").then(sector)).to_series()
+        return Listed(listings, _Attribute.of(industry), _Attribute.of(rows["MarketCode"]), rows)

@@ -1,0 +1,24 @@
+"""Values as JSON can hold them: it has no NaN and no infinity."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+# Plain JSON -------------------------------------------------------------------------------------------------------
+
+
+def finite_or_none(value: float | None) -> float | None:
+    return float(value) if value is not None and math.isfinite(value) else None
+
+
+def plain_json(value: Any) -> Any:
+    """`value` with every number that is not finite as None, recursively: JSON has no NaN."""
+    if isinstance(value, Mapping):
+        return {str(key): plain_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain_json(item) for item in value]
+    if isinstance(value, float):
+        return finite_or_none(value)
+    return value

@@ -1,0 +1,82 @@
+"""The gate of the long run: whether the short run's success criterion speaks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+# The gate of the long run -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class GateDecision:
+    open: bool
+    message: str
+    override_recorded: str | None = None
+    """The reason given for overriding; None when none was given."""
+
+
+def gate_decision(
+    check: Mapping[str, Any] | None,
+    materialization: Mapping[str, Any] | None,
+    current: Mapping[str, Any],
+    override_reason: str | None = None,
+    *,
+    model: str = "model_20ep",
+) -> GateDecision:
+    """Whether the long run may start, given the last evaluation of the short run's success criterion.
+
+    `check`: `status` (a verdict's), `timestamp` in seconds, `dataset_fingerprint`, `config_key` (epochs apart), and
+    where known `summary` and `run_id`. `materialization`: `timestamp` and where known `run_id` of the last
+    materialization of `model`; a check of the same `run_id` belongs to it whatever the order of the two events.
+    `current`: `dataset_fingerprint` and `config_key` of the long run. An `override_reason` opens the gate and is
+    recorded, even where it was not needed; a blank one counts as none.
+    """
+    refusal = _refusal(check, materialization, current, model)
+    reason = (override_reason or "").strip() or None
+    if refusal is None:
+        summary = (check or {}).get("summary") or "passed"
+        return GateDecision(True, f"gate open: {model}: {summary}", reason)
+    if reason is not None:
+        return GateDecision(True, f"gate opened by override ({reason}), although {refusal}", reason)
+    return GateDecision(
+        False,
+        f"gate shut: {refusal}; run `dagster asset materialize --select {model}`, or set override_reason in this"
+        " asset's config",
+    )
+
+
+def _refusal(
+    check: Mapping[str, Any] | None,
+    materialization: Mapping[str, Any] | None,
+    current: Mapping[str, Any],
+    model: str,
+) -> str | None:
+    """Why the gate stays shut, or None."""
+    if materialization is None:
+        return f"{model} was never materialized"
+    if check is None:
+        return f"the success criterion of {model} was never evaluated"
+    same_run = check.get("run_id") is not None and check.get("run_id") == materialization.get("run_id")
+    if not same_run and float(check["timestamp"]) < float(materialization["timestamp"]):
+        return f"the last evaluation of the success criterion is older than the last materialization of {model}"
+    for key, what in (("dataset_fingerprint", "another dataset"), ("config_key", "another configuration")):
+        if not check.get(key) or check.get(key) != current.get(key):
+            found, expected = str(check.get(key) or "unknown")[:12], str(current.get(key) or "unknown")[:12]
+            return f"the verdict of {model} is of {what} ({key} {found}, now {expected})"
+    status = str(check.get("status"))
+    if status != "passed":
+        return f"the success criterion of {model} {_REFUSED.get(status, f'has status {status}')}{_quoted(check)}"
+    return None
+
+
+_REFUSED: dict[str, str] = {
+    "failed": "failed",
+    "invalid": "has no valid verdict",
+    "not_applicable": "did not apply to its last run",
+}
+
+
+def _quoted(check: Mapping[str, Any]) -> str:
+    return f" ({check['summary']})" if check.get("summary") else ""
