@@ -183,7 +183,7 @@ def foreign_paths(text: str) -> list[str]:
 
 def unordered_terms(text: str) -> list[str]:
     """Terms of the glossary that stand before one that the alphabet puts first."""
-    terms = [term.lower() for term in re.findall(r"^\*\*(.+?)\*\*", text, re.MULTILINE)]
+    terms = [term.lower() for term in re.findall(r"^\*\*(.+?)\.?\*\*", text, re.MULTILINE)]
     return [later for earlier, later in zip(terms, terms[1:], strict=False) if earlier > later]
 
 
@@ -303,7 +303,9 @@ def test_every_command_is_documented() -> None:
     names: dict[int, list[str]] = {}
     for name, sub in subcommands().items():
         names.setdefault(id(sub), []).append(name)
-    assert [aliases for aliases in names.values() if not any(f".venv/bin/atft {name} " in text for name in aliases)] == []
+    assert [
+        aliases for aliases in names.values() if not any(f".venv/bin/atft {name} " in text for name in aliases)
+    ] == []
 
 
 def test_every_report_variable_is_named() -> None:
@@ -352,7 +354,9 @@ def test_a_broken_link_is_found(text: str) -> None:
 
 
 def test_a_sound_link_is_not() -> None:
-    text = "[a](#a-heading-of-82) [b](Makefile) [c](#a-heading-of-82-1) [d](https://example.org)\n# A heading: of `82`\n"
+    text = (
+        "[a](#a-heading-of-82) [b](Makefile) [c](#a-heading-of-82-1) [d](https://example.org)\n# A heading: of `82`\n"
+    )
     assert broken_links(README, text + "## A heading of 82\n```\n[no](link)\n```") == []
 
 
@@ -403,7 +407,9 @@ def test_a_dagster_command_that_cannot_be_launched_is_found(command: str) -> Non
 
 
 def test_one_that_can_is_not() -> None:
-    text = "`.venv/bin/dagster asset materialize --select '+key:model_20ep'`, `.venv/bin/dg launch --job nightly_retrain`"
+    text = (
+        "`.venv/bin/dagster asset materialize --select '+key:model_20ep'`, `.venv/bin/dg launch --job nightly_retrain`"
+    )
     assert refused_dagster_commands(text) == []
 
 
