@@ -23,8 +23,8 @@ import dagster as dg
 import pytest
 
 from assets.definitions import defs
-from atft_pipeline.cli import _parser as atft_parser
-from atft_pipeline.config import REPORT_VARIABLES
+from atft_pipeline.cli.command import _parser as atft_parser
+from atft_pipeline.config.schema import REPORT_VARIABLES
 from atft_pipeline.errors import InputError
 from atft_pipeline.features.registry import markdown_table
 from resources.compute import Compute
@@ -184,6 +184,53 @@ def foreign_paths(text: str) -> list[str]:
     return [word for word in words if not word.startswith(("/tmp/", "/path/to/")) and word not in ("/", "/tmp")]
 
 
+def differing_tables(text: str) -> list[str]:
+    """Generated tables in the text that are not what their generators write."""
+    present = [name for name in GENERATED if f"<!-- {name} -->" in text]
+    return [name for name in present if section(text, name) != GENERATED[name]().strip()]
+
+
+def misplaced_markers(texts: list[str]) -> list[str]:
+    """Markers of tables that do not stand in exactly one of the texts."""
+    markers = [marker for name in (*GENERATED, *MEASURED) for marker in (f"<!-- {name} -->", f"<!-- /{name} -->")]
+    return [marker for marker in markers if sum(text.count(marker) for text in texts) != 1]
+
+
+def benches_elsewhere(makefile: str) -> list[str]:
+    """Documents into which the Makefile lets a bench write, and that do not hold its table."""
+    written = re.findall(r"bench/(?:\w+/)*(\w+)\.py .*?([\w/-]+\.md)", makefile)
+    return [file for name, file in written if f"<!-- {name} -->" not in (ROOT / file).read_text("utf-8")]
+
+
+def excess_lines(readme: str) -> int:
+    return max(0, len(readme.splitlines()) - MAX_README_LINES)
+
+
+def unnamed_packages(readme: str) -> list[str]:
+    """Packages of the library that the text does not name."""
+    packages = [path.parent.name for path in sorted((ROOT / "atft_pipeline").glob("*/__init__.py"))]
+    return [name for name in packages if f"`{name}/`" not in readme]
+
+
+def undocumented_commands(text: str) -> list[list[str]]:
+    """`atft` commands, each with its aliases, of which the text calls none."""
+    aliases: dict[int, list[str]] = {}
+    for name, sub in subcommands().items():
+        aliases.setdefault(id(sub), []).append(name)
+    return [names for names in aliases.values() if not any(f".venv/bin/atft {name} " in text for name in names)]
+
+
+def unnamed_variables(text: str) -> list[str]:
+    """Variables of the validation report that the text does not name."""
+    return [variable for variable in REPORT_VARIABLES if f"`{variable}`" not in text]
+
+
+def unlinked_documents(readme: str) -> list[Path]:
+    """Documents that the text does not link."""
+    links = {ROOT / link for link in re.findall(r"\]\((docs/[\w-]+\.md)", readme)}
+    return [path for path in DOCUMENTS if path != README and path not in links]
+
+
 def unordered_terms(text: str) -> list[str]:
     """Terms of the glossary that stand before one that the alphabet puts first."""
     terms = [term.lower() for term in re.findall(r"^\*\*(.+?)\.?\*\*", text, re.MULTILINE)]
@@ -287,52 +334,38 @@ def test_no_path_of_one_machine_is_cited(document: Path) -> None:
 
 
 def test_every_document_is_reached_from_the_readme() -> None:
-    links = re.findall(r"\]\((docs/[\w-]+\.md)", README.read_text(encoding="utf-8"))
-    assert {ROOT / link for link in links} == set(DOCUMENTS) - {README}
+    assert unlinked_documents(README.read_text(encoding="utf-8")) == []
 
 
 def test_readme_is_short() -> None:
-    assert len(README.read_text(encoding="utf-8").splitlines()) <= MAX_README_LINES
+    assert excess_lines(README.read_text(encoding="utf-8")) == 0
 
 
 def test_readme_names_every_package_of_the_library() -> None:
-    packages = [path.parent.name for path in sorted((ROOT / "atft_pipeline").glob("*/__init__.py"))]
-    text = README.read_text(encoding="utf-8")
-    assert [name for name in packages if f"`{name}/`" not in text] == []
+    assert unnamed_packages(README.read_text(encoding="utf-8")) == []
 
 
 def test_every_command_is_documented() -> None:
-    text = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
-    aliases: dict[int, list[str]] = {}
-    for name, sub in subcommands().items():
-        aliases.setdefault(id(sub), []).append(name)
-    documented = [names for names in aliases.values() if any(f".venv/bin/atft {name} " in text for name in names)]
-    assert documented == list(aliases.values())
+    assert undocumented_commands((ROOT / "docs" / "commands.md").read_text(encoding="utf-8")) == []
 
 
 def test_every_report_variable_is_named() -> None:
-    text = "".join(path.read_text(encoding="utf-8") for path in DOCUMENTS)
-    assert [variable for variable in REPORT_VARIABLES if f"`{variable}`" not in text] == []
+    assert unnamed_variables("".join(path.read_text(encoding="utf-8") for path in DOCUMENTS)) == []
 
 
-@pytest.mark.parametrize("name", [*GENERATED, *MEASURED])
-def test_markers_stand_in_one_document(name: str) -> None:
-    texts = [path.read_text(encoding="utf-8") for path in DOCUMENTS]
-    for marker in (f"<!-- {name} -->", f"<!-- /{name} -->"):
-        assert sum(text.count(marker) for text in texts) == 1
+def test_every_table_stands_in_one_document() -> None:
+    assert misplaced_markers([path.read_text(encoding="utf-8") for path in DOCUMENTS]) == []
 
 
-@pytest.mark.parametrize("name", GENERATED)
-def test_generated_tables_are_what_their_generators_write(name: str) -> None:
-    text = next(text for path in DOCUMENTS if f"<!-- {name} -->" in (text := path.read_text(encoding="utf-8")))
-    assert section(text, name) == GENERATED[name]().strip()
+@documents
+def test_generated_tables_are_what_their_generators_write(document: Path) -> None:
+    assert differing_tables(document.read_text(encoding="utf-8")) == []
 
 
-def test_benches_of_the_makefile_write_where_their_markers_are() -> None:
-    lines = (ROOT / "Makefile").read_text(encoding="utf-8")
-    written = re.findall(r"bench/(?:\w+/)*(\w+)\.py .*?([\w/-]+\.md)", lines)
-    assert written
-    assert [file for name, file in written if f"<!-- {name} -->" not in (ROOT / file).read_text("utf-8")] == []
+def test_benches_of_the_makefile_write_where_their_tables_are() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert "bench/" in makefile
+    assert benches_elsewhere(makefile) == []
 
 
 def test_glossary_is_alphabetical() -> None:
@@ -429,6 +462,38 @@ def test_a_path_of_one_machine_is_found() -> None:
 
 def test_a_term_out_of_order_is_found() -> None:
     assert unordered_terms("**Alpha**. A.\n\n**gamma**. C.\n\n**Beta**. B.\n") == ["beta"]
+
+
+def test_a_table_of_another_registry_is_found() -> None:
+    sound = f"<!-- features -->\n{markdown_table()}<!-- /features -->"
+    assert differing_tables(sound) == []
+    assert differing_tables(sound.replace("`returns_5d`", "`returns_6d`")) == ["features"]
+
+
+def test_a_marker_that_is_lost_or_doubled_is_found() -> None:
+    whole = "".join(f"<!-- {name} --><!-- /{name} -->" for name in (*GENERATED, *MEASURED))
+    assert misplaced_markers([whole, "no table"]) == []
+    assert misplaced_markers([whole, "<!-- quality -->"]) == ["<!-- quality -->"]
+    assert misplaced_markers([whole.replace("<!-- /results -->", "")]) == ["<!-- /results -->"]
+
+
+def test_a_bench_that_writes_into_another_document_is_found() -> None:
+    assert benches_elsewhere("python bench/quality.py output --readme docs/synthetic-market.md") == []
+    assert benches_elsewhere("python bench/quality.py output --readme docs/glossary.md") == ["docs/glossary.md"]
+
+
+def test_a_long_readme_is_found() -> None:
+    assert (excess_lines("line\n" * MAX_README_LINES), excess_lines("line\n" * (MAX_README_LINES + 2))) == (0, 2)
+
+
+def test_what_is_left_out_is_found() -> None:
+    readme = README.read_text(encoding="utf-8")
+    assert unnamed_packages(readme.replace("`features/`", "")) == ["features"]
+    assert unlinked_documents(readme.replace("docs/glossary.md", "")) == [ROOT / "docs" / "glossary.md"]
+    everything = "".join(f".venv/bin/atft {name} " for name in subcommands())
+    assert undocumented_commands(everything) == []
+    assert undocumented_commands(everything.replace("atft train ", "")) == [["train"]]
+    assert unnamed_variables("".join(f"`{variable}`" for variable in list(REPORT_VARIABLES)[1:])) == ["SHARPE_WEIGHT"]
 
 
 def test_planted_files_do_not_count(tmp_path: Path) -> None:
