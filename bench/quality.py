@@ -122,8 +122,8 @@ def with_neighbours(panel: Panel, graph: StockGraph) -> Panel:
     for t in np.flatnonzero(panel.member.any(axis=1)):
         block = data.block(np.array([t]))
         own, table = block.x[:, 0], block.neighbours  # [n, F]
-        known = table.known[0].unsqueeze(-1)  # [n, K, 1]
-        sums = (own[table.place[0]] * known).sum(dim=1)
+        known = table.is_edge[0].unsqueeze(-1)  # [n, K, 1]
+        sums = (own[table.source[0]] * known).sum(dim=1)
         joined[t, block.stock_index] = torch.cat((own, sums / known.sum(dim=1).clamp(min=1)), dim=1)
     names = [*panel.feature_names, *(f"neighbours_{name}" for name in panel.feature_names)]
     return Panel(**{**vars(panel), "features": joined, "feature_names": names})

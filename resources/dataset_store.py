@@ -17,7 +17,7 @@ from atft_pipeline.market import synthetic
 from atft_pipeline.market.sources import Source, open_source
 from atft_pipeline.storage.artifact import read_manifest, sha256_of
 from atft_pipeline.storage.atomic import relink, replacing, write_json
-from atft_pipeline.storage.monthly import move_product
+from atft_pipeline.storage.monthly import move_artifact
 
 EMBEDDED_STOCKS, EMBEDDED_SESSIONS, EMBEDDED_SEED = 200, 750, 0
 """The synthetic market that stands in where no source is named."""
@@ -124,7 +124,7 @@ class DatasetStore(dg.ConfigurableResource):
     def keep(self, kind: str, fingerprint: str) -> Path:
         """Gives what was built its name."""
         path = self.product(kind, fingerprint)
-        move_product(self.building(kind), path)
+        move_artifact(self.building(kind), path)
         return path
 
     # Baselines -------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 import dagster as dg
 
-from atft_pipeline.dataset.layout import KEYS, TARGETS
+from atft_pipeline.dataset.layout import ROW_KEYS, TARGETS
 from atft_pipeline.features.registry import REGISTRY
 from atft_pipeline.market.price_panel import FLAGS, PRICES_COLUMNS, QUOTES
 
@@ -24,7 +24,7 @@ def prices_lineage() -> dg.TableColumnLineage:
     flags = dict.fromkeys(FLAGS, membership) | {"is_traded": _raw("prices", "Open", "High", "Low", "Close", "Volume")}
     return dg.TableColumnLineage(
         {
-            **{name: _raw("prices", name) for name in KEYS},
+            **{name: _raw("prices", name) for name in ROW_KEYS},
             **quotes,
             "cumulative_factor": _raw("prices", "AdjustmentFactor", "Open", "Close"),
             **flags,
@@ -46,7 +46,7 @@ def dataset_lineage() -> dg.TableColumnLineage:
     prices = dg.AssetKey("prices")
     return dg.TableColumnLineage(
         {
-            **{name: [dg.TableColumnDep(prices, name)] for name in KEYS},
+            **{name: [dg.TableColumnDep(prices, name)] for name in ROW_KEYS},
             **{feature.name: [dependency(column) for column in feature.reads] for feature in REGISTRY},
             **{name: [dg.TableColumnDep(prices, quote) for quote in ("Open", "Close")] for name in TARGETS},
         }

@@ -8,11 +8,11 @@ import polars as pl
 
 from assets.data.column_lineage import dataset_lineage, dataset_table_schema, prices_lineage, prices_table_schema
 from assets.metadata import failing_with_one_sentence, held, markdown_table, numbers
-from atft_pipeline.dataset.store import update_dataset_parts
+from atft_pipeline.dataset.store import update_dataset
 from atft_pipeline.errors import InputError
 from atft_pipeline.features.statistics import DRIFT_WARNING, NULL_SHARE_WARNING
 from atft_pipeline.market.contracts import read_checked
-from atft_pipeline.market.price_store import read_quarantine, table_digests, update_price_parts
+from atft_pipeline.market.price_store import read_quarantine, table_digests, update_prices
 from atft_pipeline.storage.artifact import read_manifest
 from resources.compute import Compute
 from resources.dataset_store import DatasetStore
@@ -57,7 +57,7 @@ def prices(
         )
         others = read_checked(source, but=["prices"])
         building, previous = store.building("prices"), store.previous("prices")
-        manifest, contract = update_price_parts(source, others, building, settings.dataset, previous)
+        manifest, contract = update_prices(source, others, building, settings.dataset, previous)
         path = store.keep("prices", manifest["fingerprint"])
         quarantine = read_quarantine(path)
     figures = universe_figures(manifest)
@@ -161,7 +161,7 @@ def ml_dataset(context: dg.AssetExecutionContext, store: DatasetStore) -> dg.Mat
             )
         config = store.dataset_config(made_from)
         building, previous = store.building("ml_dataset"), store.previous("ml_dataset")
-        manifest, report = update_dataset_parts(adjusted, others.tables, building, config, previous)
+        manifest, report = update_dataset(adjusted, others.tables, building, config, previous)
         path = store.keep("ml_dataset", manifest["fingerprint"])
         manifest = read_manifest(path, kind="ml_dataset")
     if report.passed:

@@ -14,7 +14,7 @@ from atft_pipeline.evaluation.evaluate import Evaluation
 from atft_pipeline.evaluation.predictions_table import evaluate_table
 from atft_pipeline.runs.header import read_run
 from atft_pipeline.runs.tables import read_table
-from atft_pipeline.storage.artifact import read_table as read_parquet
+from atft_pipeline.storage.artifact import read_artifact as read_parquet
 
 RECORD_TOLERANCE = 1e-4
 """The record was computed on float32 scores in memory, the file holds the same float32: only sums may be reordered."""

@@ -9,20 +9,22 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Neighbours:
+class NeighbourTable:
     """Edges as a padded table: whose state each stock reads. `known` is False where a stock has fewer than K."""
 
-    place: Tensor
+    source: Tensor
     """[..., n, K] integer position of the neighbour among the n stocks."""
-    known: Tensor
+    is_edge: Tensor
     """[..., n, K] bool."""
     attributes: Tensor
     """[..., n, K, 3] float32 corr, same_sector, same_market."""
 
-    def to(self, device: torch.device, *, non_blocking: bool = False) -> Neighbours:
+    def to(self, device: torch.device, *, non_blocking: bool = False) -> NeighbourTable:
         """The table on `device`."""
-        moved = (tensor.to(device, non_blocking=non_blocking) for tensor in (self.place, self.known, self.attributes))
-        return Neighbours(*moved)
+        moved = (
+            tensor.to(device, non_blocking=non_blocking) for tensor in (self.source, self.is_edge, self.attributes)
+        )
+        return NeighbourTable(*moved)
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Block:
     """[n, S] bool."""
     target: Tensor
     """[n, S, H] float32 raw forward returns, NaN where missing."""
-    neighbours: Neighbours
+    neighbours: NeighbourTable
     """[S, n, K]; place and attributes are 0 where not known."""
 
     def part(self, start: int, stop: int) -> Block:
@@ -55,5 +57,7 @@ class Block:
             missing=self.missing[:, start : stop + warm_up],
             member=self.member[:, start:stop],
             target=self.target[:, start:stop],
-            neighbours=Neighbours(table.place[start:stop], table.known[start:stop], table.attributes[start:stop]),
+            neighbours=NeighbourTable(
+                table.source[start:stop], table.is_edge[start:stop], table.attributes[start:stop]
+            ),
         )

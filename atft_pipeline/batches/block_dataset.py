@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from atft_pipeline.batches.block import Block, Neighbours
+from atft_pipeline.batches.block import Block, NeighbourTable
 from atft_pipeline.batches.panel import Panel
 from atft_pipeline.batches.panel_storage import left_to_the_cache
 from atft_pipeline.graph.build import StockGraph
@@ -78,32 +78,32 @@ class BlockDataset:
         left_to_the_cache(self.panel.features)
         return block
 
-    def _block_neighbours(self, first: int, last: int, stocks: Tensor) -> Neighbours:
+    def _block_neighbours(self, first: int, last: int, stocks: Tensor) -> NeighbourTable:
         """Of each session the edges between its members."""
         refresh = self._refresh_at[first : last + 1]  # [S]
         cells = (refresh[:, None], stocks)
-        places = self._neighbours.place[cells].long()  # [S, n, K] in the panel
+        places = self._neighbours.source[cells].long()  # [S, n, K] in the panel
         member = self._member[first : last + 1]
         session = torch.arange(len(refresh), device=self.device)[:, None, None]
-        known = self._neighbours.known[cells] & (refresh >= 0)[:, None, None]
+        known = self._neighbours.is_edge[cells] & (refresh >= 0)[:, None, None]
         known &= member[session, places] & member[:, stocks, None]
         in_block = torch.zeros(len(self.panel.codes), dtype=torch.int64, device=self.device)
         in_block[stocks] = torch.arange(len(stocks), device=self.device)
-        return Neighbours(
-            place=in_block[places].masked_fill(~known, 0),
-            known=known,
+        return NeighbourTable(
+            source=in_block[places].masked_fill(~known, 0),
+            is_edge=known,
             attributes=self._neighbours.attributes[cells].masked_fill(~known[..., None], 0.0),
         )
 
 
-def neighbour_table(graph: StockGraph | None, codes: NDArray[np.str_]) -> Neighbours:
+def neighbour_table(graph: StockGraph | None, codes: NDArray[np.str_]) -> NeighbourTable:
     """The graph's edges as a table per refresh, `[G, N, K]` over `codes: [N]`; edges of other stocks are left out.
 
     `graph` None is one refresh without an edge. Neighbours stand as in the graph, the nearest first.
     """
     if graph is None or len(graph.refreshes) == 0:
         shape = (1, len(codes), 0)
-        return Neighbours(torch.zeros(shape, dtype=torch.int32), torch.zeros(shape).bool(), torch.zeros(*shape, 3))
+        return NeighbourTable(torch.zeros(shape, dtype=torch.int32), torch.zeros(shape).bool(), torch.zeros(*shape, 3))
     place = np.searchsorted(codes, graph.codes).clip(max=len(codes) - 1)
     place = np.where(codes[place] == graph.codes, place, -1)
     refresh = np.repeat(np.arange(len(graph.refreshes)), np.diff(graph.offsets))
@@ -119,4 +119,4 @@ def neighbour_table(graph: StockGraph | None, codes: NDArray[np.str_]) -> Neighb
     table.reshape(rows, shape[2])[row, rank] = place[graph.source][kept][order]
     known.reshape(rows, shape[2])[row, rank] = True
     attributes.reshape(rows, shape[2], 3)[row, rank] = graph.edge_attr[kept][order]
-    return Neighbours(torch.from_numpy(table), torch.from_numpy(known), torch.from_numpy(attributes))
+    return NeighbourTable(torch.from_numpy(table), torch.from_numpy(known), torch.from_numpy(attributes))

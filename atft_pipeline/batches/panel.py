@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from atft_pipeline.batches.panel_storage import Allocate, in_memory
 from atft_pipeline.config.slices import SLICES, Slice
-from atft_pipeline.dataset.layout import KEYS, TARGETS, read_membership
+from atft_pipeline.dataset.layout import ROW_KEYS, TARGETS, read_membership
 from atft_pipeline.errors import InputError
 from atft_pipeline.storage.artifact import read_manifest, readable, resolved
 
@@ -64,7 +64,7 @@ def load_panel(dataset: Path, universe: Slice, allocate: Allocate = in_memory) -
     if unknown := sorted(set(manifest["live_features"]) - set(manifest["features"])):
         raise InputError(f"{dataset}: its manifest calls {unknown[0]!r} live, which is no feature; build it again")
     names = [*manifest["live_features"], *TARGETS]
-    membership = read_membership(dataset, [*KEYS, "is_investable", "is_liquid"])
+    membership = read_membership(dataset, [*ROW_KEYS, "is_investable", "is_liquid"])
     sessions, t = np.unique(membership["Date"].to_numpy().astype("datetime64[D]"), return_inverse=True)
     flags = {name: membership[name].to_numpy().astype(bool) for name in ("is_investable", "is_liquid")}
     in_universe = flags[SLICES[universe]]
@@ -125,20 +125,20 @@ def _read_rows(
 ) -> Iterator[NDArray[np.float32]]:
     """Columns `names` of the dataset in order `[rows, F + H]`, null as NaN; refuses other columns or other keys."""
     data = resolved(dataset)
-    expected = [*KEYS, *manifest["features"], *TARGETS]
+    expected = [*ROW_KEYS, *manifest["features"], *TARGETS]
     start = 0
     for file in sorted(data.glob("*.parquet")) if data.is_dir() else [data]:
         with readable(file), pq.ParquetFile(file) as part:
             if part.schema_arrow.names != expected:
                 raise InputError(_column_difference(file, expected, part.schema_arrow.names))
-            for batch in part.iter_batches(batch_size=ROWS_PER_READ, columns=[*KEYS, *names]):
-                keys = membership.select(list(KEYS)).slice(start, batch.num_rows)
-                if not pa.Table.from_batches([batch]).select(list(KEYS)).cast(keys.schema).equals(keys):
+            for batch in part.iter_batches(batch_size=ROWS_PER_READ, columns=[*ROW_KEYS, *names]):
+                keys = membership.select(list(ROW_KEYS)).slice(start, batch.num_rows)
+                if not pa.Table.from_batches([batch]).select(list(ROW_KEYS)).cast(keys.schema).equals(keys):
                     raise InputError(f"{file}: its Date and Code are not the membership table's; build both again")
                 start += batch.num_rows
                 rows = np.empty((batch.num_rows, len(names)), dtype=np.float32)
                 for j, name in enumerate(names):
-                    column = batch.column(j + len(KEYS))
+                    column = batch.column(j + len(ROW_KEYS))
                     if not pa.types.is_floating(column.type):
                         raise InputError(f"{file}: column {name} is {column.type}, not a number; build it again")
                     rows[:, j] = column.to_numpy(zero_copy_only=False)

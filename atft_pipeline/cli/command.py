@@ -179,27 +179,25 @@ def _dataset_in_one_file(source: Any, out: Path, config: Any, update: bool) -> d
 
 def _dataset_in_parts(source: Any, out: Path, config: Any, update: bool) -> dict[str, Any]:
     """The dataset as a folder of months, the prices it is made from beside it as `OUT.prices`."""
-    from atft_pipeline.dataset.store import update_dataset_parts
+    from atft_pipeline.dataset.store import update_dataset
     from atft_pipeline.market.contracts import read_checked
-    from atft_pipeline.market.price_store import update_price_parts
-    from atft_pipeline.storage.monthly import beside, move_product, remove_product
+    from atft_pipeline.market.price_store import update_prices
+    from atft_pipeline.storage.monthly import beside, move_artifact, remove_artifact
 
     others, prices = read_checked(source, but=["prices"]), beside(out, "prices")
     # What breaks its contract takes nothing's place: the next --update would continue it.
     building = out.with_name(f".{out.name}.building-{os.getpid()}")
     try:
-        made, contract = update_price_parts(
-            source, others, beside(building, "prices"), config, prices if update else None
-        )
+        made, contract = update_prices(source, others, beside(building, "prices"), config, prices if update else None)
         contract.require()
-        manifest, contract = update_dataset_parts(
+        manifest, contract = update_dataset(
             beside(building, "prices"), others.tables, building, config, out if update else None
         )
         contract.require()
-        move_product(beside(building, "prices"), prices)
-        move_product(building, out)
+        move_artifact(beside(building, "prices"), prices)
+        move_artifact(building, out)
     finally:
-        remove_product(building)
+        remove_artifact(building)
     return {**manifest, "changes": {**manifest["changes"], "prices": made["changes"]}}
 
 

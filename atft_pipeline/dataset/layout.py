@@ -14,13 +14,20 @@ import pyarrow as pa
 
 from atft_pipeline.config.schema import HORIZONS
 from atft_pipeline.errors import InputError
-from atft_pipeline.storage.artifact import Period, read_table, replacing_product, resolved, write_manifest, write_part
+from atft_pipeline.storage.artifact import (
+    Period,
+    read_artifact,
+    replacing_artifact,
+    resolved,
+    write_manifest,
+    write_partition,
+)
 from atft_pipeline.storage.atomic import replacing
 
-KEYS: tuple[str, ...] = ("Date", "Code")
+ROW_KEYS: tuple[str, ...] = ("Date", "Code")
 TARGETS: tuple[str, ...] = tuple(f"target_{h}d" for h in HORIZONS)
 MEMBERSHIP_COLUMNS: tuple[str, ...] = (
-    *KEYS,
+    *ROW_KEYS,
     "is_traded",
     "is_investable",
     "is_liquid",
@@ -40,7 +47,7 @@ def membership_path(path: Path) -> Path:
 
 def read_membership(path: Path, columns: Sequence[str] | None = None, period: Period | None = None) -> pa.Table:
     """The membership table of the dataset at `path`: same rows, same order as its features."""
-    return read_table(membership_path(path), columns, period)
+    return read_artifact(membership_path(path), columns, period)
 
 
 def write_dataset(path: Path, features: pa.Table, membership: pa.Table, manifest: dict[str, Any]) -> None:
@@ -56,14 +63,14 @@ def write_dataset(path: Path, features: pa.Table, membership: pa.Table, manifest
     data = resolved(path)
     members = data.with_name(f"{data.name}.membership.parquet")
     # The data is entered last and so replaced first: with it goes the manifest.
-    with replacing(members) as temporary, replacing_product(data) as rows:
-        write_part(rows, features)
-        write_part(temporary, membership)
+    with replacing(members) as temporary, replacing_artifact(data) as rows:
+        write_partition(rows, features)
+        write_partition(temporary, membership)
     write_manifest(data, manifest)
 
 
 def _require_consistent(features: pa.Table, membership: pa.Table, manifest: dict[str, Any]) -> None:
-    expected = [*KEYS, *manifest["features"], *TARGETS]
+    expected = [*ROW_KEYS, *manifest["features"], *TARGETS]
     if features.column_names != expected:
         missing = sorted(set(expected) - set(features.column_names))
         raise InputError(
@@ -72,5 +79,5 @@ def _require_consistent(features: pa.Table, membership: pa.Table, manifest: dict
         )
     if membership.column_names != list(MEMBERSHIP_COLUMNS):
         raise InputError(f"membership: expected columns {list(MEMBERSHIP_COLUMNS)}, found {membership.column_names}")
-    if any(not features[key].equals(membership[key]) for key in KEYS):
+    if any(not features[key].equals(membership[key]) for key in ROW_KEYS):
         raise InputError("membership: its Date and Code differ from those of the features; build both from one panel")

@@ -145,7 +145,7 @@ def build_dataset(
     """
     rows = dataset_rows(build_features(prices, tables, config), quarantine, config)
     features, membership = rows.features(), rows.membership()
-    parts = {month: part_record(_of(features, span), _of(membership, span)) for month, span in rows.months.items()}
+    parts = {month: partition_record(_of(features, span), _of(membership, span)) for month, span in rows.months.items()}
     statistics = Statistics.total((rows.statistics(span) for span in rows.months.values()), FEATURE_COUNT)
     manifest = dataset_manifest(
         parts=parts,
@@ -165,7 +165,7 @@ def _of(table: pa.Table, rows: slice) -> pa.Table:
     return table.slice(rows.start, rows.stop - rows.start)
 
 
-def part_record(features: pa.Table, membership: pa.Table) -> dict[str, Any]:
+def partition_record(features: pa.Table, membership: pa.Table) -> dict[str, Any]:
     """What the manifest says of a month: its rows, and digests of its values, whatever file format holds them."""
     held = features.drop_columns(list(TARGETS))
     return {

@@ -31,44 +31,45 @@ from atft_pipeline.dataset.rows import (
     dataset_rows,
     forward_returns,
     nullable,
-    part_record,
+    partition_record,
     with_drift,
 )
-from atft_pipeline.features.compute import OVERLAP_SESSIONS, FeatureMemory, build_features
+from atft_pipeline.features.compute import OVERLAP_SESSIONS, FeatureState, build_features
 from atft_pipeline.features.registry import FEATURE_COUNT, FEATURE_NAMES
 from atft_pipeline.features.statistics import Statistics
 from atft_pipeline.features.vocabulary.averages import Average
 from atft_pipeline.market.contracts import ContractReport, check_ml_dataset, joined_report
-from atft_pipeline.market.price_panel import Days, PricePanel
+from atft_pipeline.market.price_panel import PricePanel
 from atft_pipeline.market.price_store import KIND as PRICES_KIND
 from atft_pipeline.market.price_store import read_frame, read_months, read_quarantine
 from atft_pipeline.market.sources import RAW_TABLES
 from atft_pipeline.storage.artifact import (
     manifest_path,
     read_manifest,
-    read_part,
+    read_partition,
     sha256_of,
     write_manifest,
-    write_part,
+    write_partition,
 )
 from atft_pipeline.storage.atomic import load_arrays, save_arrays
 from atft_pipeline.storage.code_version import code_revision
 from atft_pipeline.storage.monthly import (
+    Days,
     Earlier,
-    PartsWriter,
+    PartitionWriter,
     beside,
     month_digests,
-    part,
+    partition_path,
     sessions_by_month,
     spans,
-    writing_parts,
+    writing_partitions,
 )
 
 KIND = "ml_dataset"
 CELLS_AT_A_TIME = 2_000_000
 """Sessions times stocks of a span of months: 82 features of it are 650 MB."""
-MEMBERSHIP, STATISTICS, MEMORY = "membership", "statistics", "memory"
-SIDECARS = (MEMBERSHIP, STATISTICS, MEMORY)
+MEMBERSHIP, STATISTICS, STATE = "membership", "statistics", "memory"
+SIDECARS = (MEMBERSHIP, STATISTICS, STATE)
 """What is written beside the dataset."""
 THREADS = 2
 
@@ -114,7 +115,7 @@ class _Prices:
         return PricePanel.from_frame(frame, days)
 
 
-def update_dataset_parts(
+def update_dataset(
     prices: Path,
     tables: Mapping[str, pl.DataFrame],
     out: Path,
@@ -134,12 +135,12 @@ def update_dataset_parts(
     before = dict(read_manifest(previous, KIND)) if has_before and previous is not None else None
     earlier = Earlier.of(previous, KIND, config=to_dict(config), code=code_revision("dataset"))
     inputs = _inputs(made_from, tables)
-    changes = earlier.changes(inputs, MEMORY, ["", MEMBERSHIP, STATISTICS])
-    memory = _load_memory(earlier.path, changes.kept[-1], made_from) if changes.kept else None
+    changes = earlier.changes(inputs, STATE, ["", MEMBERSHIP, STATISTICS])
+    state = _load_state(earlier.path, changes.kept[-1], made_from) if changes.kept else None
     parts: dict[str, Any] = {month: dict(earlier.parts[month]) for month in changes.kept}
     reports: list[ContractReport] = []
     retargeted = []
-    with writing_parts(out, SIDECARS, earlier) as writer:
+    with writing_partitions(out, SIDECARS, earlier) as writer:
         for month in changes.kept:
             leaves_at = _target_inputs(made_from, month, config)
             changed = parts[month]["target_inputs"] != leaves_at
@@ -147,13 +148,14 @@ def update_dataset_parts(
             if changed:
                 retargeted.append(month)
                 parts[month] |= _retarget(writer, made_from, month, config) | {"target_inputs": leaves_at}
-        for rows in _spans_of_rows(made_from, tables, config, memory):
+        for rows in _spans_of_rows(made_from, tables, config, state):
             written = _write(writer, rows, reports)
             for month, record in written.items():
                 parts[month] = record | {"target_inputs": _target_inputs(made_from, month, config)}
-            _save_memory(writer, max(written), rows.panel.memory)
+            _save_state(writer, max(written), rows.panel.state)
         statistics = Statistics.total(
-            (Statistics.load(part(writer.folders[STATISTICS], month, "npz")) for month in parts), FEATURE_COUNT
+            (Statistics.load(partition_path(writer.folders[STATISTICS], month, "npz")) for month in parts),
+            FEATURE_COUNT,
         )
     manifest = dataset_manifest(
         parts=parts,
@@ -189,30 +191,30 @@ def _inputs(prices: _Prices, tables: Mapping[str, pl.DataFrame]) -> dict[str, di
 
 
 def _spans_of_rows(
-    prices: _Prices, tables: Mapping[str, pl.DataFrame], config: DatasetConfig, memory: FeatureMemory | None
+    prices: _Prices, tables: Mapping[str, pl.DataFrame], config: DatasetConfig, state: FeatureState | None
 ) -> Iterator[DatasetRows]:
-    """The rows of a span of months after the other, after what `memory` remembers."""
-    passed = 0 if memory is None else len(memory.sessions)
+    """The rows of a span of months after the other, after what `state` remembers."""
+    passed = 0 if state is None else len(state.sessions)
     months = {month: rows for month, rows in prices.months.items() if rows.start >= passed}
     at_a_time = max(1, CELLS_AT_A_TIME // max(prices.manifest["stocks"], 1))
     for span in spans(months, min(months, default=""), at_a_time):
-        panel = build_features(prices.panel(span), tables, config, memory)
+        panel = build_features(prices.panel(span), tables, config, state)
         later = prices.ahead(span[-1], _sessions_to_exit(config))
         yield dataset_rows(panel, prices.quarantine, config, later)
-        memory = panel.memory
+        state = panel.state
 
 
-def _write(writer: PartsWriter, rows: DatasetRows, reports: list[ContractReport]) -> dict[str, dict[str, Any]]:
+def _write(writer: PartitionWriter, rows: DatasetRows, reports: list[ContractReport]) -> dict[str, dict[str, Any]]:
     """Writes the months of a span, two at a time; what the manifest says of each."""
 
     def write(month: str, span: slice) -> tuple[str, dict[str, Any], pl.DataFrame]:
         features, membership = rows.features(span), rows.membership(span)
-        write_part(part(writer.folders[""], month), features)
-        write_part(part(writer.folders[MEMBERSHIP], month), membership)
-        rows.statistics(span).save(part(writer.folders[STATISTICS], month, "npz"))
+        write_partition(partition_path(writer.folders[""], month), features)
+        write_partition(partition_path(writer.folders[MEMBERSHIP], month), membership)
+        rows.statistics(span).save(partition_path(writer.folders[STATISTICS], month, "npz"))
         frame = pl.from_arrow(features)
         assert isinstance(frame, pl.DataFrame)
-        return month, part_record(features, membership), frame
+        return month, partition_record(features, membership), frame
 
     with ThreadPoolExecutor(THREADS) as pool:
         written = list(pool.map(lambda item: write(*item), rows.months.items()))
@@ -220,23 +222,23 @@ def _write(writer: PartsWriter, rows: DatasetRows, reports: list[ContractReport]
     return {month: record for month, record, _ in written}
 
 
-def _save_memory(writer: PartsWriter, month: str, memory: FeatureMemory) -> None:
+def _save_state(writer: PartitionWriter, month: str, state: FeatureState) -> None:
     arrays: dict[str, Any] = {
-        "sessions": memory.sessions.astype(np.int64),
-        "codes": np.array(memory.tail.codes, dtype=np.str_),
-        "sectors": np.array(memory.sectors, dtype=np.str_),
+        "sessions": state.sessions.astype(np.int64),
+        "codes": np.array(state.tail.codes, dtype=np.str_),
+        "sectors": np.array(state.sectors, dtype=np.str_),
     }
-    for name, value in memory.values.items():
+    for name, value in state.values.items():
         if isinstance(value, Average):
             arrays |= {f"values.{name}.state": value.state, f"values.{name}.seen": value.seen}
         else:
             arrays[f"values.{name}"] = value
-    save_arrays(part(writer.folders[MEMORY], month, "npz"), arrays)
+    save_arrays(partition_path(writer.folders[STATE], month, "npz"), arrays)
 
 
-def _load_memory(path: Path, month: str, prices: _Prices) -> FeatureMemory:
+def _load_state(path: Path, month: str, prices: _Prices) -> FeatureState:
     """What was remembered after `month`; its last panels are read again from the prices."""
-    arrays = load_arrays(part(beside(path, MEMORY), month, "npz"))
+    arrays = load_arrays(partition_path(beside(path, STATE), month, "npz"))
     values: dict[str, Any] = {}
     for key, array in arrays.items():
         _, _, name = key.partition("values.")
@@ -248,7 +250,7 @@ def _load_memory(path: Path, month: str, prices: _Prices) -> FeatureMemory:
     following = prices.after(month, 1)
     months = prices.before(following[0], OVERLAP_SESSIONS) if following else [month]
     tail = prices.panel(months).last(OVERLAP_SESSIONS)
-    return FeatureMemory(
+    return FeatureState(
         tail=tail.of_codes(sorted({*tail.codes, *arrays["codes"].tolist()})),
         sessions=arrays["sessions"].astype("datetime64[D]"),
         sectors=tuple(arrays["sectors"].tolist()),
@@ -281,9 +283,9 @@ def _target_inputs(prices: _Prices, month: str, config: DatasetConfig) -> str:
     )
 
 
-def _retarget(writer: PartsWriter, prices: _Prices, month: str, config: DatasetConfig) -> dict[str, Any]:
+def _retarget(writer: PartitionWriter, prices: _Prices, month: str, config: DatasetConfig) -> dict[str, Any]:
     """Writes an earlier month again with its targets as the prices now give them; its new digest."""
-    table = read_part(part(writer.previous[""], month))
+    table = read_partition(partition_path(writer.previous[""], month))
     panel, later = prices.panel([month]), prices.ahead(month, _sessions_to_exit(config))
     forward = forward_returns(panel, prices.quarantine, config, later=later)
     t = np.searchsorted(panel.sessions, table["Date"].to_numpy().astype("datetime64[D]"))
@@ -291,5 +293,5 @@ def _retarget(writer: PartsWriter, prices: _Prices, month: str, config: DatasetC
     for name in TARGETS:
         values = nullable(forward[name][t, n])
         table = table.set_column(table.column_names.index(name), name, values)
-    write_part(part(writer.folders[""], month), table)
+    write_partition(partition_path(writer.folders[""], month), table)
     return {"targets_sha256": content_digest(pa.table({name: table[name] for name in TARGETS}))}

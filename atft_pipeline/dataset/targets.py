@@ -6,13 +6,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from atft_pipeline.config.schema import EXECUTION_DELAY_SESSIONS, Execution
-
-Panel = NDArray[np.float64]
+from atft_pipeline.market.price_panel import Matrix
 
 
 def forward_return(
-    open_: Panel, close: Panel, horizon_sessions: int, execution: Execution, masked: NDArray[np.bool_] | None = None
-) -> Panel:
+    open_: Matrix, close: Matrix, horizon_sessions: int, execution: Execution, masked: NDArray[np.bool_] | None = None
+) -> Matrix:
     """Return of a position taken at the execution price after session t and left `horizon_sessions` later, `[T, N]`.
 
     next_open: O_{t+1+h} / O_{t+1} − 1. next_close: C_{t+1+h} / C_{t+1} − 1. same_close: C_{t+h} / C_t − 1, which needs
@@ -30,7 +29,7 @@ def forward_return(
         return np.where(entry > 0.0, _lead(entry, horizon_sessions) / entry - 1.0, np.nan)
 
 
-def _lead(x: Panel, sessions: int) -> Panel:
+def _lead(x: Matrix, sessions: int) -> Matrix:
     out = np.full_like(x, np.nan)
     out[: max(len(x) - sessions, 0)] = x[sessions:]
     return out

@@ -36,10 +36,10 @@ from atft_pipeline.evaluation.evaluate import Evaluation, evaluate
 from atft_pipeline.evaluation.portfolio import COSTS_BPS, after_costs
 from atft_pipeline.storage.artifact import (
     read_manifest,
-    replacing_product,
+    replacing_artifact,
     sha256_of,
     write_manifest,
-    write_part,
+    write_partition,
 )
 from atft_pipeline.storage.code_version import code_revision
 
@@ -203,8 +203,8 @@ def require_arguments(horizon_sessions: int, blend: str, smoothing_sessions: int
 
 def write_delivery(delivery: Delivery, path: Path) -> None:
     """Writes the table to `path` and its manifest beside it; an earlier delivery there is replaced."""
-    with replacing_product(path) as temporary:
-        write_part(temporary, delivery.table)
+    with replacing_artifact(path) as temporary:
+        write_partition(temporary, delivery.table)
     write_manifest(path, delivery.manifest)
 
 

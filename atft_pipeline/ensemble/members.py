@@ -25,7 +25,7 @@ from atft_pipeline.errors import InputError
 from atft_pipeline.runs.header import read_run
 from atft_pipeline.runs.keys import PLACEMENT
 from atft_pipeline.storage.artifact import (
-    read_table,
+    read_artifact,
 )
 from atft_pipeline.verdict.read import read_verdict
 
@@ -154,10 +154,10 @@ def read_predictions(runs: Sequence[FinishedRun], column: str) -> tuple[Predicti
     """The rows that all runs scored, and the scores of each by `seed_K`. Raises InputError where the rows differ."""
     keys = ["Date", "Code", "split", "is_liquid"]
     needed = [*keys, column, *(f"target_{h}d" for h in HORIZONS)]
-    rows = Predictions(read_table(runs[0].predictions, needed))
+    rows = Predictions(read_artifact(runs[0].predictions, needed))
     members: dict[str, Scores] = {}
     for run in runs:
-        table = read_table(run.predictions, needed)
+        table = read_artifact(run.predictions, needed)
         if not table.select(keys).equals(rows.table.select(keys)):
             raise InputError(
                 f"{run.predictions}: has other rows than {runs[0].predictions}; train one of the two runs again"

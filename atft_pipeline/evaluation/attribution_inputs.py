@@ -29,7 +29,7 @@ from atft_pipeline.evaluation.attribution import (
     trailing_median,
 )
 from atft_pipeline.evaluation.predictions_table import ScorePanel, score_panel
-from atft_pipeline.storage.artifact import Period, read_manifest, read_table, resolved
+from atft_pipeline.storage.artifact import Period, read_artifact, read_manifest, resolved
 
 SPLITS: tuple[str, ...] = ("validation", "test")
 
@@ -46,7 +46,7 @@ def attribute_predictions(
     cannot be read, or is not what the run saw, is missing with its reason; nothing is raised.
     """
     try:
-        table = read_table(predictions)
+        table = read_artifact(predictions)
     except InputError as error:
         return {split: Missing(str(error)) for split in SPLITS}
     universe: Slice | None = "liquid" if config.universe == "liquid" else None
@@ -88,7 +88,7 @@ class _Context:
                 made, now = (str(value or "unknown")[:12] for value in (fingerprint, manifest["fingerprint"]))
                 raise InputError(f"{dataset} is now dataset {now}, the run was made on {made}")
             members = read_membership(dataset, ["Date", "Code", "is_investable", "Sector33Code"], period)
-            targets = read_table(dataset, ["target_1d"], period)
+            targets = read_artifact(dataset, ["target_1d"], period)
             self.members = members.append_column("target_1d", targets.column("target_1d"))
         except (InputError, pa.ArrowException) as error:
             self.missing = Missing(str(error))
@@ -155,7 +155,7 @@ def _turnover_values(dataset: Path, manifest: Mapping[str, Any]) -> pa.Table | M
         product = file.with_name(file.name.removesuffix(suffix))
         try:
             if read_manifest(product, kind="prices")["fingerprint"] == fingerprint:
-                return read_table(product, ["Date", "Code", "TurnoverValue"])
+                return read_artifact(product, ["Date", "Code", "TurnoverValue"])
         except InputError:
             continue  # another product, or damaged prices: neither has the quotes
     return Missing(f"no readable prices {fingerprint[:12]} beside {dataset}: no turnover value")

@@ -19,7 +19,7 @@ from atft_pipeline.config.schema import HORIZONS, EvaluationConfig
 from atft_pipeline.config.slices import SLICES, Slice
 from atft_pipeline.errors import InputError
 from atft_pipeline.evaluation.evaluate import Evaluation, evaluate, invalid
-from atft_pipeline.storage.artifact import read_table
+from atft_pipeline.storage.artifact import read_artifact
 
 _HORIZON_COLUMN = re.compile(r"^(?P<stem>.*)_(?P<sessions>[1-9]\d*)d$")
 
@@ -142,7 +142,7 @@ def evaluate_file(
     `target`, else the one of the score's horizon (`score_5d`, `target_5d`). Raises InputError, naming the file, as
     `evaluate_table` does.
     """
-    table = read_table(path)
+    table = read_artifact(path)
     columns = set(table.column_names)
     score = score or next((name for name in ("score", *(f"score_{h}d" for h in HORIZONS)) if name in columns), "score")
     if target is None:

@@ -2,7 +2,7 @@
 
 Shapes: T sessions of the whole history, S sessions at hand, N stocks, F features, R rows of the dataset (session-major,
 then code). Features are computed side by side in threads, a span of sessions at a time: a span's panels stay in the
-cache, and the recursions are continued from span to span by the same memory that continues them from day to day.
+cache, and the recursions are continued from span to span by the same state that continues them from day to day.
 """
 
 from __future__ import annotations
@@ -23,11 +23,10 @@ from atft_pipeline.features.registry import FEATURE_NAMES, REGISTRY, Feature
 from atft_pipeline.features.vocabulary.averages import Average
 from atft_pipeline.features.vocabulary.cross_section import cs_normalise
 from atft_pipeline.features.vocabulary.windows import carry, returns, ts_zscore
-from atft_pipeline.market.disclosures import SECTION_OF_MARKET, Days, disclosures, flow_releases
+from atft_pipeline.market.disclosures import SECTION_OF_MARKET, disclosures, flow_releases
 from atft_pipeline.market.facts import market_facts
-from atft_pipeline.market.price_panel import PricePanel, day_array
-
-Panel = NDArray[np.float64]
+from atft_pipeline.market.price_panel import Matrix, PricePanel, day_array
+from atft_pipeline.storage.monthly import Days
 
 RECENT_SESSIONS = 5
 """A stock has a row while it traded within this many sessions, the current one included."""
@@ -45,7 +44,7 @@ THREADS = 2
 
 
 @dataclass(frozen=True)
-class FeatureMemory:
+class FeatureState:
     """What the features remember after a session: the last panels, and where each recursion stands."""
 
     tail: PricePanel
@@ -54,7 +53,7 @@ class FeatureMemory:
     """All sessions so far."""
     sectors: tuple[str, ...]
     values: Mapping[str, Any]
-    """`Market.memory` of the stocks of `tail` and of `sectors`."""
+    """`Market.state` of the stocks of `tail` and of `sectors`."""
 
     def values_of(self, codes: Sequence[str], sectors: Sequence[str]) -> dict[str, Any]:
         """The values for codes and sectors that contain these: what is new has not been seen."""
@@ -86,9 +85,9 @@ class FeaturePanel:
     """[R] flat position `t * N + n` in `prices` of each row of the dataset, ascending."""
     values: NDArray[np.float32]
     """[F, R] in registry order, NaN where missing."""
-    return_1d: Panel
+    return_1d: Matrix
     """R_1 of every cell of `prices` from the rows computed on, null before them."""
-    memory: FeatureMemory
+    state: FeatureState
 
     def column(self, name: str) -> NDArray[np.float32]:
         return self.values[FEATURE_NAMES.index(name)]
@@ -101,7 +100,7 @@ class FeaturePanel:
 
 
 def build_market(
-    prices: PricePanel, tables: Mapping[str, pl.DataFrame], config: DatasetConfig, before: FeatureMemory | None = None
+    prices: PricePanel, tables: Mapping[str, pl.DataFrame], config: DatasetConfig, before: FeatureState | None = None
 ) -> Market:
     """The prices and the other tables as dense panels over the exchange's sessions.
 
@@ -135,11 +134,11 @@ def build_market(
         releases=releases,
         documents=disclosures(tables.get("statements"), sessions, panel.codes, config.market, first=first),
         fresh=0 if before is None else len(before.tail.sessions),
-        memory={} if before is None else before.values_of(panel.codes, sectors),
+        state={} if before is None else before.values_of(panel.codes, sectors),
     )
 
 
-def normalised(feature: Feature, values: Panel, market: Market) -> Panel:
+def normalised(feature: Feature, values: Matrix, market: Market) -> Matrix:
     """The feature's own normalisation of its values, `[S, N]` or a series as they come, in float64."""
     if feature.norm == "ts":
         return ts_zscore(values)
@@ -147,7 +146,7 @@ def normalised(feature: Feature, values: Panel, market: Market) -> Panel:
 
 
 def build_features(
-    prices: PricePanel, tables: Mapping[str, pl.DataFrame], config: DatasetConfig, before: FeatureMemory | None = None
+    prices: PricePanel, tables: Mapping[str, pl.DataFrame], config: DatasetConfig, before: FeatureState | None = None
 ) -> FeaturePanel:
     """All features of every stock that traded within the last 5 sessions. Inputs and errors: `build_market`."""
     market = build_market(prices, tables, config, before)
@@ -156,13 +155,13 @@ def build_features(
     is_kept[: market.fresh] = False
     kept = np.flatnonzero(is_kept)
     values = np.empty((len(REGISTRY), len(kept)), np.float32)
-    memory = market.memory
+    state = market.state
     with ThreadPoolExecutor(THREADS) as pool:
         for start, stop in _spans(market.fresh, market.rows, len(market.codes)):
-            span = replace(market.span(start, stop, OVERLAP_SESSIONS), memory=memory, remembered={})
+            span = replace(market.span(start, stop, OVERLAP_SESSIONS), state=state, new_state={})
             columns = slice(*np.searchsorted(kept, (start * len(market.codes), stop * len(market.codes))))
             _compute(span, is_kept[start:stop], values[:, columns], pool)
-            memory = span.remembered
+            state = span.new_state
     sectors = tuple(sorted({*panel.sector.names} - set(NO_SECTOR)))
     return FeaturePanel(
         prices=panel,
@@ -170,11 +169,11 @@ def build_features(
         kept=kept,
         values=values,
         return_1d=returns(market.close, carry(market.close), 1),
-        memory=FeatureMemory(panel.last(OVERLAP_SESSIONS), market.sessions, sectors, memory),
+        state=FeatureState(panel.last(OVERLAP_SESSIONS), market.sessions, sectors, state),
     )
 
 
-def _recently_traded(close: Panel) -> NDArray[np.bool_]:
+def _recently_traded(close: Matrix) -> NDArray[np.bool_]:
     traded = ~np.isnan(close)
     recent = traded.copy()
     for sessions in range(1, RECENT_SESSIONS):
@@ -225,7 +224,7 @@ def _index_close(tables: Mapping[str, pl.DataFrame]) -> pl.DataFrame:
     return index.select(pl.col("Date").cast(pl.Date), pl.col("Close").cast(pl.Float64)).drop_nulls().sort("Date")
 
 
-def _on_sessions(index: pl.DataFrame, sessions: Days) -> Panel:
+def _on_sessions(index: pl.DataFrame, sessions: Days) -> Matrix:
     series = np.full(len(sessions), np.nan)
     days = day_array(index["Date"])
     at = np.searchsorted(sessions, days)

@@ -2,7 +2,7 @@
 
 Shapes: T sessions of the whole history, S rows of the panels at hand (the last S sessions), N stocks, G sectors, E
 publications. Rows from `fresh` on are to be computed; the rows before them are there to be looked back on. What cannot
-be recomputed from a few rows, recursive averages and the sectors' own series, is continued from `memory`.
+be recomputed from a few rows, recursive averages and the sectors' own series, is continued from `state`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from atft_pipeline.features.vocabulary.windows import (
     rolling_std,
 )
 from atft_pipeline.market.disclosures import EXPIRY_DAYS, Disclosures, FlowReleases
-from atft_pipeline.market.price_panel import QUOTES, Panel
+from atft_pipeline.market.price_panel import QUOTES, Matrix
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -41,7 +41,7 @@ R = TypeVar("R")
 BETA_WINDOW = 60
 WEEKS_IN_YEAR = 52
 
-Memory = Mapping[str, Any]
+State = Mapping[str, Any]
 """By name: an `expressions.Average`, a count `[N]`, or a sectors' series `[T, G]`, as of some session."""
 
 
@@ -73,9 +73,9 @@ class Market:
     sessions: NDArray[np.datetime64]
     codes: Sequence[str]
     days_per_year: int
-    quotes: Mapping[str, Panel]
+    quotes: Mapping[str, Matrix]
     """`QUOTES`, adjusted forward; null on an untraded session."""
-    index_close: Panel
+    index_close: Matrix
     """[T], null where the index has no row."""
     investable: NDArray[np.bool_]
     sector_of: NDArray[np.int32]
@@ -87,9 +87,9 @@ class Market:
     documents: Disclosures
     """Its grid `latest` is `[S, N]`."""
     fresh: int = 0
-    memory: Memory = field(default_factory=dict, repr=False)
+    state: State = field(default_factory=dict, repr=False)
     """What is remembered of the sessions before row `fresh`; empty at the start of the data."""
-    remembered: dict[str, Any] = field(default_factory=dict, repr=False)
+    new_state: dict[str, Any] = field(default_factory=dict, repr=False)
     """The same as of the last row, of whatever has been computed."""
     memo: dict[tuple[Any, ...], Future[Any]] = field(default_factory=dict, repr=False)
     lock: Any = field(default_factory=threading.Lock, repr=False)
@@ -124,32 +124,32 @@ class Market:
     # --- raw ---
 
     @property
-    def open(self) -> Panel:
+    def open(self) -> Matrix:
         return self.quotes["Open"]
 
     @property
-    def high(self) -> Panel:
+    def high(self) -> Matrix:
         return self.quotes["High"]
 
     @property
-    def low(self) -> Panel:
+    def low(self) -> Matrix:
         return self.quotes["Low"]
 
     @property
-    def close(self) -> Panel:
+    def close(self) -> Matrix:
         return self.quotes["Close"]
 
     @shared
-    def volume(self) -> Panel:
+    def volume(self) -> Matrix:
         """Shares; a volume of 0 is an untraded session and null."""
         return positive(self.quotes["Volume"])
 
     @shared
-    def turnover(self) -> Panel:
+    def turnover(self) -> Matrix:
         """Money; Close · Volume where the table has none, which no adjustment changes."""
         return either(self.quotes["TurnoverValue"], self.close * self.volume())
 
-    def on_rows(self, series: Panel) -> Panel:
+    def on_rows(self, series: Matrix) -> Matrix:
         """`[T]` or `[T, G]` as a column `[S, 1]` or rows `[S, G]` beside the panels."""
         if is_trace(series):
             return series
@@ -158,60 +158,60 @@ class Market:
 
     # --- what is continued ---
 
-    def averaged(self, name: str, x: Panel, alpha: float, first: int) -> Panel:
+    def averaged(self, name: str, x: Matrix, alpha: float, first: int) -> Matrix:
         """Exponential average of a panel, continued from what is remembered under `name`."""
-        values, self.remembered[name] = exponential(x, alpha, first, self.memory.get(name), self.fresh)
+        values, self.new_state[name] = exponential(x, alpha, first, self.state.get(name), self.fresh)
         return values
 
-    def history(self, name: str, rows: Panel) -> Panel:
+    def history(self, name: str, rows: Matrix) -> Matrix:
         """`[S, G]` values as a series `[T, G]`: those remembered under `name`, then the fresh ones."""
         if is_trace(rows):
             return cast(Trace, rows).kept()  # type: ignore[return-value]
-        before = self.memory.get(name)
+        before = self.state.get(name)
         fresh = rows[self.fresh :]
-        self.remembered[name] = fresh if before is None else np.concatenate([before, fresh])
-        return self.remembered[name]
+        self.new_state[name] = fresh if before is None else np.concatenate([before, fresh])
+        return self.new_state[name]
 
     # --- stocks ---
 
     @shared
-    def carried(self) -> Panel:
+    def carried(self) -> Matrix:
         return carry(self.close)
 
     @shared
-    def ret(self, sessions: int) -> Panel:
+    def ret(self, sessions: int) -> Matrix:
         """R_h of each stock."""
         return returns(self.close, self.carried(), sessions)
 
-    def volatility(self, window: int) -> Panel:
+    def volatility(self, window: int) -> Matrix:
         """std(R_1, window) · √D."""
         return rolling_std(self.ret(1), window) * np.sqrt(self.days_per_year)
 
     @shared
-    def ema(self, span: int) -> Panel:
+    def ema(self, span: int) -> Matrix:
         return self.averaged(f"ema_{span}", self.close, 2.0 / (span + 1), span)
 
     @shared
-    def ma_gap(self) -> Panel:
+    def ma_gap(self) -> Matrix:
         return change(self.ema(5), self.ema(20))
 
     @shared
-    def bands(self) -> tuple[Panel, Panel]:
+    def bands(self) -> tuple[Matrix, Matrix]:
         """Middle and σ (ddof 0) of the Bollinger bands. Source: John Bollinger, Bollinger on Bollinger Bands (2001)."""
         return rolling_mean_std(self.close, 20, 0)
 
-    def macd_histogram(self) -> Panel:
+    def macd_histogram(self) -> Matrix:
         """MACD minus its signal, EMA_9; each average starts with the mean of its own first values."""
         macd = self.ema(12) - self.ema(26)
         return macd - self.averaged("macd_signal", macd, 2.0 / 10, 9)
 
     @shared
-    def steps(self) -> tuple[Panel, Panel]:
+    def steps(self) -> tuple[Matrix, Matrix]:
         """What the close rose and what it fell by since the last one."""
         last = lag(self.carried(), 1)
         return rise(self.close, last), rise(last, self.close)
 
-    def rsi(self, window: int) -> Panel:
+    def rsi(self, window: int) -> Matrix:
         """Relative strength index in [0, 100], 50 where the price has stood still.
 
         Gains and losses are averaged with alpha = 1 / window, starting as the mean of the first `window` changes.
@@ -223,31 +223,31 @@ class Market:
         )
         return strength(gains, losses, self.close)
 
-    def has_traded(self, sessions: int) -> Panel:
+    def has_traded(self, sessions: int) -> Matrix:
         """1 from the stock's n-th traded session on."""
-        values, self.remembered["traded"] = seen_at_least(self.close, sessions, self.memory.get("traded"), self.fresh)
+        values, self.new_state["traded"] = seen_at_least(self.close, sessions, self.state.get("traded"), self.fresh)
         return values
 
     # --- market ---
 
     @shared
-    def mkt_ret(self, sessions: int) -> Panel:
+    def mkt_ret(self, sessions: int) -> Matrix:
         return returns(self.index_close, carry(self.index_close), sessions)
 
     @shared
-    def mkt_ema(self, span: int) -> Panel:
+    def mkt_ema(self, span: int) -> Matrix:
         return averages.ema(self.index_close, span)
 
     @shared
-    def mkt_ma_gap(self) -> Panel:
+    def mkt_ma_gap(self) -> Matrix:
         return change(self.mkt_ema(5), self.mkt_ema(20))
 
     @shared
-    def mkt_volatility(self) -> Panel:
+    def mkt_volatility(self) -> Matrix:
         return rolling_std(self.mkt_ret(1), 20) * np.sqrt(self.days_per_year)
 
     @shared
-    def mkt_bands(self) -> tuple[Panel, Panel]:
+    def mkt_bands(self) -> tuple[Matrix, Matrix]:
         return rolling_mean_std(self.index_close, 20, 0)
 
     @shared
@@ -255,44 +255,44 @@ class Market:
         """R_1 on the market's, over 60 sessions."""
         return rolling_regression(self.ret(1), self.on_rows(self.mkt_ret(1)), BETA_WINDOW)
 
-    def alpha(self, sessions: int) -> Panel:
+    def alpha(self, sessions: int) -> Matrix:
         """R_h − β · R_h of the market."""
         return self.ret(sessions) - self.mkt_regression().beta * self.on_rows(self.mkt_ret(sessions))
 
     # --- sectors ---
 
     @shared
-    def sector_ret(self, sessions: int) -> Panel:
+    def sector_ret(self, sessions: int) -> Matrix:
         """Median R_h over the universe members of each sector, `[T, G]`."""
         medians = group_median(self.ret(sessions), self.investable, self.sector_of, self.sectors)
         return self.history(f"sector_ret_{sessions}", medians)
 
     @shared
-    def sector_index(self) -> Panel:
+    def sector_index(self) -> Matrix:
         """Level of each sector's chained median R_1, `[T, G]`."""
         return chained(self.sector_ret(1))
 
-    def of_sector(self, values: Panel) -> Panel:
+    def of_sector(self, values: Matrix) -> Matrix:
         """`[T, G]` values given to the stocks of each sector, `[S, N]`."""
         return of_group(self.on_rows(values), self.sector_of)
 
-    def sector_alpha(self) -> Panel:
+    def sector_alpha(self) -> Matrix:
         """R_1 − β_sector · sector R_1, each session with the sector that the stock was in."""
         sector = self.of_sector(self.sector_ret(1))
         return self.ret(1) - rolling_regression(self.ret(1), sector, BETA_WINDOW).beta * sector
 
     # --- investor flows ---
 
-    def by_section(self, values: Panel) -> Panel:
+    def by_section(self, values: Matrix) -> Matrix:
         """`[E]` values of releases given to the stocks of each market section, `[S, N]`."""
         return of_group(self.on_rows(of_event(values, self.releases.latest)), self.section_of)
 
     @shared
-    def since_release(self) -> Panel:
+    def since_release(self) -> Matrix:
         return of_group(self.on_rows(self.releases.since), self.section_of)
 
     @shared
-    def smart_weeks(self) -> Panel:
+    def smart_weeks(self) -> Matrix:
         """Foreign minus individual 52-week z of the last 4 weeks, `[E, 4]`, newest last."""
         flows = self.releases
         return weekly_zscores(flows.foreign_net, WEEKS_IN_YEAR, 4) - weekly_zscores(
@@ -301,35 +301,35 @@ class Market:
 
     # --- statements ---
 
-    def stmt(self, name: str) -> Panel:
+    def stmt(self, name: str) -> Matrix:
         """`[E]` figure of each document: the company's record once it was public."""
         return self.documents.values[name]
 
-    def in_force(self, values: Panel, kind: str = "results") -> Panel:
+    def in_force(self, values: Matrix, kind: str = "results") -> Matrix:
         """`[E]` values as known at each close, `[S, N]`; null once the results, forecast or document expired."""
         return events.in_force(
             values, _day_numbers(self.documents.disclosed[kind]), self.documents.latest, self._days, EXPIRY_DAYS
         )
 
-    def sessions_since_document(self) -> Panel:
+    def sessions_since_document(self) -> Matrix:
         """Sessions since the latest document was first known, 0 at that session, null once it expired."""
         row = np.arange(len(self.sessions), dtype=np.float64)[-self.rows :, None]
         return row - self.in_force(self.documents.known_at, "document")
 
-    def document_age(self, kind: str) -> Panel:
+    def document_age(self, kind: str) -> Matrix:
         """Calendar days since the disclosure of the latest document, or of the results or forecast in force."""
         return self._days[:, None] - self.in_force(_day_numbers(self.documents.disclosed[kind]), kind)
 
     @property
-    def _days(self) -> Panel:
+    def _days(self) -> Matrix:
         return _day_numbers(self.sessions[-self.rows :])
 
 
-def _day_numbers(days: Any) -> Panel:
+def _day_numbers(days: Any) -> Matrix:
     """Days since 1970, NaN for NaT."""
     if is_trace(days):
-        return cast(Panel, days)
-    numbers: Panel = days.astype(np.float64)
+        return cast(Matrix, days)
+    numbers: Matrix = days.astype(np.float64)
     numbers[np.isnat(days)] = np.nan
     return numbers
 

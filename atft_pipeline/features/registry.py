@@ -25,7 +25,7 @@ from atft_pipeline.features.inputs import (
     UNIVERSE,
     WEEKS_IN_YEAR,
     Market,
-    Panel,
+    Matrix,
     traced_market,
 )
 from atft_pipeline.features.trace import Trace
@@ -90,7 +90,7 @@ class Feature:
     reads: tuple[str, ...]
     """`table.column` of every raw value that goes in."""
     formula: str
-    expression: Callable[[Market], Panel]
+    expression: Callable[[Market], Matrix]
     """`[S, N]` per stock, or a series for what is the same for every stock."""
     lag_sessions: int = 0
     """Sessions from the newest input's date to the session of the value; more than the tables' rules delays it."""
@@ -113,7 +113,7 @@ class Feature:
         """What the expression reads, found by evaluating it on traces."""
         return cast(Trace, self.compute(traced_market()))
 
-    def compute(self, market: Market) -> Panel:
+    def compute(self, market: Market) -> Matrix:
         """Values before normalisation, `[S, N]`, or the last of a series; rows before `market.fresh` mean nothing."""
         return lag(self.expression(market), self.lag_sessions - self.publication_lag)
 

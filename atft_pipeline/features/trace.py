@@ -26,12 +26,12 @@ class Trace(np.lib.mixins.NDArrayOperatorsMixin):
     window_sessions: int = 1
     """Sessions looked back over, the current one included; recursive averages count until they have forgotten."""
     overlap_sessions: int = 1
-    """The same where recursive averages and the market's and sectors' own series are continued from memory."""
+    """The same where recursive averages and the market's and sectors' own series are continued from state."""
     is_series: bool = False
     """Kept over the whole history: looking back on it costs no overlap."""
 
     def reaching(self, sessions: int, *, remembers: bool = False) -> Trace:
-        """Itself, looking `sessions` further back; `remembers` where a recursion is continued from memory."""
+        """Itself, looking `sessions` further back; `remembers` where a recursion is continued from state."""
         free = remembers or self.is_series
         return replace(
             self,
@@ -74,7 +74,7 @@ def word(
     """Makes a function of panels a word of the vocabulary: on traces it returns what it reads.
 
     reach: further sessions it looks back, as a number or a function of those of its arguments that it names. results:
-    how many panels it returns. remembers: whether it continues from memory, so that looking back needs no earlier rows.
+    how many panels it returns. remembers: whether it continues from state, so that looking back needs no earlier rows.
     """
 
     def decorate(compute: Callable[..., Any]) -> Callable[..., Any]:

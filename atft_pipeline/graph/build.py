@@ -37,7 +37,7 @@ from atft_pipeline.graph.membership import (
 )
 
 if TYPE_CHECKING:
-    from atft_pipeline.graph.kernels import Neighbours
+    from atft_pipeline.graph.kernels import Edges
 
 
 MINIMUM_SECTOR_MEMBERS: int = 5
@@ -114,7 +114,7 @@ def graph_at(
     )
 
 
-def _attributes(edges: Neighbours, membership: Membership, t: int, config: GraphConfig) -> NDArray[np.float32]:
+def _attributes(edges: Edges, membership: Membership, t: int, config: GraphConfig) -> NDArray[np.float32]:
     """`[E, 3]` of the refresh t."""
     labels = (membership.sector[t], membership.market[t])
     return np.column_stack(

@@ -31,7 +31,7 @@ FLAT: float = 1e-7
 """Standard deviation of a constant series: far under any real residual (about 1e-2), far over rounding."""
 
 
-class Neighbours(NamedTuple):
+class Edges(NamedTuple):
     """Edges `[E]`, sorted by target, -corr, source; source and target are positions in the window's columns."""
 
     source: NDArray[np.int32]
@@ -65,9 +65,7 @@ class Search:
         self._each(len(returns), 32, lambda a, b: _demean(returns, member, sector, groups, least, residual, a, b))
         return residual
 
-    def nearest(
-        self, window: NDArray[np.float32], members: NDArray[np.int64], neighbours: int, clip: float
-    ) -> Neighbours:
+    def nearest(self, window: NDArray[np.float32], members: NDArray[np.int64], neighbours: int, clip: float) -> Edges:
         """The `neighbours` largest positive correlations of each of `members` with the others.
 
         window: `[W, N]`, NaN where missing. members: ascending columns of it.
@@ -92,7 +90,7 @@ class Search:
         self._each(n, BLOCK, select, buffer=(BLOCK, n))
         used = np.arange(neighbours) < count[:, None]
         target = np.repeat(members.astype(np.int32), count[: len(members)])
-        return Neighbours(members.astype(np.int32)[source[used]], target, corr[used])
+        return Edges(members.astype(np.int32)[source[used]], target, corr[used])
 
     def _each(self, rows: int, step: int, work: Callable[..., None], buffer: tuple[int, int] | None = None) -> None:
         """`work(start, stop)` for every run of `step` rows, on all threads, with a buffer each if asked for."""

@@ -23,7 +23,7 @@ from atft_pipeline.config.schema import GraphConfig
 from atft_pipeline.config.slices import SLICES
 from atft_pipeline.dataset.layout import read_membership
 from atft_pipeline.errors import InputError
-from atft_pipeline.storage.artifact import read_table, resolved, sha256_of
+from atft_pipeline.storage.artifact import read_artifact, resolved, sha256_of
 
 MINIMUM_SESSIONS: int = 60
 """History before the first graph. A shorter one finds chance, a longer one leaves the first year without a graph."""
@@ -213,7 +213,7 @@ def read_membership_months(dataset: Path, only: Sequence[str], columns: Sequence
     Raises InputError when a part or a column is missing.
     """
     folder = resolved(dataset).with_name(f"{resolved(dataset).name}.membership")
-    return pa.concat_tables([read_table(folder / f"{month}.parquet", columns) for month in only])
+    return pa.concat_tables([read_artifact(folder / f"{month}.parquet", columns) for month in only])
 
 
 def _session_dates(dataset: Path, dates: Any) -> NDArray[np.datetime64]:

@@ -29,9 +29,9 @@ from atft_pipeline.graph.membership import (
     months_of,
 )
 from atft_pipeline.storage.artifact import (
+    read_artifact,
     read_manifest,
-    read_table,
-    replacing_product,
+    replacing_artifact,
     resolved,
     sha256_of,
     write_manifest,
@@ -54,7 +54,7 @@ COUNTS: tuple[str, ...] = ("refresh_dates", "edges", "targets")
 
 def write_graph(path: Path, graph: StockGraph) -> None:
     """Writes the edges whole or not at all: one table where `path` ends in `.parquet`, else a folder of months."""
-    with replacing_product(path) as temporary:
+    with replacing_artifact(path) as temporary:
         if _is_one_file(path):
             _write_table(temporary, _table(graph))
             return
@@ -67,7 +67,7 @@ def write_graph(path: Path, graph: StockGraph) -> None:
 
 def load_graph(path: Path) -> StockGraph:
     """The graph at `path`, a file or a folder of parts. Raises InputError when a file or a column is missing."""
-    return _graph_of(read_table(path, SCHEMA.names))
+    return _graph_of(read_artifact(path, SCHEMA.names))
 
 
 def content_sha256(graph: StockGraph) -> str:
@@ -167,7 +167,7 @@ def build_graph_file(dataset: Path, out: Path, config: GraphConfig, previous: Pa
             f" history or set graph.universe"
         )
     if by_month:
-        with replacing_product(out) as folder:
+        with replacing_artifact(out) as folder:
             folder.mkdir()
             parts = {month.name: earlier.link(month, folder) for month in reused}
             parts |= {month.name: _compute_part(rows, membership, month, earlier, folder) for month in computed}
@@ -225,7 +225,7 @@ class _Earlier:
         unchanged = list(takewhile(lambda day: before.get(day) == digests[day], digests))
         if not unchanged or not self._file(month).is_file():
             return 0, []
-        table = read_table(self._file(month), SCHEMA.names)
+        table = read_artifact(self._file(month), SCHEMA.names)
         last = pa.scalar(date.fromisoformat(unchanged[-1]), pa.date32())
         return len(unchanged), [table.filter(pc.less_equal(table["Date"], last))]
 

@@ -1,6 +1,6 @@
 """Session after session through the raw quotes: what is masked, what each factor is worth, who is a member.
 
-One compiled pass, in the order of time, with what it remembers of each stock in `StockMemory`: nothing that it decides
+One compiled pass, in the order of time, with what it remembers of each stock in `StockState`: nothing that it decides
 at a session can depend on a later one, and a later call continues where an earlier one stopped. The rules themselves
 and what they mean are in universe.py.
 """
@@ -17,7 +17,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from atft_pipeline.market.price_panel import STALE_SESSIONS, Flags, Panel
+from atft_pipeline.market.price_panel import STALE_SESSIONS, Flags, Matrix
 
 JUMP = 0.6
 """Absolute log move that no session's price limit allows; 80 rows of ten real years exceed it, mostly penny stocks."""
@@ -75,34 +75,34 @@ _JUMP_ROW = (HIT.open, HIT.close, HIT.factor, HIT.last_close, HIT.correction)
 
 
 @dataclass(frozen=True)
-class StockMemory:
+class StockState:
     """What is remembered of each stock after a session, `[N]` unless stated."""
 
-    published: Panel
+    published: Matrix
     """Product of the published factors so far."""
-    correction: Panel
+    correction: Matrix
     """Product of the corrections so far."""
-    last_close: Panel
+    last_close: Matrix
     """Last traded close as printed, NaN before the first."""
-    last_published: Panel
+    last_published: Matrix
     """`published` at the last trade."""
     last_session: NDArray[np.int64]
     """Number of the last traded session, counted from the first of the data; a large negative one before any."""
     history: NDArray[np.int64]
     """Traded sessions so far."""
-    last_move: Panel
+    last_move: Matrix
     """[N, 7] of the last trade, where it was a jump: log move, log correction, and `_JUMP_ROW`; else 0."""
     last_useless: Flags
     """Whether the last trade's factor was read as 1 for want of a jump."""
-    turnovers: Panel
+    turnovers: Matrix
     """[N, QUIET_ROWS] of the last traded rows, a ring."""
     reported: Flags
     """[N, 2] whether a hit already says that the stock is not listed, or not common."""
 
     @staticmethod
-    def of(stocks: int) -> StockMemory:
+    def of(stocks: int) -> StockState:
         """Nothing seen yet."""
-        return StockMemory(
+        return StockState(
             published=np.ones(stocks),
             correction=np.ones(stocks),
             last_close=np.full(stocks, np.nan),
@@ -115,10 +115,10 @@ class StockMemory:
             reported=np.zeros((stocks, 2), np.bool_),
         )
 
-    def aligned(self, codes: Sequence[str], to: Sequence[str]) -> StockMemory:
-        """The memory of `codes` as that of `to`, which contains them; the further ones have not been seen."""
+    def aligned(self, codes: Sequence[str], to: Sequence[str]) -> StockState:
+        """The state of `codes` as that of `to`, which contains them; the further ones have not been seen."""
         place = np.searchsorted(np.array(to), np.array(codes)) if len(codes) else np.empty(0, np.int64)
-        wider = StockMemory.of(len(to))
+        wider = StockState.of(len(to))
         for column in fields(self):
             getattr(wider, column.name)[place] = getattr(self, column.name)
         return wider
@@ -143,29 +143,29 @@ class Listings:
 class Passed:
     """What the pass says of every cell, `[T, N]`."""
 
-    cumulative_factor: Panel
+    cumulative_factor: Matrix
     is_traded: Flags
     is_investable: Flags
     has_row: Flags
     is_backfilled: Flags
     listing: NDArray[np.int32]
     """Position among the listings of the attributes in force, −1 where the stock is in no snapshot."""
-    hits: Panel
+    hits: Matrix
     """[H, len(Hit)]"""
 
 
 def pass_through(
-    raw: Mapping[str, Panel],
+    raw: Mapping[str, Matrix],
     present: Flags,
     listings: Listings,
-    memory: StockMemory,
+    state: StockState,
     *,
     first_session: int,
     factors_from: int,
     price_floor: float,
     min_history_sessions: int,
 ) -> Passed:
-    """Goes through the sessions of `raw` and adjusts its quotes in place; `memory` is brought up to date in place.
+    """Goes through the sessions of `raw` and adjusts its quotes in place; `state` is brought up to date in place.
 
     raw: Open, High, Low, Close, Volume, TurnoverValue, AdjustmentFactor as published; present: where there is a row.
     first_session: number of the first row, counted from the first of the data. factors_from: first row by which anybody
@@ -184,7 +184,7 @@ def pass_through(
     quotes = [raw[name] for name in ("Open", "High", "Low", "Close", "Volume", "TurnoverValue", "AdjustmentFactor")]
     cells = [getattr(passed, f.name) for f in fields(passed) if f.name != "hits"]
 
-    def of_stocks(columns: slice) -> Panel:
+    def of_stocks(columns: slice) -> Matrix:
         pass_: Any = _pass  # numba's stub of a dispatcher takes no star arguments
         return pass_(
             columns.start,
@@ -192,7 +192,7 @@ def pass_through(
             present,
             *quotes,
             *(getattr(listings, f.name) for f in fields(listings)),
-            *memory.arrays().values(),
+            *state.arrays().values(),
             *cells,
             np.log(SPLIT_RATIOS),
             (first_session, factors_from, min_history_sessions, STALE_SESSIONS),

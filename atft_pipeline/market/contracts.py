@@ -18,7 +18,7 @@ import polars as pl
 from atft_pipeline.errors import InputError
 from atft_pipeline.market.sources import RAW_TABLES, Source, raw_schema
 
-KEYS: dict[str, tuple[str, ...]] = {
+TABLE_KEYS: dict[str, tuple[str, ...]] = {
     "prices": ("Date", "Code"),
     "listed": ("Date", "Code"),
     "index": ("Date", "Code"),
@@ -142,7 +142,7 @@ def _no_rows(_: str, frame: pl.DataFrame) -> str | None:
 
 
 def _duplicate_keys(name: str, frame: pl.DataFrame) -> str | None:
-    keys = frame.select(key for key in KEYS[name] if key in frame.columns)
+    keys = frame.select(key for key in TABLE_KEYS[name] if key in frame.columns)
     if keys.is_empty() or keys.select(_rises(keys.columns).all()).item():
         return None
     # Equal keys have equal hashes: only rows that share one are compared in full.

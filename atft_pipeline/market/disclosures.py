@@ -20,8 +20,7 @@ from numpy.typing import NDArray
 from atft_pipeline.errors import InputError
 from atft_pipeline.market.calendar import closes
 from atft_pipeline.market.sources import to_date
-
-Days = NDArray[np.datetime64]
+from atft_pipeline.storage.monthly import Days
 
 EXPIRY_DAYS = 400
 """Calendar days after which a disclosed figure no longer counts: a year and a late annual report."""

@@ -11,11 +11,11 @@ from numba import njit
 from atft_pipeline.market.facts import MarketFacts
 from atft_pipeline.market.price_panel import (
     Flags,
-    Panel,
+    Matrix,
 )
 
 
-def liquid_rows(turnover: Panel, first: int, facts: MarketFacts) -> Flags:
+def liquid_rows(turnover: Matrix, first: int, facts: MarketFacts) -> Flags:
     """Whether each stock is liquid at each session from row `first` on: `turnover [T, N]` in currency units."""
     return median_reaches(turnover, facts.turnover_floor, facts.turnover_window_sessions, first)
 
@@ -49,7 +49,7 @@ def _median_reaches(turnover: Any, first: Any, window: Any, least: Any, floor: A
             out[t - first, n] = reaches and seen[n] >= least
 
 
-def median_reaches(turnover: Panel, floor: float, window: int, first: int) -> Flags:
+def median_reaches(turnover: Matrix, floor: float, window: int, first: int) -> Flags:
     """Whether the median of the trailing `window` sessions' turnover is at or above the floor, for rows from `first`.
 
     Untraded sessions are left out, and two thirds of the window are needed. Counting who is above the floor answers

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from atft_pipeline.market.adjustment import Listings
 from atft_pipeline.market.price_panel import (
     Categories,
-    Days,
     day_array,
     positions,
 )
+from atft_pipeline.storage.monthly import Days
 
 SHARE_CLASS = r"^\d[0-9A-Z]\d[0-9A-Z][1-9]$"
 """Tokyo's codes of preferred shares and the like: the fifth character is not 0."""

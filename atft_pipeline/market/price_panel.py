@@ -15,9 +15,11 @@ import polars as pl
 from numba import njit
 from numpy.typing import NDArray
 
-Panel = NDArray[np.float64]
+from atft_pipeline.storage.monthly import Days
+
+Matrix = NDArray[np.float64]
+"""A dense array of floats: `[T, N]` with a row a session and a column a stock, or a series `[T]`."""
 Flags = NDArray[np.bool_]
-Days = NDArray[np.datetime64]
 
 QUOTES: tuple[str, ...] = ("Open", "High", "Low", "Close", "Volume", "TurnoverValue")
 FLAGS: tuple[str, ...] = ("is_traded", "is_investable", "is_liquid", "is_listed_backfilled")
@@ -62,9 +64,9 @@ class PricePanel:
     sessions: Days
     codes: tuple[str, ...]
     """Ascending."""
-    quotes: dict[str, Panel]
+    quotes: dict[str, Matrix]
     """`QUOTES`, null on an untraded session."""
-    cumulative_factor: Panel
+    cumulative_factor: Matrix
     is_traded: Flags
     is_investable: Flags
     is_liquid: Flags
@@ -152,7 +154,7 @@ class PricePanel:
         cells = t * len(codes) + positions(frame["Code"], codes)
         shape = (len(sessions), len(codes))
 
-        def panel(name: str) -> Panel:
+        def panel(name: str) -> Matrix:
             return scattered(frame[name].cast(pl.Float64).fill_null(np.nan).to_numpy(), cells, shape, np.nan)
 
         def flag(name: str) -> Flags:

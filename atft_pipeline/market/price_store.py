@@ -2,7 +2,7 @@
 
 A product at PATH: `PATH/YYYY-MM.parquet` in `PRICES_COLUMNS`, `PATH.memory/YYYY-MM.npz` after the months from which the
 pass can be continued, `PATH.quarantine.parquet`, and a manifest. What a changed source changes is found by digests of
-the raw rows by month; the pass is taken up at the newest memory before the first month that differs.
+the raw rows by month; the pass is taken up at the newest state before the first month that differs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import polars as pl
 from atft_pipeline.config.overrides import to_dict
 from atft_pipeline.config.schema import DatasetConfig
 from atft_pipeline.errors import InputError
-from atft_pipeline.market.adjustment import StockMemory
+from atft_pipeline.market.adjustment import StockState
 from atft_pipeline.market.contracts import (
     NO_UNIVERSE,
     CheckedTables,
@@ -30,33 +30,34 @@ from atft_pipeline.market.contracts import (
     check_table,
     joined_report,
 )
-from atft_pipeline.market.price_panel import Days, PricePanel
+from atft_pipeline.market.price_panel import PricePanel
 from atft_pipeline.market.sources import Source, in_time
-from atft_pipeline.market.universe import PricesResult, UniverseMemory, build_prices
+from atft_pipeline.market.universe import PricesResult, UniverseState, build_prices
 from atft_pipeline.storage.artifact import sha256_of, write_manifest
 from atft_pipeline.storage.atomic import load_arrays, replacing, save_arrays
 from atft_pipeline.storage.code_version import code_revision
 from atft_pipeline.storage.monthly import (
+    Days,
     Earlier,
-    PartsWriter,
+    PartitionWriter,
     beside,
     is_whole,
     month_digests,
-    part,
+    partition_path,
     sessions_by_month,
     spans,
-    writing_parts,
+    writing_partitions,
 )
 
 KIND = "prices"
 CELLS_AT_A_TIME = 4_000_000
 """Sessions times codes of a span of months: what is held at once."""
-MEMORY, QUARANTINE = "memory", "quarantine.parquet"
-SIDECARS = (MEMORY, QUARANTINE)
+STATE, QUARANTINE = "memory", "quarantine.parquet"
+SIDECARS = (STATE, QUARANTINE)
 """What is written beside the prices."""
 
 
-def update_price_parts(
+def update_prices(
     source: Source, others: CheckedTables, out: Path, config: DatasetConfig, previous: Path | None = None
 ) -> tuple[dict[str, Any], ContractReport]:
     """Passes the source's prices into the product at `out`; its manifest, and the report on what was written.
@@ -73,24 +74,24 @@ def update_price_parts(
     raw = _RawFiles.of(source, earlier)
     until = _end_of(others.tables["index"])
     digests = {"prices": raw.months, "listed": _listed_digests(listed, earlier)}
-    changes = earlier.changes({**digests, "index": until}, MEMORY, [""])
+    changes = earlier.changes({**digests, "index": until}, STATE, [""])
     parts: dict[str, Any] = {month: earlier.parts[month] for month in changes.kept}
-    memory, quarantine, late = None, [], set[str]()
+    state, quarantine, late = None, [], set[str]()
     if changes.kept:
-        memory = _load_memory(earlier.path, changes.kept[-1])
-        quarantine.append(_decided_by(earlier.path, memory.sessions[-1]))
+        state = _load_state(earlier.path, changes.kept[-1])
+        quarantine.append(_decided_by(earlier.path, state.sessions[-1]))
         late |= {*earlier.manifest["late_codes"]}
     reports = []
-    with writing_parts(out, [MEMORY], earlier) as writer:
+    with writing_partitions(out, [STATE], earlier) as writer:
         for month in changes.kept:
             writer.take_over(month)
-        for result in _passes(raw, others.tables, config, memory):
+        for result in _passes(raw, others.tables, config, state):
             parts |= _write(writer, result)
             reports.append(check_prices(result.prices, needs_universe=False))
             quarantine.append(result.quarantine)
             late |= _late_codes(result)
-            memory = result.memory
-    assert memory is not None
+            state = result.state
+    assert state is not None
     hits = pl.concat(quarantine).sort("Date", "Code", "rule")
     with replacing(beside(out, QUARANTINE)) as temporary:
         hits.write_parquet(temporary, compression="zstd")
@@ -101,8 +102,8 @@ def update_price_parts(
         "config": to_dict(config),
         "code": code_revision("dataset"),
         "parts": parts,
-        "session_dates": memory.sessions.astype(str).tolist(),
-        "stocks": int((memory.stocks.history > 0).sum()),
+        "session_dates": state.sessions.astype(str).tolist(),
+        "stocks": int((state.stocks.history > 0).sum()),
         "raw": raw.record(),
         # Without an earlier version the raw rows are only known now that they have been passed.
         "inputs": {"prices": raw.months, "index": until, "listed": month_digests(listed, "Date")},
@@ -140,7 +141,7 @@ def read_months(path: Path, months: Sequence[str], sessions: Days) -> PricePanel
 
 def read_frame(path: Path, months: Sequence[str]) -> pl.DataFrame:
     """The long table of some months."""
-    files = [part(path, month) for month in months]
+    files = [partition_path(path, month) for month in months]
     missing = next((file for file in files if not file.is_file()), None)
     if missing is not None:
         raise InputError(f"{path}: part {missing.name} is missing; build the prices again")
@@ -293,37 +294,37 @@ def _late_codes(result: PricesResult) -> set[str]:
 
 
 def _passes(
-    raw: _RawFiles, others: Mapping[str, pl.DataFrame], config: DatasetConfig, memory: UniverseMemory | None
+    raw: _RawFiles, others: Mapping[str, pl.DataFrame], config: DatasetConfig, state: UniverseState | None
 ) -> Iterator[PricesResult]:
-    """The universe of a span of months after the other, after what `memory` remembers."""
-    after = None if memory is None else memory.sessions[-1]
+    """The universe of a span of months after the other, after what `state` remembers."""
+    after = None if state is None else state.sessions[-1]
     # The index tells of sessions after the last quote.
     known_to = np.datetime64(str(others["index"]["Date"].max()), "D")
     days = raw.dates(after)
     days = np.union1d(days, [known_to]) if after is None or known_to > after else days
     months = sessions_by_month(days)
-    codes = len(raw.source.codes("prices") if memory is None else memory.codes)
+    codes = len(raw.source.codes("prices") if state is None else state.codes)
     for span in spans(months, min(months, default=""), max(1, CELLS_AT_A_TIME // codes)):
         first, last = days[months[span[0]].start].item(), days[months[span[-1]].stop - 1].item()
         frame = raw.read(first, last)
-        if frame.height or memory is None:
+        if frame.height or state is None:
             check_table("prices", frame, where=str(raw.source.where("prices")), is_whole=False).require()
         # The exchange's sessions count to the end of a month, and in the last one up to the last day of the data.
         is_last = months[span[-1]].stop == len(days)
         following = (np.datetime64(span[-1]) + 1).astype("datetime64[D]").item()
         until = None if is_last else following - dt.timedelta(days=1)
-        result = build_prices({**others, "prices": frame}, config, memory, until)
+        result = build_prices({**others, "prices": frame}, config, state, until)
         yield result
-        memory = result.memory
+        state = result.state
 
 
-def _write(writer: PartsWriter, result: PricesResult) -> dict[str, dict[str, Any]]:
+def _write(writer: PartitionWriter, result: PricesResult) -> dict[str, dict[str, Any]]:
     """Writes the months of a pass and what is remembered after it; returns what the manifest says of them."""
     starts = np.append(0, np.cumsum(result.panel.has_row.sum(axis=1)))
     parts = {}
     for month, rows in sessions_by_month(result.panel.sessions).items():
         frame = result.prices[int(starts[rows.start]) : int(starts[rows.stop])]
-        frame.write_parquet(part(writer.folders[""], month), compression="lz4")
+        frame.write_parquet(partition_path(writer.folders[""], month), compression="lz4")
         parts[month] = {
             "rows": frame.height,
             "sha256": frame_digest(frame),
@@ -332,7 +333,7 @@ def _write(writer: PartsWriter, result: PricesResult) -> dict[str, dict[str, Any
             },
         }
     if parts:  # else there were rows of closed days alone
-        save_arrays(part(writer.folders[MEMORY], max(parts), "npz"), _to_arrays(result.memory))
+        save_arrays(partition_path(writer.folders[STATE], max(parts), "npz"), _to_arrays(result.state))
     return parts
 
 
@@ -341,23 +342,23 @@ def _decided_by(path: Path, session: np.datetime64) -> pl.DataFrame:
     return read_quarantine(path).filter(pl.col("known_from") <= session.item())
 
 
-def _to_arrays(memory: UniverseMemory) -> dict[str, Any]:
+def _to_arrays(state: UniverseState) -> dict[str, Any]:
     return {
-        "sessions": memory.sessions.astype(np.int64),
-        "codes": np.array(memory.codes, dtype=np.str_),
-        "turnover": memory.turnover,
-        "factors_stated": memory.factors_stated,
-        **{f"stocks.{name}": array for name, array in memory.stocks.arrays().items()},
+        "sessions": state.sessions.astype(np.int64),
+        "codes": np.array(state.codes, dtype=np.str_),
+        "turnover": state.turnover,
+        "factors_stated": state.factors_stated,
+        **{f"stocks.{name}": array for name, array in state.stocks.arrays().items()},
     }
 
 
-def _load_memory(path: Path, month: str) -> UniverseMemory:
-    arrays = load_arrays(part(beside(path, MEMORY), month, "npz"))
+def _load_state(path: Path, month: str) -> UniverseState:
+    arrays = load_arrays(partition_path(beside(path, STATE), month, "npz"))
     stocks = {name.removeprefix("stocks."): array for name, array in arrays.items() if name.startswith("stocks.")}
-    return UniverseMemory(
+    return UniverseState(
         sessions=arrays["sessions"].astype("datetime64[D]"),
         codes=tuple(arrays["codes"].tolist()),
-        stocks=StockMemory(**stocks),
+        stocks=StockState(**stocks),
         turnover=arrays["turnover"],
         factors_stated=bool(arrays["factors_stated"]),
     )

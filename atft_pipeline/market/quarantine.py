@@ -11,10 +11,10 @@ import polars as pl
 from atft_pipeline.market.adjustment import HIT, RULES
 from atft_pipeline.market.listed import Listed
 from atft_pipeline.market.price_panel import (
-    Days,
-    Panel,
+    Matrix,
     dates_of,
 )
+from atft_pipeline.storage.monthly import Days
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ _DETAILS: dict[str, pl.Expr] = {
 """How each rule states its evidence."""
 
 
-def quarantine_rows(hits: Panel, known: Days, passed: int, codes: Sequence[str], listed: Listed) -> list[pl.DataFrame]:
+def quarantine_rows(hits: Matrix, known: Days, passed: int, codes: Sequence[str], listed: Listed) -> list[pl.DataFrame]:
     """The pass's hits as rows of the quarantine table. known: all sessions, of which `passed` came before the pass."""
     session = hits[:, HIT.session].astype(np.int64) + passed
     listing = pl.Series("listing", hits[:, HIT.listing]).fill_nan(None).cast(pl.Int64, strict=False)

@@ -22,14 +22,13 @@ from numpy.typing import NDArray
 from atft_pipeline.config.schema import DatasetConfig
 from atft_pipeline.errors import InputError
 from atft_pipeline.market import calendar
-from atft_pipeline.market.adjustment import Passed, StockMemory, pass_through
+from atft_pipeline.market.adjustment import Passed, StockState, pass_through
 from atft_pipeline.market.facts import market_facts
 from atft_pipeline.market.liquidity import liquid_rows
 from atft_pipeline.market.listed import Listed
 from atft_pipeline.market.price_panel import (
     QUOTES,
-    Days,
-    Panel,
+    Matrix,
     PricePanel,
     compacted,
     day_array,
@@ -37,34 +36,35 @@ from atft_pipeline.market.price_panel import (
     scattered,
 )
 from atft_pipeline.market.quarantine import as_quarantine_rows, quarantine_rows
+from atft_pipeline.storage.monthly import Days
 
 RAW_QUOTES = (*QUOTES, "AdjustmentFactor")
 
 
 @dataclass(frozen=True)
-class UniverseMemory:
+class UniverseState:
     """What the universe remembers after a session: with it, later ones continue as if all had been passed at once."""
 
     sessions: Days
     """All sessions so far."""
     codes: tuple[str, ...]
     """Every code seen, ascending, whether kept or dropped."""
-    stocks: StockMemory
-    turnover: Panel
+    stocks: StockState
+    turnover: Matrix
     """[S, N] of the last sessions, one fewer than the window of its median."""
     factors_stated: bool
     """Whether anybody has stated an AdjustmentFactor."""
 
     @staticmethod
-    def empty() -> UniverseMemory:
-        return UniverseMemory(np.empty(0, "datetime64[D]"), (), StockMemory.of(0), np.empty((0, 0)), False)
+    def empty() -> UniverseState:
+        return UniverseState(np.empty(0, "datetime64[D]"), (), StockState.of(0), np.empty((0, 0)), False)
 
-    def of_codes(self, codes: Sequence[str]) -> UniverseMemory:
+    def of_codes(self, codes: Sequence[str]) -> UniverseState:
         """The same for `codes`, which contain those seen."""
         turnover = np.full((len(self.turnover), len(codes)), np.nan)
         turnover[:, np.isin(codes, self.codes)] = self.turnover
         stocks = self.stocks.aligned(self.codes, codes)
-        return UniverseMemory(self.sessions, tuple(codes), stocks, turnover, self.factors_stated)
+        return UniverseState(self.sessions, tuple(codes), stocks, turnover, self.factors_stated)
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class PricesResult:
     quarantine: pl.DataFrame
     """rule, decision, Date, Code, detail, known_from; one row per hit, per code where the whole code is dropped.
     known_from is the session at whose close it was decided: after Date where only a later session shows the fault."""
-    memory: UniverseMemory
+    state: UniverseState
 
     @cached_property
     def prices(self) -> pl.DataFrame:
@@ -99,7 +99,7 @@ class PricesResult:
 def build_prices(
     tables: Mapping[str, pl.DataFrame],
     config: DatasetConfig,
-    before: UniverseMemory | None = None,
+    before: UniverseState | None = None,
     until: dt.date | None = None,
 ) -> PricesResult:
     """The universe of `tables` (prices, listed, index as `Source.read` gives them).
@@ -115,21 +115,21 @@ def build_prices(
     Raises: InputError when fewer than two common stocks trade.
     """
     facts = market_facts(config.market)
-    before = before or UniverseMemory.empty()
+    before = before or UniverseState.empty()
     prices = tables["prices"]
     until = until or last_day(prices, tables["index"])
     sessions, row_session, closed = _on_exchange_days(prices, config.market, before.sessions, until)
     codes = sorted({*before.codes, *prices["Code"].unique().to_list()})
-    memory = before.of_codes(codes)
+    state = before.of_codes(codes)
     raw, present = _dense(prices, row_session, positions(prices["Code"], codes), (len(sessions), len(codes)))
     stated = np.flatnonzero(np.isfinite(raw["AdjustmentFactor"]).any(axis=1))
-    factors_from = 0 if memory.factors_stated else int(stated[0]) if len(stated) else len(sessions)
+    factors_from = 0 if state.factors_stated else int(stated[0]) if len(stated) else len(sessions)
     listed = Listed.of(tables["listed"], codes, sessions, config.market)
     passed = pass_through(
         raw,
         present,
         listed.listings,
-        memory.stocks,
+        state.stocks,
         first_session=len(before.sessions),
         factors_from=factors_from,
         price_floor=facts.price_floor,
@@ -137,19 +137,19 @@ def build_prices(
     )
     known = np.concatenate([before.sessions, sessions])
     quarantine = pl.concat([closed, *quarantine_rows(passed.hits, known, len(before.sessions), codes, listed)])
-    traded = memory.stocks.history > 0
+    traded = state.stocks.history > 0
     _require_stocks(np.array(codes)[traded], quarantine)
-    turnover = np.concatenate([memory.turnover, raw["TurnoverValue"]])
-    is_liquid = passed.is_investable & liquid_rows(turnover, len(memory.turnover), facts)
+    turnover = np.concatenate([state.turnover, raw["TurnoverValue"]])
+    is_liquid = passed.is_investable & liquid_rows(turnover, len(state.turnover), facts)
     return PricesResult(
         _panel(sessions, codes, raw, passed, is_liquid, listed, traded),
         quarantine.sort("Date", "Code", "rule"),
-        UniverseMemory(
+        UniverseState(
             sessions=known,
             codes=tuple(codes),
-            stocks=memory.stocks,
+            stocks=state.stocks,
             turnover=turnover[len(turnover) - min(len(turnover), facts.turnover_window_sessions - 1) :].copy(),
-            factors_stated=memory.factors_stated or len(stated) > 0,
+            factors_stated=state.factors_stated or len(stated) > 0,
         ),
     )
 
@@ -177,7 +177,7 @@ def _require_stocks(codes: NDArray[np.str_], quarantine: pl.DataFrame) -> None:
 def _panel(
     sessions: Days,
     codes: Sequence[str],
-    raw: Mapping[str, Panel],
+    raw: Mapping[str, Matrix],
     passed: Passed,
     is_liquid: NDArray[np.bool_],
     listed: Listed,
@@ -238,13 +238,13 @@ def _on_exchange_days(
 
 def _dense(
     prices: pl.DataFrame, t: NDArray[np.int64], n: NDArray[np.int32], shape: tuple[int, int]
-) -> tuple[dict[str, Panel], NDArray[np.bool_]]:
+) -> tuple[dict[str, Matrix], NDArray[np.bool_]]:
     """`RAW_QUOTES` as `[T, N]`, and where there is a row."""
     kept = None if (t >= 0).all() else np.flatnonzero(t >= 0)
     cells = t * shape[1] + n
     cells = cells if kept is None else cells[kept]
 
-    def values(name: str) -> Panel:
+    def values(name: str) -> Matrix:
         column = prices[name].cast(pl.Float64).to_numpy()
         return column if kept is None else column[kept]
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch_geometric.nn import GATv2Conv
 
-from atft_pipeline.batches.block import Neighbours
+from atft_pipeline.batches.block import NeighbourTable
 
 EDGE_CHANNELS: int = 3
 """corr, same_sector, same_market."""
@@ -44,14 +44,14 @@ class GraphAttention(nn.Module):
         )
         self.attention_map = nn.Identity()
 
-    def forward(self, h: Tensor, neighbours: Neighbours) -> Tensor:
-        if neighbours.place.shape[-1] == 0:
+    def forward(self, h: Tensor, neighbours: NeighbourTable) -> Tensor:
+        if neighbours.source.shape[-1] == 0:
             return h
         nodes = self.norm(h).transpose(0, 1)  # [S, N, D]
         N, D = nodes.shape[1:]
         by_head = torch.block_diag(*self.attention.att[0].unsqueeze(-1))  # [D, A]
-        table = (neighbours.place, neighbours.known, neighbours.attributes)
-        at_once = max(ATTENDED_AT_ONCE // max(N * neighbours.place.shape[-1] * D, 1), 1)
+        table = (neighbours.source, neighbours.is_edge, neighbours.attributes)
+        at_once = max(ATTENDED_AT_ONCE // max(N * neighbours.source.shape[-1] * D, 1), 1)
         first = torch.arange(at_once, device=h.device)[:, None, None] * N
         messages = []
         for sources, targets, place, known, attributes in zip(

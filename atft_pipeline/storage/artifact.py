@@ -99,7 +99,7 @@ def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
 
 
 @contextmanager
-def replacing_product(path: Path) -> Iterator[Path]:
+def replacing_artifact(path: Path) -> Iterator[Path]:
     """`files.replacing` for the data of a product, file or folder; the earlier manifest goes with its data.
 
     Without its manifest a product does not exist: no kill in between pairs new data with an old one.
@@ -112,7 +112,7 @@ def replacing_product(path: Path) -> Iterator[Path]:
             data.unlink()  # a folder cannot be renamed onto a file
 
 
-def read_table(path: Path, columns: Sequence[str] | None = None, period: Period | None = None) -> pa.Table:
+def read_artifact(path: Path, columns: Sequence[str] | None = None, period: Period | None = None) -> pa.Table:
     """Rows of the product at `path` (a file, or a folder of parts in name order), `columns` in the order asked for.
 
     With `period` those of its days; what holds none of them is hardly read.
@@ -124,14 +124,14 @@ def read_table(path: Path, columns: Sequence[str] | None = None, period: Period 
     if not files or not files[0].exists():
         raise InputError(f"{path}: no such parquet file or folder of parquet parts; build it first")
     wanted = None if columns is None else list(columns)
-    tables = [read_part(file, wanted, period) for file in files]
+    tables = [read_partition(file, wanted, period) for file in files]
     odd = next((n for n, table in enumerate(tables) if not table.schema.equals(tables[0].schema)), None)
     if odd is not None:
         raise InputError(f"{path}: {files[odd].name} has other columns or types than {files[0].name}; make them alike")
     return pa.concat_tables(tables)
 
 
-def write_part(path: Path, table: pa.Table) -> None:
+def write_partition(path: Path, table: pa.Table) -> None:
     """Writes rows to one parquet file."""
     # Float columns are close to incompressible noise: dictionaries only cost time, Date and Code shrink a lot. zstd
     # saved 8 % of lz4's size at three times its time.
@@ -142,7 +142,7 @@ def _repetitive(table: pa.Table) -> list[str]:
     return [column.name for column in table.schema if not pa.types.is_floating(column.type)]
 
 
-def read_part(file: Path, columns: list[str] | None = None, period: Period | None = None) -> pa.Table:
+def read_partition(file: Path, columns: list[str] | None = None, period: Period | None = None) -> pa.Table:
     """Rows of one parquet file, of a period's days. Raises: InputError when it is not readable or lacks a column."""
     with readable(file), pq.ParquetFile(file) as parquet:
         missing = sorted(set(columns or ()) - set(parquet.schema_arrow.names))

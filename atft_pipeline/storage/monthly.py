@@ -23,10 +23,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from atft_pipeline.storage.artifact import manifest_path, read_manifest, replacing_product, resolved
+from atft_pipeline.storage.artifact import manifest_path, read_manifest, replacing_artifact, resolved
 from atft_pipeline.storage.atomic import link, replacing
 
 Days = NDArray[np.datetime64]
+"""Days `[T]`, ascending where they are sessions."""
 
 
 def sessions_by_month(sessions: Days) -> dict[str, slice]:
@@ -55,7 +56,7 @@ def spans(months: Mapping[str, slice], first: str, sessions_at_a_time: int) -> I
         yield span
 
 
-def part(folder: Path, month: str, suffix: str = "parquet") -> Path:
+def partition_path(folder: Path, month: str, suffix: str = "parquet") -> Path:
     return folder / f"{month}.{suffix}"
 
 
@@ -66,7 +67,7 @@ def beside(path: Path, name: str) -> Path:
 
 
 @dataclass(frozen=True)
-class PartsWriter:
+class PartitionWriter:
     """Temporary folders of a new version, by name; the product's own is ''."""
 
     folders: Mapping[str, Path]
@@ -80,18 +81,18 @@ class PartsWriter:
 
 
 @contextmanager
-def writing_parts(path: Path, folders: Iterable[str], earlier: Earlier) -> Iterator[PartsWriter]:
+def writing_partitions(path: Path, folders: Iterable[str], earlier: Earlier) -> Iterator[PartitionWriter]:
     """Temporary folders that take the place of those at `path` when the block ends well; the manifest is then gone."""
     data, names = resolved(path), [*folders, ""]
     with ExitStack() as stack:
         # The product's own folder is entered last and so replaced first: with it goes the manifest.
         temporary = {
-            name: stack.enter_context(replacing(beside(data, name)) if name else replacing_product(data))
+            name: stack.enter_context(replacing(beside(data, name)) if name else replacing_artifact(data))
             for name in names
         }
         for folder in temporary.values():
             folder.mkdir()
-        yield PartsWriter(temporary, {name: beside(earlier.path, name) for name in names})
+        yield PartitionWriter(temporary, {name: beside(earlier.path, name) for name in names})
 
 
 def month_digests(frame: pl.DataFrame, date: str) -> dict[str, int]:
@@ -124,8 +125,8 @@ class Earlier:
                 return Earlier(resolved(previous), manifest["parts"], manifest)
         return Earlier(Path(), {}, {})
 
-    def changes(self, inputs: Mapping[str, Mapping[str, Any]], memory: str, folders: Sequence[str]) -> Changes:
-        """inputs: by name, a digest by month. memory: the folder of what is remembered after a month. folders: those
+    def changes(self, inputs: Mapping[str, Mapping[str, Any]], state: str, folders: Sequence[str]) -> Changes:
+        """inputs: by name, a digest by month. state: the folder of what is remembered after a month. folders: those
         that hold a file of every month; a month that is not whole there has changed, as the input `damaged parts`."""
         first = {}
         known = self.manifest.get("inputs", inputs)
@@ -143,9 +144,9 @@ class Earlier:
         if damaged:
             first["damaged parts"] = min(damaged)
         changed = min(first.values(), default=None)
-        memories = beside(self.path, memory).glob("*.npz") if self.parts else []
-        remembered = [file.stem for file in memories if zipfile.is_zipfile(file)]
-        newest = max((month for month in remembered if changed is None or month < changed), default="")
+        states = beside(self.path, state).glob("*.npz") if self.parts else []
+        with_state = [file.stem for file in states if zipfile.is_zipfile(file)]
+        newest = max((month for month in with_state if changed is None or month < changed), default="")
         return Changes(first, [month for month in sorted(self.parts) if month <= newest])
 
 
@@ -169,7 +170,7 @@ class Changes:
     first_by_input: Mapping[str, str]
     """The first month in which each input differs."""
     kept: Sequence[str]
-    """Earlier months that stand: up to the newest with a memory before the first that differs."""
+    """Earlier months that stand: up to the newest with a state before the first that differs."""
 
     def record(self, months: Iterable[str]) -> dict[str, Any]:
         """What the manifest says of it, `months` being all there are now."""
@@ -180,7 +181,7 @@ class Changes:
         }
 
 
-def remove_product(path: Path) -> None:
+def remove_artifact(path: Path) -> None:
     """Deletes the product at `path` with all that lies beside it; there may be none."""
     for file in _files_of(resolved(path)):
         if file.is_dir():
@@ -189,7 +190,7 @@ def remove_product(path: Path) -> None:
             file.unlink()
 
 
-def move_product(path: Path, to: Path) -> None:
+def move_artifact(path: Path, to: Path) -> None:
     """Gives the product at `path`, with all that lies beside it, the name `to`; what was there is replaced."""
     old, new = resolved(path), resolved(to)
     manifest_path(new).unlink(missing_ok=True)

@@ -19,8 +19,8 @@ from assets.data.dataset import drift_result
 from assets.judging.checks import criterion_result, health_result, milestones_result
 from assets.judging.evaluation import recorded_rows
 from atft_pipeline.config.schema import GraphConfig
-from atft_pipeline.dataset import store as dataset_parts
-from atft_pipeline.market import price_store as price_parts
+from atft_pipeline.dataset import store
+from atft_pipeline.market import price_store
 from atft_pipeline.market.sources import RAW_TABLES
 from atft_pipeline.storage.artifact import write_manifest
 
@@ -138,15 +138,15 @@ def test_absent_optional_tables_warn_and_are_counted_as_not_live(work: Path, ins
 def test_unsorted_prices_break_their_contract_and_are_not_published(
     work: Path, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    build = price_parts.build_prices
+    build = price_store.build_prices
 
     def reversed_rows(*arguments: Any) -> Any:
         result = build(*arguments)
         vars(result)["prices"] = result.prices.reverse()
         return result
 
-    monkeypatch.setattr(price_parts, "build_prices", reversed_rows)
-    monkeypatch.setattr(price_parts, "code_revision", lambda _: "other code: nothing is taken over")
+    monkeypatch.setattr(price_store, "build_prices", reversed_rows)
+    monkeypatch.setattr(price_store, "code_revision", lambda _: "other code: nothing is taken over")
     before = linked(work)
     result = make('key:"prices" or key:"ml_dataset"', instance)
     assert not outcomes(result)["prices:contract"].passed
@@ -182,15 +182,15 @@ def test_sectors_from_a_later_snapshot_warn(work: Path, instance: dg.DagsterInst
 def test_an_infinite_feature_breaks_the_contract_of_ml_dataset(
     work: Path, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    build = dataset_parts.build_features
+    build = store.build_features
 
     def with_infinity(*arguments: Any) -> Any:
         panel = build(*arguments)
         panel.values[0, -1] = np.inf
         return panel
 
-    monkeypatch.setattr(dataset_parts, "build_features", with_infinity)
-    monkeypatch.setattr(dataset_parts, "code_revision", lambda _: "other code: nothing is taken over")
+    monkeypatch.setattr(store, "build_features", with_infinity)
+    monkeypatch.setattr(store, "code_revision", lambda _: "other code: nothing is taken over")
     before = linked(work)
     result = make('key:"ml_dataset" or key:"stock_graph"', instance)
     assert not outcomes(result)["ml_dataset:contract"].passed

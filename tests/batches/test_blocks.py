@@ -168,12 +168,12 @@ def test_block_is_cut_from_the_panel(tmp_path: Path, sessions: range) -> None:
     n = len(block.stock_index)
     table = block.neighbours
     found = {
-        (s * n + int(table.place[s, i, k]), s * n + i): table.attributes[s, i, k].tolist()
-        for s, i, k in table.known.nonzero().tolist()
+        (s * n + int(table.source[s, i, k]), s * n + i): table.attributes[s, i, k].tolist()
+        for s, i, k in table.is_edge.nonzero().tolist()
     }
     assert found == expected
-    assert not table.place[~table.known].any()
-    assert not table.attributes[~table.known].any()
+    assert not table.source[~table.is_edge].any()
+    assert not table.attributes[~table.is_edge].any()
     assert bool(expected) is (sessions[-1] >= 5)
 
 
@@ -189,7 +189,7 @@ def test_an_infinite_feature_is_missing(tmp_path: Path) -> None:
 def test_without_a_graph_there_are_no_edges(tmp_path: Path) -> None:
     _, data = panel_and_data(tmp_path, graph=None)
     block = data.block(np.arange(10, 14))
-    assert block.neighbours.place.shape == (4, len(block.stock_index), 0)
+    assert block.neighbours.source.shape == (4, len(block.stock_index), 0)
     assert block.neighbours.attributes.shape == (4, len(block.stock_index), 0, 3)
 
 
@@ -210,7 +210,7 @@ def test_a_graph_of_no_stock_of_the_panel_is_no_graph(tmp_path: Path, codes: np.
     network = ATFTGATFAN(ModelConfig(), len(LIVE)).eval()
     panel = load_panel(write(tmp_path / "d.parquet", rows()), "liquid")
     block = BlockDataset(panel, graph, network.receptive_field).block(np.arange(14, 18))
-    assert block.neighbours.place.shape == (4, len(block.stock_index), 0)
+    assert block.neighbours.source.shape == (4, len(block.stock_index), 0)
     assert torch.isfinite(network(block)).all()
 
 

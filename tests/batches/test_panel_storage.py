@@ -19,7 +19,7 @@ from test_training import trainer_of
 from training_runs import Data, header, record, settings, train_quietly
 
 from atft_pipeline.batches import block_dataset, panel_storage
-from atft_pipeline.batches.block import Block, Neighbours
+from atft_pipeline.batches.block import Block, NeighbourTable
 from atft_pipeline.batches.block_dataset import BlockDataset
 from atft_pipeline.batches.panel import Panel, load_panel
 from atft_pipeline.batches.panel_storage import PanelStorage, free_host_bytes, in_map, left_to_the_cache
@@ -214,9 +214,9 @@ def allocation(name: str, folder: Path) -> Callable[[tuple[int, ...]], NDArray[n
 # The same bits --------------------------------------------------------------------------------------------------
 
 
-def bits(of: Block | Neighbours) -> dict[str, Any]:
+def bits(of: Block | NeighbourTable) -> dict[str, Any]:
     values = {field.name: getattr(of, field.name) for field in dataclasses.fields(of)}
-    return {name: bits(v) if isinstance(v, Neighbours) else v.numpy().tobytes() for name, v in values.items()}
+    return {name: bits(v) if isinstance(v, NeighbourTable) else v.numpy().tobytes() for name, v in values.items()}
 
 
 def test_blocks_of_a_map_are_those_of_memory(data: Data, tmp_path: Path) -> None:
@@ -229,7 +229,7 @@ def test_blocks_of_a_map_are_those_of_memory(data: Data, tmp_path: Path) -> None
     for indices in sessions:
         one, other = memory.block(indices), mapped.block(indices)
         assert bits(one) == bits(other)
-    assert any(memory.block(indices).neighbours.known.any() for indices in sessions)
+    assert any(memory.block(indices).neighbours.is_edge.any() for indices in sessions)
 
 
 @needs_proc

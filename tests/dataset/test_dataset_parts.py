@@ -15,20 +15,20 @@ from eventful_market import eventful_tables
 
 from atft_pipeline.cli.command import main
 from atft_pipeline.config.schema import DatasetConfig
-from atft_pipeline.dataset import store as dataset_parts
+from atft_pipeline.dataset import store
 from atft_pipeline.dataset.layout import read_membership
 from atft_pipeline.dataset.rows import build_dataset
-from atft_pipeline.dataset.store import update_dataset_parts
+from atft_pipeline.dataset.store import update_dataset
 from atft_pipeline.errors import InputError
 from atft_pipeline.features.statistics import Statistics
-from atft_pipeline.market import price_store as price_parts
+from atft_pipeline.market import price_store
 from atft_pipeline.market.contracts import read_checked
-from atft_pipeline.market.price_store import read_quarantine, update_price_parts
+from atft_pipeline.market.price_store import read_quarantine, update_prices
 from atft_pipeline.market.sources import RAW_TABLES, open_source
 from atft_pipeline.market.synthetic import generate_market
 from atft_pipeline.market.universe import build_prices
-from atft_pipeline.storage.artifact import read_manifest, read_table
-from atft_pipeline.storage.monthly import move_product, remove_product
+from atft_pipeline.storage.artifact import read_artifact, read_manifest
+from atft_pipeline.storage.monthly import move_artifact, remove_artifact
 
 CONFIG = DatasetConfig()
 Tables = dict[str, pl.DataFrame]
@@ -39,8 +39,8 @@ VOLATILE = ("changes", "drift", "drift_against")
 @pytest.fixture(autouse=True)
 def _short_spans(monkeypatch: pytest.MonkeyPatch) -> None:
     """A few months at a time, so that a small market is passed in many spans."""
-    monkeypatch.setattr(price_parts, "CELLS_AT_A_TIME", 4_000)
-    monkeypatch.setattr(dataset_parts, "CELLS_AT_A_TIME", 4_000)
+    monkeypatch.setattr(price_store, "CELLS_AT_A_TIME", 4_000)
+    monkeypatch.setattr(store, "CELLS_AT_A_TIME", 4_000)
 
 
 def quiet() -> Tables:
@@ -62,8 +62,8 @@ def made(source: Path, out: Path, previous: Path | None = None) -> dict[str, Any
     opened = open_source(source)
     others = read_checked(opened, but=["prices"])
     prices, before = prices_of(out), previous and prices_of(previous)
-    update_price_parts(opened, others, prices, CONFIG, before)[1].require()
-    manifest, report = update_dataset_parts(prices, others.tables, out, CONFIG, previous)
+    update_prices(opened, others, prices, CONFIG, before)[1].require()
+    manifest, report = update_dataset(prices, others.tables, out, CONFIG, previous)
     report.require()
     assert manifest == read_manifest(out, "ml_dataset")
     return manifest
@@ -78,7 +78,7 @@ def until(tables: Tables, day: dt.date) -> Tables:
 
 def assert_same(one: Path, two: Path) -> None:
     """Every value, every quarantine row and every entry of the manifests that says what there is."""
-    for read in (read_table, read_membership):
+    for read in (read_artifact, read_membership):
         assert read(one).equals(read(two))
     prices = [prices_of(path) for path in (one, two)]
     assert read_quarantine(prices[0]).equals(read_quarantine(prices[1]))
@@ -106,7 +106,7 @@ def test_parts_are_the_dataset_made_in_one_piece(market: str, tmp_path: Path) ->
     checked = read_checked(open_source(source))
     result = build_prices(checked.tables, CONFIG)
     features, membership, whole = build_dataset(result.panel, result.quarantine, checked.tables, CONFIG, checked.record)
-    assert read_table(tmp_path / "d").equals(features)
+    assert read_artifact(tmp_path / "d").equals(features)
     assert read_membership(tmp_path / "d").equals(membership)
     assert read_quarantine(tmp_path / "d.prices").equals(result.quarantine)
     assert manifest["fingerprint"] == whole["fingerprint"]
@@ -248,7 +248,7 @@ def test_an_odd_source_brought_up_to_date_is_the_source_built_anew_in_parts_and_
     made(source, tmp_path / "full")
     assert_same(tmp_path / "new", tmp_path / "full")
     assert run_features(source, tmp_path / "one.parquet") == 0
-    assert read_table(tmp_path / "one.parquet").equals(read_table(tmp_path / "full"))
+    assert read_artifact(tmp_path / "one.parquet").equals(read_artifact(tmp_path / "full"))
 
 
 def test_nothing_new_computes_nothing(tmp_path: Path) -> None:
@@ -265,8 +265,8 @@ def test_parts_of_other_code_or_configuration_are_not_continued(
 ) -> None:
     source = written(MARKETS["quiet"](), tmp_path / "source")
     made(source, tmp_path / "d")
-    monkeypatch.setattr(price_parts, "code_revision", lambda _: "other")
-    monkeypatch.setattr(dataset_parts, "code_revision", lambda _: "other")
+    monkeypatch.setattr(price_store, "code_revision", lambda _: "other")
+    monkeypatch.setattr(store, "code_revision", lambda _: "other")
     again = made(source, tmp_path / "e", tmp_path / "d")
     assert again["changes"]["months_reused"] == []
 
@@ -289,7 +289,7 @@ def test_a_missing_month_of_prices_is_one_sentence(tmp_path: Path) -> None:
     next(iter(sorted((tmp_path / "d.prices").glob("*.parquet")))).unlink()
     others = read_checked(open_source(source), but=["prices"])
     with pytest.raises(InputError, match=r"part 2022-04\.parquet is missing"):
-        update_dataset_parts(tmp_path / "d.prices", others.tables, tmp_path / "e", CONFIG)
+        update_dataset(tmp_path / "d.prices", others.tables, tmp_path / "e", CONFIG)
 
 
 def test_a_failing_update_leaves_the_earlier_dataset_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,7 +306,7 @@ def test_a_failing_update_leaves_the_earlier_dataset_whole(tmp_path: Path, monke
         made(tmp_path / "source", tmp_path / "d", tmp_path / "d")
     monkeypatch.undo()
     assert read_manifest(tmp_path / "d", "ml_dataset") == before
-    assert read_table(tmp_path / "d").num_rows == before["rows"]
+    assert read_artifact(tmp_path / "d").num_rows == before["rows"]
     assert not list(tmp_path.glob(".d*")), "nothing half-written stays"
 
 
@@ -361,12 +361,12 @@ def test_product_of_any_name_in_a_new_folder_leaves_its_neighbours_alone(tmp_pat
     neighbour, product = tmp_path / "new" / "d[1]2", tmp_path / "new" / "d[1]"
     assert run_features(source, neighbour) == 0
     assert run_features(source, product) == 0
-    before = read_table(product)
-    move_product(product, tmp_path / "new" / "moved")
-    assert read_table(tmp_path / "new" / "moved").equals(before)
+    before = read_artifact(product)
+    move_artifact(product, tmp_path / "new" / "moved")
+    assert read_artifact(tmp_path / "new" / "moved").equals(before)
     assert not product.exists()
-    remove_product(product)
-    assert read_table(neighbour).equals(before)
+    remove_artifact(product)
+    assert read_artifact(neighbour).equals(before)
     assert read_quarantine(prices_of(neighbour)).equals(read_quarantine(prices_of(tmp_path / "new" / "moved")))
 
 

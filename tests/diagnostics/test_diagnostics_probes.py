@@ -22,7 +22,7 @@ from atft_pipeline.cli.command import main
 from atft_pipeline.config.overrides import to_dict
 from atft_pipeline.config.schema import DatasetConfig, GraphConfig
 from atft_pipeline.dataset.layout import TARGETS, write_dataset
-from atft_pipeline.dataset.rows import build_dataset, part_record
+from atft_pipeline.dataset.rows import build_dataset, partition_record
 from atft_pipeline.dataset.splits import make_split
 from atft_pipeline.diagnostics.diagnose import diagnose
 from atft_pipeline.diagnostics.evidence import gather
@@ -164,7 +164,9 @@ def with_parts_of(features: pa.Table, membership: pa.Table, manifest: dict[str, 
     """The manifest, rewritten to describe these rows."""
     months = [np.datetime_as_string(t["Date"].to_numpy().astype("datetime64[M]")) for t in (features, membership)]
     parts = {
-        name: part_record(features.filter(pa.array(months[0] == name)), membership.filter(pa.array(months[1] == name)))
+        name: partition_record(
+            features.filter(pa.array(months[0] == name)), membership.filter(pa.array(months[1] == name))
+        )
         for name in manifest["parts"]
     }
     return manifest | {"parts": parts}

@@ -49,7 +49,7 @@ from atft_pipeline.evaluation.portfolio import Book, long_short, long_short_book
 from atft_pipeline.evaluation.predictions_table import ScorePanel
 from atft_pipeline.market.facts import market_facts
 from atft_pipeline.runs.reader import open_record
-from atft_pipeline.storage.artifact import manifest_path, read_manifest, read_table
+from atft_pipeline.storage.artifact import manifest_path, read_artifact, read_manifest
 
 NAN = np.nan
 T, N, QUANTILE = 60, 23, 0.2
@@ -375,7 +375,7 @@ def test_the_turnover_value_is_the_one_that_decides_who_is_liquid(run: Path) -> 
 
 def test_the_market_is_the_mean_target_of_the_investable(run: Path) -> None:
     manifest, member = read_manifest(run / "data"), read_membership(run / "data").to_pylist()
-    targets = read_table(run / "data", ["target_1d"]).column("target_1d").to_pylist()
+    targets = read_artifact(run / "data", ["target_1d"]).column("target_1d").to_pylist()
     sessions = np.unique(np.array([row["Date"] for row in member], "datetime64[D]"))[100:200]
     codes = np.unique([row["Code"] for row in member])[:5]
     around = _Context(run / "data", manifest["fingerprint"]).around(sessions, codes)

@@ -75,7 +75,7 @@ every_long_market = pytest.mark.parametrize("market", LONG)
 def test_law_1_dataset_carries_the_82_in_registry_order_with_their_fingerprint(market: str) -> None:
     features, membership, manifest = built_of(market)
     assert len(FEATURE_NAMES) == len(set(FEATURE_NAMES)) == 82
-    assert features.column_names == [*layout.KEYS, *FEATURE_NAMES, *layout.TARGETS]
+    assert features.column_names == [*layout.ROW_KEYS, *FEATURE_NAMES, *layout.TARGETS]
     assert manifest["features"] == list(FEATURE_NAMES)
     assert manifest["registry_fingerprint"] == registry_fingerprint()
     assert all(features[name].type == pa.float32() for name in (*FEATURE_NAMES, *layout.TARGETS))
@@ -290,7 +290,7 @@ def test_law_2_nothing_published_after_the_close_moves_an_earlier_session(market
     compared = 0
     for table, columns in ((0, FEATURE_NAMES), (1, layout.MEMBERSHIP_COLUMNS)):
         rows = [pl.DataFrame(result[table]).filter(pl.col("Date") <= t) for result in (was, now)]
-        assert rows[0].select(layout.KEYS).equals(rows[1].select(layout.KEYS))
+        assert rows[0].select(layout.ROW_KEYS).equals(rows[1].select(layout.ROW_KEYS))
         for name in columns:
             assert rows[0][name].equals(rows[1][name]), f"{name} of a session up to {t} saw what came later"
             compared += 1
@@ -511,7 +511,7 @@ def split_cases() -> list[tuple[str, str, int, float]]:
 def test_law_7_a_split_changes_no_feature(market: str, code: str, t: int, n: float) -> None:
     tables, day = tables_of(market), sessions_of(prices_of(market).prices)[t]
     was, now = built_of(market)[0], build(with_split(tables, code, day, n))[0]
-    assert was.select(layout.KEYS).equals(now.select(layout.KEYS))
+    assert was.select(layout.ROW_KEYS).equals(now.select(layout.ROW_KEYS))
     for name in (*FEATURE_NAMES, *layout.TARGETS):
         np.testing.assert_allclose(now[name].to_numpy(), was[name].to_numpy(), atol=1e-6, rtol=1e-6, err_msg=name)
 

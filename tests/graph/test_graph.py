@@ -158,7 +158,7 @@ def test_a_refresh_is_the_same_to_the_last_bit_alone_and_in_a_long_build_on_any_
 DIGEST_OF_A_BUILD = """
 from dataclasses import replace
 from graph_market import CONFIG, build, large_market
-from atft_pipeline.graph import content_sha256
+from atft_pipeline.graph.store import content_sha256
 print(content_sha256(build(large_market(300, 250), replace(CONFIG, lookback_sessions=250, refresh_sessions=249))))
 """
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from atft_pipeline.batches.block import Block, Neighbours
+from atft_pipeline.batches.block import Block, NeighbourTable
 from atft_pipeline.config.schema import HORIZONS, LossConfig, ModelConfig
 from atft_pipeline.model import ATFTGATFAN
 from atft_pipeline.model import gat as gat_module
@@ -86,15 +86,15 @@ class Market:
         x = torch.nn.functional.pad(self.x[stocks, rows], (0, 0, pad, 0)).masked_fill(missing, 0.0)
         place = {stock: i for i, stock in enumerate(stocks)}
         ends = [(place[a], place[b], e) for e, (a, b) in enumerate(self.edges.T.tolist()) if {a, b} <= set(stocks)]
-        neighbours = Neighbours(
+        neighbours = NeighbourTable(
             torch.zeros(len(sessions), len(stocks), 3, dtype=torch.int64),
             torch.zeros(len(sessions), len(stocks), 3, dtype=torch.bool),
             torch.zeros(len(sessions), len(stocks), 3, 3),
         )
         for source, target, e in ends:
-            k = int(neighbours.known[0, target].sum())
-            neighbours.place[:, target, k] = source
-            neighbours.known[:, target, k] = True
+            k = int(neighbours.is_edge[0, target].sum())
+            neighbours.source[:, target, k] = source
+            neighbours.is_edge[:, target, k] = True
             neighbours.attributes[:, target, k] = self.attr[e]
         return Block(
             session_index=torch.tensor(sessions),
@@ -540,7 +540,7 @@ def test_attention_over_the_table_is_pygs_over_the_edges(at_once: int, monkeypat
     known = torch.rand(days, stocks, most) < 0.7
     known[0, 3] = False  # nobody to listen to
     place = torch.randint(0, stocks, known.shape).masked_fill(~known, 0)
-    table = Neighbours(place, known, torch.rand(*known.shape, 3, dtype=torch.float64))
+    table = NeighbourTable(place, known, torch.rand(*known.shape, 3, dtype=torch.float64))
 
     def gradients(out: torch.Tensor) -> list[torch.Tensor]:
         weight = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)

@@ -41,7 +41,7 @@ def test_written_dataset_reads_back_whole(tmp_path: Path) -> None:
     path = tmp_path / "new folder" / "out.parquet"
     features, membership, manifest = _tables(DAYS, ["1301", "1332"])
     layout.write_dataset(path, features, membership, manifest)
-    assert artifact.read_table(path).equals(features)
+    assert artifact.read_artifact(path).equals(features)
     assert layout.read_membership(path).equals(membership)
     assert artifact.read_manifest(path, "ml_dataset") == manifest
     assert sorted(p.name for p in path.parent.iterdir()) == [
@@ -54,9 +54,9 @@ def test_written_dataset_reads_back_whole(tmp_path: Path) -> None:
 def test_columns_come_in_the_order_asked_for(tmp_path: Path) -> None:
     path = tmp_path / "out.parquet"
     layout.write_dataset(path, *_tables(DAYS, ["1301"]))
-    assert artifact.read_table(path, ["target_5d", "Code"]).column_names == ["target_5d", "Code"]
+    assert artifact.read_artifact(path, ["target_5d", "Code"]).column_names == ["target_5d", "Code"]
     with pytest.raises(InputError, match="column nonsense is missing"):
-        artifact.read_table(path, ["nonsense"])
+        artifact.read_artifact(path, ["nonsense"])
 
 
 def test_sidecars_of_a_link_are_those_of_its_target(tmp_path: Path) -> None:
@@ -64,7 +64,7 @@ def test_sidecars_of_a_link_are_those_of_its_target(tmp_path: Path) -> None:
     layout.write_dataset(path, *_tables(DAYS, ["1301"]))
     link.symlink_to(path.name)
     assert artifact.manifest_path(link) == artifact.manifest_path(path)
-    assert artifact.read_table(link).num_rows == 3
+    assert artifact.read_artifact(link).num_rows == 3
 
 
 def test_refused_tables_leave_the_earlier_dataset_as_it_was(tmp_path: Path) -> None:
@@ -77,7 +77,7 @@ def test_refused_tables_leave_the_earlier_dataset_as_it_was(tmp_path: Path) -> N
         layout.write_dataset(path, features, membership.slice(1), manifest)
     with pytest.raises(InputError, match="expected columns"):
         layout.write_dataset(path, features, membership.drop_columns(["Open"]), manifest)
-    assert artifact.read_table(path).equals(features)
+    assert artifact.read_artifact(path).equals(features)
     assert artifact.read_manifest(path) == manifest
 
 
@@ -96,7 +96,7 @@ def test_a_failing_write_leaves_the_earlier_dataset_and_no_litter(
     with pytest.raises(OSError, match="No space"):
         layout.write_dataset(path, *_tables(DAYS[:1], ["9999"]))
     assert sorted(tmp_path.iterdir()) == before
-    assert artifact.read_table(path).equals(features)
+    assert artifact.read_artifact(path).equals(features)
 
 
 def test_manifest_problems_are_one_sentence_each(tmp_path: Path) -> None:
@@ -117,10 +117,10 @@ def test_manifest_problems_are_one_sentence_each(tmp_path: Path) -> None:
 def test_unreadable_data_names_the_file(tmp_path: Path) -> None:
     path = tmp_path / "out.parquet"
     with pytest.raises(InputError, match="build it first"):
-        artifact.read_table(path)
+        artifact.read_artifact(path)
     path.write_bytes(b"PAR1 truncated")
     with pytest.raises(InputError, match="not a readable parquet"):
-        artifact.read_table(path)
+        artifact.read_artifact(path)
 
 
 def test_hash_ignores_key_order_and_nothing_else() -> None:

@@ -54,8 +54,8 @@ def test_a_part_of_a_block_scores_its_sessions_as_the_block_does(data: Data, tmp
         whole = model(block)
         parts = [model(block.part(start, stop)) for start, stop in ((0, 1), (1, 13), (13, 20))]
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=0, atol=1e-6)  # order of float32 sums
-    edges = [int(block.part(start, start + 1).neighbours.known.sum()) for start in range(20)]
-    assert sum(edges) == int(block.neighbours.known.sum()) > 0
+    edges = [int(block.part(start, start + 1).neighbours.is_edge.sum()) for start in range(20)]
+    assert sum(edges) == int(block.neighbours.is_edge.sum()) > 0
 
 
 @pytest.mark.parametrize("text", ["0", "x", "-1", "", "1.5"])

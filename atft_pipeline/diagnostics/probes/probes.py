@@ -30,7 +30,7 @@ from atft_pipeline.diagnostics.run_inputs import RunInputs
 from atft_pipeline.errors import InputError, RunFailure
 from atft_pipeline.evaluation.metrics import information_coefficient, mean_and_error
 from atft_pipeline.runs.reader import Record, read_scores
-from atft_pipeline.storage.artifact import read_table
+from atft_pipeline.storage.artifact import read_artifact
 from atft_pipeline.storage.atomic import write_json
 
 Figures = dict[str, float | str | None]
@@ -116,14 +116,14 @@ def data(inputs: RunInputs) -> Figures:
 
 
 def _unlike_manifest(dataset: Path, manifest: dict[str, Any]) -> int:
-    from atft_pipeline.dataset.rows import part_record
+    from atft_pipeline.dataset.rows import partition_record
 
-    tables = read_table(dataset), read_membership(dataset)
+    tables = read_artifact(dataset), read_membership(dataset)
     months = [np.datetime_as_string(table["Date"].to_numpy().astype("datetime64[M]")) for table in tables]
 
     def differs(name: str, described: dict[str, Any]) -> bool:
         features, members = (t.filter(pa.array(of == name)) for t, of in zip(tables, months, strict=True))
-        return any(described.get(key) != value for key, value in part_record(features, members).items())
+        return any(described.get(key) != value for key, value in partition_record(features, members).items())
 
     return sum(differs(name, part) for name, part in manifest["parts"].items() if part["rows"])
 

@@ -8,8 +8,8 @@ import numpy as np
 from numba import njit
 
 from atft_pipeline.features.trace import word
-from atft_pipeline.features.vocabulary.elementwise import Panel
 from atft_pipeline.features.vocabulary.windows import as_panel
+from atft_pipeline.market.price_panel import Matrix
 
 EMA_SPANS_TO_FORGET = 5
 """Spans after which an exponential average has forgotten its start: its weight is then e^-10."""
@@ -21,8 +21,8 @@ EMA_SPANS_TO_FORGET = 5
 class Average(NamedTuple):
     """An exponential average after a session: the average so far `[N]`, and the values seen `[N]`."""
 
-    state: Panel
-    seen: Panel
+    state: Matrix
+    seen: Matrix
 
     @staticmethod
     def unstarted(N: int) -> Average:
@@ -46,7 +46,7 @@ def _smooth(x: Any, alpha: Any, first: Any, fresh: Any, state: Any, seen: Any, o
 
 
 @word(lambda alpha: EMA_SPANS_TO_FORGET * round(2 / alpha - 1) - 1, results=2, remembers=True)
-def exponential(x: Panel, alpha: float, first: int, before: Average | None, fresh: int) -> tuple[Panel, Average]:
+def exponential(x: Matrix, alpha: float, first: int, before: Average | None, fresh: int) -> tuple[Matrix, Average]:
     """Exponential average that starts as the mean of its first `first` non-null values, and where it stands at the end.
 
     It steps over nulls: a null session changes nothing and is null itself. before: where it stood after the session
@@ -59,14 +59,14 @@ def exponential(x: Panel, alpha: float, first: int, before: Average | None, fres
     return out.reshape(x.shape), Average(state, seen)
 
 
-def ema(x: Panel, span: int) -> Panel:
+def ema(x: Matrix, span: int) -> Matrix:
     """`exponential` with alpha = 2 / (span + 1) of a series that is kept whole."""
     values, _ = exponential(x, 2.0 / (span + 1), span, None, 0)
     return values
 
 
 @word(lambda least: least - 1, results=2, remembers=True)
-def seen_at_least(x: Panel, least: int, before: Panel | None, fresh: int) -> tuple[Panel, Panel]:
+def seen_at_least(x: Matrix, least: int, before: Matrix | None, fresh: int) -> tuple[Matrix, Matrix]:
     """1 from the `least`-th non-null value on, else 0; and the values seen `[N]`. before, fresh: as `exponential`."""
     seen = np.cumsum(~np.isnan(x[fresh:]), axis=0, dtype=np.float64) + (0.0 if before is None else before)
     out = np.full_like(x, np.nan)

@@ -9,7 +9,8 @@ from numba import njit
 from numpy.typing import NDArray
 
 from atft_pipeline.features.trace import word
-from atft_pipeline.features.vocabulary.elementwise import FLAT, Panel
+from atft_pipeline.features.vocabulary.elementwise import FLAT
+from atft_pipeline.market.price_panel import Matrix
 
 NORMALISE_LEAST = 10
 """Values that a session needs for a cross-sectional statistic."""
@@ -105,7 +106,7 @@ def _by_group(x: Any, member: Any, group: Any, groups: Any, least: Any, out: Any
 
 
 @word()
-def group_median(x: Panel, member: NDArray[np.bool_], group: NDArray[np.int32], groups: int) -> Panel:
+def group_median(x: Matrix, member: NDArray[np.bool_], group: NDArray[np.int32], groups: int) -> Matrix:
     """Median over the members of each group and session, `[T, G]`, null under `GROUP_LEAST` non-null members.
 
     group: `[T, N]`, −1 where a stock has none.
@@ -125,7 +126,7 @@ def _of_group(x: Any, group: Any, out: Any) -> None:
 
 
 @word()
-def of_group(x: Panel, group: NDArray[np.int32]) -> Panel:
+def of_group(x: Matrix, group: NDArray[np.int32]) -> Matrix:
     """`[T, G]` values given to each stock by the group it has in that session, `[T, N]`, null without one."""
     out = np.empty(group.shape)
     _of_group(np.ascontiguousarray(x), group, out)
@@ -133,14 +134,14 @@ def of_group(x: Panel, group: NDArray[np.int32]) -> Panel:
 
 
 @word()
-def chained(step: Panel) -> Panel:
+def chained(step: Matrix) -> Matrix:
     """Index level of a series of returns, 1 before the first; a null session changes nothing and is null itself."""
     level = np.cumprod(1.0 + np.nan_to_num(step), axis=0)
     return np.where(np.isnan(step), np.nan, level)
 
 
 @word()
-def share_of(condition: Panel, member: NDArray[np.bool_]) -> Panel:
+def share_of(condition: Matrix, member: NDArray[np.bool_]) -> Matrix:
     """Share of the members whose flag is 1, `[T]`, null under `NORMALISE_LEAST` members with a flag."""
     there = member & ~np.isnan(condition)
     count = there.sum(axis=1)
@@ -211,7 +212,7 @@ def _standardise(x: Any, member: Any, kept: Any, out: Any) -> None:
 
 
 def cs_normalise(
-    x: Panel, member: NDArray[np.bool_], kept: NDArray[np.bool_] | None = None, out: NDArray[Any] | None = None
+    x: Matrix, member: NDArray[np.bool_], kept: NDArray[np.bool_] | None = None, out: NDArray[Any] | None = None
 ) -> NDArray[Any]:
     """Per session: clipped at median ± 5 · 1.4826 · MAD (not where MAD is 0), standardised with ddof 0, clipped to ±5.
 

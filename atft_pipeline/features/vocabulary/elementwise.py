@@ -9,11 +9,10 @@ from typing import Any
 
 import numpy as np
 from numba import njit
-from numpy.typing import NDArray
 
 from atft_pipeline.features.trace import word
+from atft_pipeline.market.price_panel import Matrix
 
-Panel = NDArray[np.float64]
 FLAT = 1e-12
 """Relative difference below which two prices are the same price: dividing by a split's factor leaves about 1e-16,
 while one tick is at least 1e-7."""
@@ -22,7 +21,7 @@ STILL = 1e-6
 at one pace, so their ratio would remember for ever what was before; a tick is at least 1e-5 of a price."""
 
 
-def least_of(window: int) -> int:
+def min_observations(window: int) -> int:
     """Observations that a window of `window` sessions needs: two thirds, rounded up."""
     return -(-2 * window // 3)
 
@@ -44,7 +43,7 @@ def elementwise(scalar: Callable[..., Any]) -> Callable[..., Any]:
     each: Any = njit(cache=True, nogil=True, error_model="numpy")(scope[f"{name}_each"])
 
     @wraps(scalar)
-    def apply(*values: Any, out: Panel | None = None) -> Any:
+    def apply(*values: Any, out: Matrix | None = None) -> Any:
         shape = np.broadcast_shapes(*map(np.shape, values))
         panels = (value if np.shape(value) == shape else np.full(shape, value, np.float64) for value in values)
         result = np.empty(shape) if out is None else out
@@ -165,16 +164,16 @@ def band_position(x: Any, middle: Any, std: Any) -> Any:
     return (x - low) / width
 
 
-def log(x: Panel) -> Panel:
+def log(x: Matrix) -> Matrix:
     """ln x, null where x is not positive."""
     return np.log(positive(x))
 
 
-def log_ratio(numerator: Panel, denominator: Panel) -> Panel:
+def log_ratio(numerator: Matrix, denominator: Matrix) -> Matrix:
     """ln(numerator / denominator), null where either is not positive."""
     return np.log(ratio(positive(numerator), positive(denominator)))
 
 
-def band_width(middle: Panel, std: Panel) -> Panel:
+def band_width(middle: Matrix, std: Matrix) -> Matrix:
     """Distance between the bands over the middle."""
     return ratio(4.0 * std, middle)

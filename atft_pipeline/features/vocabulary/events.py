@@ -9,7 +9,8 @@ from numba import njit
 from numpy.typing import NDArray
 
 from atft_pipeline.features.trace import word
-from atft_pipeline.features.vocabulary.elementwise import FLAT, Panel, least_of, ratio
+from atft_pipeline.features.vocabulary.elementwise import FLAT, min_observations, ratio
+from atft_pipeline.market.price_panel import Matrix
 
 SESSIONS_IN_WEEK = 5
 
@@ -18,15 +19,15 @@ SESSIONS_IN_WEEK = 5
 
 
 @word(lambda weeks: (weeks - 1) * SESSIONS_IN_WEEK)
-def weekly_mean(history: Panel, weeks: int) -> Panel:
+def weekly_mean(history: Matrix, weeks: int) -> Matrix:
     """Mean of the newest `weeks` of each history `[E, W]`, newest last; two thirds of them non-null, else null."""
     window = history[:, -weeks:]
     count = np.sum(~np.isnan(window), axis=1)
-    return np.where(count >= least_of(weeks), np.nansum(window, axis=1) / np.maximum(count, 1), np.nan)
+    return np.where(count >= min_observations(weeks), np.nansum(window, axis=1) / np.maximum(count, 1), np.nan)
 
 
 @word(lambda weeks, newest: (weeks + newest - 2) * SESSIONS_IN_WEEK)
-def weekly_zscores(history: Panel, weeks: int, newest: int) -> Panel:
+def weekly_zscores(history: Matrix, weeks: int, newest: int) -> Matrix:
     """z-score (ddof 1) of each of the `newest` last weeks within the `weeks` that end with it, `[E, newest]`."""
     W = history.shape[1]
     columns = []
@@ -41,7 +42,7 @@ def weekly_zscores(history: Panel, weeks: int, newest: int) -> Panel:
 
 
 @word()
-def of_event(values: Panel, latest: NDArray[np.int32]) -> Panel:
+def of_event(values: Matrix, latest: NDArray[np.int32]) -> Matrix:
     """`[E]` values of the latest event, in the shape of `latest`, null where it is −1: there is none yet."""
     return np.where(latest >= 0, values[np.maximum(latest, 0)] if len(values) else np.nan, np.nan)
 
@@ -58,7 +59,7 @@ def _in_force(values: Any, day: Any, latest: Any, sessions: Any, expiry: Any, ou
 
 
 @word()
-def in_force(values: Panel, day: Panel, latest: NDArray[np.int32], sessions: Panel, expiry_days: int) -> Panel:
+def in_force(values: Matrix, day: Matrix, latest: NDArray[np.int32], sessions: Matrix, expiry_days: int) -> Matrix:
     """`[E]` values of the latest document known at each close, `[T, N]`, null once its `day` is over `expiry_days` ago.
 
     day: `[E]` and sessions: `[T]`, in days since 1970, NaN where a document says nothing of the kind.

@@ -8,11 +8,12 @@ import numpy as np
 from numba import njit
 
 from atft_pipeline.features.trace import word
-from atft_pipeline.features.vocabulary.elementwise import FLAT, Panel, change, least_of, ratio
+from atft_pipeline.features.vocabulary.elementwise import FLAT, change, min_observations, ratio
+from atft_pipeline.market.price_panel import Matrix
 
 CARRY_SESSIONS = 5
 """Sessions for which the last close stands in for a missing one, to form a return and for nothing else."""
-TS_WINDOW, TS_LEAST = 252, 60
+TS_WINDOW, TS_MIN_OBSERVATIONS = 252, 60
 """Sessions of a trailing z-score, and the observations it needs."""
 
 _TILE = 64
@@ -23,7 +24,7 @@ _TILE = 64
 
 
 @word(lambda sessions: sessions)
-def lag(x: Panel, sessions: int) -> Panel:
+def lag(x: Matrix, sessions: int) -> Matrix:
     """The value `sessions` earlier, null before the first."""
     if sessions == 0:
         return x
@@ -46,7 +47,7 @@ def _carry(x: Any, longest: Any, out: Any) -> None:
 
 
 @word(CARRY_SESSIONS)
-def carry(x: Panel) -> Panel:
+def carry(x: Matrix) -> Matrix:
     """The last non-null value, at most `CARRY_SESSIONS` old."""
     panel = as_panel(x)
     out = np.empty_like(panel)
@@ -55,7 +56,7 @@ def carry(x: Panel) -> Panel:
 
 
 @word(lambda sessions: sessions)
-def returns(close: Panel, carried: Panel, sessions: int) -> Panel:
+def returns(close: Matrix, carried: Matrix, sessions: int) -> Matrix:
     """R_h: the close over the one `sessions` earlier, minus 1, both carried; R_1 is null on an untraded session."""
     out = np.full_like(close, np.nan)
     new = close if sessions == 1 else carried
@@ -66,7 +67,7 @@ def returns(close: Panel, carried: Panel, sessions: int) -> Panel:
 # --- windows ----------------------------------------------------------------------------------------------------------
 
 
-def as_panel(x: Panel) -> Panel:
+def as_panel(x: Matrix) -> Matrix:
     """`[T, N]` in C order: a series is a panel of one."""
     return np.ascontiguousarray(x.reshape(len(x), -1))
 
@@ -107,7 +108,7 @@ def _moments(x: Any, window: Any, least: Any, ddof: Any, two_pass: Any, mean: An
                 result[j] = spread if seen[j] >= least else np.nan
 
 
-def _rolling(x: Panel, window: int, least: int, ddof: int, *, two_pass: bool) -> tuple[Panel, Panel]:
+def _rolling(x: Matrix, window: int, least: int, ddof: int, *, two_pass: bool) -> tuple[Matrix, Matrix]:
     panel = as_panel(x)
     mean = np.empty_like(panel)
     std = np.empty_like(panel) if two_pass else np.empty((0, 0))
@@ -116,33 +117,33 @@ def _rolling(x: Panel, window: int, least: int, ddof: int, *, two_pass: bool) ->
 
 
 @word(lambda window: window - 1)
-def rolling_mean(x: Panel, window: int) -> Panel:
+def rolling_mean(x: Matrix, window: int) -> Matrix:
     """Mean of the window's non-null values."""
-    return _rolling(x, window, least_of(window), 0, two_pass=False)[0]
+    return _rolling(x, window, min_observations(window), 0, two_pass=False)[0]
 
 
 @word(lambda window: window - 1)
-def rolling_sum(x: Panel, window: int) -> Panel:
+def rolling_sum(x: Matrix, window: int) -> Matrix:
     """Sum of the window's non-null values."""
-    return _counted(x, window) * _rolling(x, window, least_of(window), 0, two_pass=False)[0]
+    return _counted(x, window) * _rolling(x, window, min_observations(window), 0, two_pass=False)[0]
 
 
 @word(lambda window: window - 1, results=2)
-def rolling_mean_std(x: Panel, window: int, ddof: int) -> tuple[Panel, Panel]:
+def rolling_mean_std(x: Matrix, window: int, ddof: int) -> tuple[Matrix, Matrix]:
     """Mean and standard deviation of the window's non-null values."""
-    return _rolling(x, window, least_of(window), ddof, two_pass=True)
+    return _rolling(x, window, min_observations(window), ddof, two_pass=True)
 
 
 @word(lambda window: window - 1)
-def rolling_std(x: Panel, window: int) -> Panel:
+def rolling_std(x: Matrix, window: int) -> Matrix:
     """Standard deviation, ddof 1, of the window's non-null values."""
-    return _rolling(x, window, least_of(window), 1, two_pass=True)[1]
+    return _rolling(x, window, min_observations(window), 1, two_pass=True)[1]
 
 
 @word(TS_WINDOW - 1)
-def ts_zscore(x: Panel) -> Panel:
+def ts_zscore(x: Matrix) -> Matrix:
     """Trailing z-score over 252 sessions, ddof 1, at least 60 observations; null where the series did not move."""
-    mean, std = _rolling(x, TS_WINDOW, TS_LEAST, 1, two_pass=True)
+    mean, std = _rolling(x, TS_WINDOW, TS_MIN_OBSERVATIONS, 1, two_pass=True)
     return ratio(x - mean, std)
 
 
@@ -159,7 +160,7 @@ def _count(x: Any, window: Any, out: Any) -> None:
             result[j] = seen[j]
 
 
-def _counted(x: Panel, window: int) -> Panel:
+def _counted(x: Matrix, window: int) -> Matrix:
     """Non-null values in the window; whole numbers, which a running count adds exactly."""
     panel = as_panel(x)
     out = np.empty_like(panel)
@@ -167,7 +168,7 @@ def _counted(x: Panel, window: int) -> Panel:
     return out.reshape(x.shape)
 
 
-def _extreme(x: Panel, window: int, larger: Any) -> Panel:
+def _extreme(x: Matrix, window: int, larger: Any) -> Matrix:
     """`larger` of two is that of their windows: each doubling of the width is one pass, and two cover the rest."""
     top, width = x, 1
     while width < window:
@@ -175,17 +176,17 @@ def _extreme(x: Panel, window: int, larger: Any) -> Panel:
         wider = top.copy()
         larger(top[step:], top[: max(len(top) - step, 0)], out=wider[step:])
         top, width = wider, width + step
-    return np.where(_counted(x, window) >= least_of(window), top, np.nan)
+    return np.where(_counted(x, window) >= min_observations(window), top, np.nan)
 
 
 @word(lambda window: window - 1)
-def rolling_max(x: Panel, window: int) -> Panel:
+def rolling_max(x: Matrix, window: int) -> Matrix:
     """Largest of the window's non-null values."""
     return _extreme(x, window, np.fmax)
 
 
 @word(lambda window: window - 1)
-def rolling_min(x: Panel, window: int) -> Panel:
+def rolling_min(x: Matrix, window: int) -> Matrix:
     """Smallest of the window's non-null values."""
     return _extreme(x, window, np.fmin)
 
@@ -246,12 +247,12 @@ def _regress(y: Any, x: Any, window: Any, least: Any, beta: Any, corr: Any, resi
 class Regression(NamedTuple):
     """Slope cov(y, x) / var(x), correlation, and standard deviation (ddof 1) of y − slope · x."""
 
-    beta: Panel
-    corr: Panel
-    residual_std: Panel
+    beta: Matrix
+    corr: Matrix
+    residual_std: Matrix
 
 
-def rolling_regression(y: Panel, x: Panel, window: int) -> Regression:
+def rolling_regression(y: Matrix, x: Matrix, window: int) -> Regression:
     """The regression of y on x over each window.
 
     A session counts where both are non-null. x: `[T, N]`, or `[T, 1]` for the same regressor everywhere. Null where x
@@ -261,8 +262,8 @@ def rolling_regression(y: Panel, x: Panel, window: int) -> Regression:
 
 
 @word(lambda window: window - 1, results=3)
-def _regression(y: Panel, x: Panel, window: int) -> tuple[Panel, Panel, Panel]:
+def _regression(y: Matrix, x: Matrix, window: int) -> tuple[Matrix, Matrix, Matrix]:
     beta, corr, residual = np.empty_like(y), np.empty_like(y), np.empty_like(y)
     regressor = np.ascontiguousarray(np.broadcast_to(x, y.shape))
-    _regress(np.ascontiguousarray(y), regressor, window, least_of(window), beta, corr, residual)
+    _regress(np.ascontiguousarray(y), regressor, window, min_observations(window), beta, corr, residual)
     return beta, corr, residual
