@@ -23,7 +23,7 @@ import dagster as dg
 import pytest
 
 from assets.definitions import defs
-from atft_pipeline.cli.command import _parser as atft_parser
+from atft_pipeline.cli.parser import atft_parser
 from atft_pipeline.config.overrides import REPORT_VARIABLES
 from atft_pipeline.errors import InputError
 from atft_pipeline.features.registry import markdown_table

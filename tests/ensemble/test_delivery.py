@@ -309,7 +309,7 @@ def test_the_command_delivers_and_says_what(runs, tmp_path, capsys):
     assert atft_here(*arguments) == 0
     text = capsys.readouterr().out
     assert "definition: horizon 5" in text
-    assert "split test  part delivered" in text
+    assert "test delivered" in text
 
 
 def refused(capsys, *arguments):
