@@ -179,7 +179,12 @@ def require_open_gate(context: dg.AssetExecutionContext, plan: "Plan", override_
     """What the gate adds to the run's record; raises InputError when `model_20ep` does not speak for this run."""
     current = {"dataset_fingerprint": plan.dataset_manifest["fingerprint"], "config_key": config_key(plan.config)}
     decision = gate_decision(
-        last_check(context.instance), last_materialization(context.instance), current, override_reason
+        last_check(context.instance),
+        last_materialization(context.instance),
+        current,
+        override_reason,
+        way_on=f"run `dagster asset materialize --select {GATE_MODEL.to_user_string()}`, or set override_reason in this"
+        " asset's config",
     )
     if not decision.open:
         reason = json.dumps({"ops": {f"train_{GATED_LENGTH}ep": {"config": {"override_reason": "WHY"}}}})
