@@ -93,8 +93,16 @@ def record(run_dir: Path) -> dict[str, Any]:
         "daily": read_table(run_dir, "daily").to_pylist(),
         "predictions": {p.name: p.read_bytes() for p in (run_dir / "predictions").glob("*.parquet")},
         "checkpoints": sorted(p.name for p in (run_dir / "checkpoints").glob("*.pt")),
-        "verdict": verdict(run_dir),
+        "verdict": judged_without_crashes(run_dir),
     }
+
+
+def judged_without_crashes(run_dir: Path) -> dict[str, Any]:
+    """The verdict without its milestone `no_crash`, which tells an uninterrupted run from one that was resumed."""
+    content = verdict(run_dir)
+    milestones = [item for item in content["milestones"] if item["name"] != "no_crash"]
+    warnings = [warning for warning in content["warnings"] if not warning.startswith("milestone no_crash:")]
+    return content | {"milestones": milestones, "warnings": warnings}
 
 
 # Runs to be spoilt -----------------------------------------------------------------------------------------------

@@ -28,8 +28,8 @@ def train_through_pipes(
 ) -> "Outcome":
     """What `train` returns and raises, of a run that other processes train; an interrupt ends them first."""
     from atft_pipeline.config.overrides import to_dict
+    from atft_pipeline.runs.documents import read_verdict
     from atft_pipeline.training.trainer import Outcome
-    from atft_pipeline.verdict.read import read_verdict
 
     extras = {
         "config": to_dict(plan.config),

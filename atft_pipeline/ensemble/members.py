@@ -22,12 +22,12 @@ from atft_pipeline.ensemble.combine import (
     standardised,
 )
 from atft_pipeline.errors import InputError
+from atft_pipeline.runs.documents import read_verdict
 from atft_pipeline.runs.header import read_run
 from atft_pipeline.runs.keys import PLACEMENT
 from atft_pipeline.storage.artifact import (
     read_table,
 )
-from atft_pipeline.verdict.read import read_verdict
 
 
 @dataclass(frozen=True)

@@ -1,21 +1,24 @@
-"""From a run's own record to its verdict: the validity battery at the epochs that count, then `verdict.json`.
+"""From a run's own record to its verdict, `verdict.json`.
 
-Everything here is read back from the run directory it judges, so a resumed run is judged like an uninterrupted one, and
-no figure of another run can enter.
+Every figure is read back from the run directory that is judged. So a resumed run is judged like an uninterrupted one,
+and no figure of another run can enter.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from atft_pipeline.config.overrides import from_dict
-from atft_pipeline.config.schema import PipelineConfig
+from atft_pipeline.config.schema import EvaluationConfig
+from atft_pipeline.runs.documents import read_validity
 from atft_pipeline.runs.header import read_run
+from atft_pipeline.runs.state import has_crashed
 from atft_pipeline.runs.tables import read_table, series_values
 from atft_pipeline.storage.atomic import write_json
 from atft_pipeline.training.checkpoints import read_checkpoint
@@ -28,45 +31,52 @@ from atft_pipeline.verdict.health import (
     predictions_not_constant,
 )
 from atft_pipeline.verdict.milestones import Progress
-from atft_pipeline.verdict.validity import (
-    ValidityItem,
-    not_assessable,
-)
+from atft_pipeline.verdict.validity import ValidityItem, not_assessable
 
 Rows = list[dict[str, Any]]
+
+LOSS_METRICS = ("loss", "loss_raw", "loss_weighted")
 
 
 def write_verdict(run_dir: Path) -> dict[str, Any]:
     """Judges the run from its record, writes `verdict.json` and returns its content."""
     header = read_run(run_dir)
-    config = from_dict(header["config"])
+    config = from_dict(header["config"]).evaluation
     evals = read_table(run_dir, "evals").to_pylist()
-    batteries = [json.loads(path.read_text()) for path in sorted((run_dir / "validity").glob("epoch_*.json"))]
-    last = header["epochs_done"]
-    judged = config.evaluation.criterion_epoch if last >= config.evaluation.criterion_epoch else last
-    battery = next((b for b in batteries if b["epoch"] == judged), None)
-    final_hashes = [row for row in evals if row["epoch"] == last and row["split"] == "validation"]
+    series = read_table(run_dir, "series")
+    checks_by_epoch = read_validity(run_dir)
+    last_epoch = header["epochs_done"]
+    judged_epoch = config.criterion_epoch if last_epoch >= config.criterion_epoch else last_epoch
+    checks = next((checks for checks in checks_by_epoch if checks["epoch"] == judged_epoch), None)
     verdict = judge(
-        config=config.evaluation,
+        config=config,
         epochs_planned=header["epochs_planned"],
-        epochs_done=last,
-        evidence=_evidence(evals, config, judged),
-        validity=[*_validity(batteries), _weights_left_their_start(header, evals, judged)] if battery else [],
-        health=_health(run_dir),
-        progress=_progress(run_dir, evals, config),
-        reversal_sharpe=battery["reversal_sharpe"] if battery else None,
-        final={split: _statistics(evals, last, split, config.evaluation.universe) for split in ("validation", "test")},
-        identifiers={
-            "run_key": header["key"],
-            "config_key": header["config_key"],
-            "dataset_fingerprint": header["dataset_fingerprint"],
-            "weights_hash": final_hashes[0]["weights_hash"] if final_hashes else None,
-            "predictions_hash": final_hashes[0]["predictions_hash"] if final_hashes else None,
-        },
-        warnings=battery["lag_scan"]["warnings"] if battery else [],
+        epochs_done=last_epoch,
+        evidence=_evidence(evals, config.universe, judged_epoch),
+        validity=[*_validity(checks_by_epoch), _weights_left_their_start(header, evals, judged_epoch)]
+        if checks
+        else [],
+        health=_health(run_dir, header["key"], series),
+        progress=_progress(header, series, evals, config),
+        reversal_sharpe=checks["reversal_sharpe"] if checks else None,
+        final={split: _statistics(evals, last_epoch, split, config.universe) for split in ("validation", "test")},
+        identifiers=_identifiers(header, evals, last_epoch),
+        warnings=checks["lag_scan"]["warnings"] if checks else [],
     )
     write_json(run_dir / "verdict.json", verdict)
     return verdict
+
+
+def _identifiers(header: Mapping[str, Any], evals: Rows, last_epoch: int) -> dict[str, str | None]:
+    """The run, its configuration and data, and the hashes of the last epoch's weights and predictions."""
+    rows = [row for row in evals if row["epoch"] == last_epoch and row["split"] == "validation"]
+    return {
+        "run_key": header["key"],
+        "config_key": header["config_key"],
+        "dataset_fingerprint": header["dataset_fingerprint"],
+        "weights_hash": rows[0]["weights_hash"] if rows else None,
+        "predictions_hash": rows[0]["predictions_hash"] if rows else None,
+    }
 
 
 def _statistics(evals: Rows, epoch: int, split: str, universe: str) -> dict[str, float | None]:
@@ -77,9 +87,9 @@ def _statistics(evals: Rows, epoch: int, split: str, universe: str) -> dict[str,
     }
 
 
-def _evidence(evals: Rows, config: PipelineConfig, epoch: int) -> CriterionEvidence | None:
+def _evidence(evals: Rows, universe: str, epoch: int) -> CriterionEvidence | None:
     """The validation figures at exactly `epoch`; None when that epoch was never evaluated."""
-    figures = _statistics(evals, epoch, "validation", config.evaluation.universe)
+    figures = _statistics(evals, epoch, "validation", universe)
     if not figures:
         return None
     sessions = figures.get("sessions")
@@ -93,12 +103,12 @@ def _evidence(evals: Rows, config: PipelineConfig, epoch: int) -> CriterionEvide
     )
 
 
-def _validity(batteries: Rows) -> list[ValidityItem]:
-    """Every item of every battery that was run; a later one cannot make up for an earlier one."""
+def _validity(checks_by_epoch: Rows) -> list[ValidityItem]:
+    """Every item of every epoch that was checked: a later epoch cannot make up for an earlier one."""
     return [
-        ValidityItem(**(item | {"name": f"{item['name']} (epoch {battery['epoch']})"}))
-        for battery in batteries
-        for item in battery["items"]
+        ValidityItem(**(item | {"name": f"{item['name']} (epoch {checks['epoch']})"}))
+        for checks in checks_by_epoch
+        for item in checks["items"]
     ]
 
 
@@ -119,28 +129,30 @@ def _weights_left_their_start(header: Mapping[str, Any], evals: Rows, epoch: int
     )
 
 
-def _health(run_dir: Path) -> list[HealthItem]:
-    series = read_table(run_dir, "series")
-    rows = series.to_pylist()
-    components = sorted({row["component"] for row in rows if row["metric"] == "grad_l2"})
+def _health(run_dir: Path, key: str, series: pa.Table) -> list[HealthItem]:
+    components = sorted(_of_metrics(series, "grad_l2")["component"].unique().to_pylist())
     mean_l2 = {
         name: float(np.mean(list(series_values(series, "grad_l2", component=name).values()))) for name in components
     }
     ratios = series_values(series, "dispersion_ratio")
     return [
-        finite_losses([row["value"] for row in rows if row["metric"] in ("loss", "loss_raw", "loss_weighted")]),
+        finite_losses(_of_metrics(series, *LOSS_METRICS)["value"].to_pylist()),
         gradients_reach_components(mean_l2),
-        parameters_moved(_movement(run_dir, components)),
+        parameters_moved(_movement(run_dir, key, components)),
         predictions_not_constant(ratios[max(ratios)] if ratios else None),
     ]
 
 
-def _movement(run_dir: Path, components: list[str]) -> dict[str, float]:
+def _of_metrics(series: pa.Table, *metrics: str) -> pa.Table:
+    return series.filter(pc.is_in(series["metric"], pa.array(metrics)))
+
+
+def _movement(run_dir: Path, key: str, components: list[str]) -> dict[str, float]:
     """l2 distance between the last epoch's weights and the initial ones, per component."""
     checkpoints = sorted((run_dir / "checkpoints").glob("epoch_*.pt"))
     if len(checkpoints) < 2:
         return {}
-    this_run = {"run_key": read_run(run_dir)["key"]}
+    this_run = {"run_key": key}
     first, last = (read_checkpoint(path, this_run)["weights"] for path in (checkpoints[0], checkpoints[-1]))
     return {
         name: float(sum(((last[k] - first[k]).double() ** 2).sum() for k in first if k.startswith(f"{name}."))) ** 0.5
@@ -148,16 +160,16 @@ def _movement(run_dir: Path, components: list[str]) -> dict[str, float]:
     }
 
 
-def _progress(run_dir: Path, evals: Rows, config: PipelineConfig) -> Progress:
-    series = read_table(run_dir, "series").to_pylist()
-    counts = {
-        metric: sum(int(row["value"]) for row in series if row["metric"] == metric)
-        for metric in ("gradient_warning", "degeneracy_reset")
-    }
+def _progress(header: Mapping[str, Any], series: pa.Table, evals: Rows, config: EvaluationConfig) -> Progress:
     sharpe = {
         row["epoch"]: row["value"]
         for row in evals
-        if row["metric"] == "sharpe_daily"
-        and (row["split"], row["slice"]) == ("validation", config.evaluation.universe)
+        if row["metric"] == "sharpe_daily" and (row["split"], row["slice"]) == ("validation", config.universe)
     }
-    return Progress(sharpe, counts["gradient_warning"], counts["degeneracy_reset"], crashed=False)
+    return Progress(
+        sharpe, _total(series, "gradient_warning"), _total(series, "degeneracy_reset"), crashed=has_crashed(header)
+    )
+
+
+def _total(series: pa.Table, metric: str) -> int:
+    return sum(int(value) for value in _of_metrics(series, metric)["value"].to_pylist())

@@ -32,9 +32,11 @@ from atft_pipeline.errors import InputError, RunFailure
 from atft_pipeline.evaluation.evaluate import Evaluation
 from atft_pipeline.graph.store import load_graph
 from atft_pipeline.model.atft_gat_fan import ATFTGATFAN
+from atft_pipeline.runs.documents import read_verdict
 from atft_pipeline.runs.header import now, read_run
 from atft_pipeline.runs.lock import exclusive
 from atft_pipeline.runs.record import RunRecord, UnwrittenRecord
+from atft_pipeline.runs.state import with_earlier_end
 from atft_pipeline.runs.tables import TABLES, read_table
 from atft_pipeline.storage.atomic import remove_remnants
 from atft_pipeline.training.checkpoints import packed, read_checkpoint, unpacked, write_checkpoint
@@ -78,7 +80,6 @@ from atft_pipeline.training.telemetry.step_metrics import (
 )
 from atft_pipeline.training.validity_checks import Battery
 from atft_pipeline.training.weight_average import WeightAverage
-from atft_pipeline.verdict.read import read_verdict
 
 SCORING_BATCH_RATIO = 4
 """Samples per block when scoring, over those when training: the warm-up sessions of a longer block weigh less."""
@@ -126,7 +127,9 @@ def train(
             log(f"run {run_dir.name}: finished before with the same configuration, code and data; reused")
             return processes.from_leader(Outcome(run_dir, read_verdict(run_dir), reused=True))
         progress = {name: earlier[name] for name in ("started", "epochs_done") if name in earlier}
-        record = RunRecord(run_dir, earlier | run_header(plan, run_dir, chosen, overrides or {}) | progress)
+        record = RunRecord(
+            run_dir, with_earlier_end(earlier) | run_header(plan, run_dir, chosen, overrides or {}) | progress
+        )
         with early_end_recorded(record):
             record.update()
             try:

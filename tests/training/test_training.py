@@ -333,7 +333,16 @@ def test_a_stopped_run_goes_on_to_the_same_end(stop, error, done, data, trained,
     resumed = header(tmp_path / "run")
     assert (resumed["status"], resumed["reason"], resumed["resumed_after_epoch"]) == ("finished", None, done)
     assert resumed["started"] == stopped["started"]
+    assert resumed["earlier_ends"] == [{name: stopped[name] for name in ("status", "reason", "ended", "epochs_done")}]
+    assert no_crash(outcome.run_dir) is interrupted, "an interrupt is no crash"
+    assert no_crash(trained()) is True
     assert record(outcome.run_dir) == record(trained())
+
+
+def no_crash(run_dir: Path) -> bool | None:
+    """The verdict's milestone, which the record of earlier ends decides."""
+    (milestone,) = (item for item in verdict(run_dir)["milestones"] if item["name"] == "no_crash")
+    return milestone["passed"]
 
 
 def newest_epoch(run_dir: Path, table: str) -> int:
@@ -386,6 +395,8 @@ def test_a_run_killed_while_it_writes_loses_one_epoch_and_nothing_else(data, tra
     said = []
     train_quietly(settings(), data, run_dir, log=said.append)
     assert said[0] == "run run: goes on after epoch 1"
+    assert [end["status"] for end in header(run_dir)["earlier_ends"]] == ["killed"]
+    assert no_crash(run_dir) is False
     assert record(run_dir) == record(trained())
 
 

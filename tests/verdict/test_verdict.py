@@ -18,13 +18,13 @@ from atft_pipeline.dataset.layout import membership_path
 from atft_pipeline.dataset.splits import make_split
 from atft_pipeline.errors import InputError
 from atft_pipeline.evaluation.portfolio import long_short
+from atft_pipeline.runs.documents import read_verdict
 from atft_pipeline.storage.artifact import manifest_path
 from atft_pipeline.training import trainer as training
 from atft_pipeline.training import validity_checks
 from atft_pipeline.training.judge_run import write_verdict
 from atft_pipeline.training.scoring import score_sessions
 from atft_pipeline.verdict.criterion import changed_criterion
-from atft_pipeline.verdict.read import read_verdict
 
 ITEMS = (
     "reinitialised_weights_score_differently",
