@@ -74,7 +74,7 @@ def noted(phases: Phases, owner: Any, name: str, phase: str) -> None:
 
 def watch(phases: Phases) -> None:
     noted(phases, Trainer, "_step", "training")
-    for name in ("_score_splits", "_evaluate", "_run_battery", "_save_start"):
+    for name in ("_score_splits", "_evaluate", "_check_validity", "_save_start"):
         noted(phases, Trainer, name, "evaluating")
     # The places where bytes are written, and where the complete file takes its name.
     noted(phases, record.pq, "write_table", "writing")

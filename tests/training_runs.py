@@ -17,7 +17,7 @@ from atft_pipeline.config.schema import HORIZONS, PipelineConfig
 from atft_pipeline.dataset.splits import make_split
 from atft_pipeline.runs.tables import read_table
 from atft_pipeline.storage.artifact import read_manifest
-from atft_pipeline.training.trainer import Outcome, train
+from atft_pipeline.training.trainer import TrainingResult, train
 
 Columns = dict[str, NDArray[Any]]
 Sessions = NDArray[np.datetime64]
@@ -45,7 +45,7 @@ def settings(overrides: dict[str, Any] | None = None) -> PipelineConfig:
     return with_overrides(PipelineConfig(), TINY | (overrides or {}))
 
 
-def train_quietly(config: PipelineConfig, data: Data, run_dir: Path, **options: Any) -> Outcome:
+def train_quietly(config: PipelineConfig, data: Data, run_dir: Path, **options: Any) -> TrainingResult:
     options = {"device": "cpu", "log": lambda _: None} | options
     return train(config, data.dataset, data.graph, run_dir, **options)
 

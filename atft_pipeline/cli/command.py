@@ -217,14 +217,14 @@ def _graph(options: argparse.Namespace) -> Result:
 def _train(options: argparse.Namespace) -> Result:
     config, overrides = _configuration(options, sections=("split", "model", "train", "evaluation"))
     # Seconds of torch, which a refusal need not wait for.
-    from atft_pipeline.training.distributed.process_group import ALONE, joined
+    from atft_pipeline.training.distributed.process_group import SINGLE_PROCESS, joined
     from atft_pipeline.training.launcher import Layout, processes_asked, threads_each, train_in_processes
     from atft_pipeline.training.trainer import train
 
     where = (config, options.dataset, options.graph, options.run_dir)
     how: dict[str, Any] = {"force": options.force, "overrides": overrides, "device": options.device, "log": _say}
     with joined() as processes:
-        if processes is not ALONE:
+        if processes is not SINGLE_PROCESS:
             if options.processes is not None or options.nodes > 1:
                 raise InputError(f"--processes, --nodes: torchrun started {processes.size} already; drop them")
             outcome = train(*where, processes=processes, **how)
@@ -237,7 +237,7 @@ def _train(options: argparse.Namespace) -> Result:
                 outcome = train(*where, **how)
     passed = outcome.verdict["status"] in ("passed", "not_applicable")
     content = {"run_dir": str(outcome.run_dir), "reused": outcome.reused, **outcome.verdict}
-    return content if processes.leads else {}, 0 if passed else 1
+    return content if processes.is_leader else {}, 0 if passed else 1
 
 
 def _evaluate(options: argparse.Namespace) -> Result:

@@ -19,7 +19,13 @@ from typing import Any, Literal
 from atft_pipeline.errors import InputError
 from atft_pipeline.runs.reader import Record, open_record
 from atft_pipeline.runs.state import has_crashed
-from atft_pipeline.verdict.milestones import MAX_DEGENERACY_RESETS, MILESTONES, Milestone, Progress, progress_milestones
+from atft_pipeline.verdict.milestones import (
+    MAX_DEGENERACY_RESETS,
+    MILESTONES,
+    Milestone,
+    TrainingProgress,
+    progress_milestones,
+)
 
 State = Literal["finished", "invalid", "unfinished", "missing", "unreadable", "other dataset", "other split", "stale"]
 
@@ -316,7 +322,7 @@ def _measured(run: _Run, record: Record, planned: int | None) -> Row:
 
     resets, warnings = (_count(record, metric) for metric in ("degeneracy_reset", "gradient_warning"))
     sharpes = {epoch: value for epoch, (value, _) in record.evaluation("sharpe_daily").items()}
-    progress = Progress(sharpes, warnings, resets, crashed=has_crashed(record.run))
+    progress = TrainingProgress(sharpes, warnings, resets, crashed=has_crashed(record.run))
     milestones = progress_milestones(progress, planned or last)
     expectation = next((m for m in reversed(milestones) if m.name.startswith("sharpe_")), None)
     (sharpe, sharpe_se), (sharpe_test, sharpe_test_se) = figure("sharpe_daily"), figure("sharpe_daily", "test")

@@ -65,7 +65,7 @@ class RunRecord:
             self._rows[name].clear()
 
 
-class UnwrittenRecord(RunRecord):
+class NullRecord(RunRecord):
     """The record of a process that does not lead: it takes what a record takes and leaves nothing."""
 
     def update(self, **fields: Any) -> None:

@@ -30,7 +30,7 @@ from atft_pipeline.verdict.health import (
     parameters_moved,
     predictions_not_constant,
 )
-from atft_pipeline.verdict.milestones import Progress
+from atft_pipeline.verdict.milestones import TrainingProgress
 from atft_pipeline.verdict.validity import ValidityItem, not_assessable
 
 Rows = list[dict[str, Any]]
@@ -160,13 +160,13 @@ def _movement(run_dir: Path, key: str, components: list[str]) -> dict[str, float
     }
 
 
-def _progress(header: Mapping[str, Any], series: pa.Table, evals: Rows, config: EvaluationConfig) -> Progress:
+def _progress(header: Mapping[str, Any], series: pa.Table, evals: Rows, config: EvaluationConfig) -> TrainingProgress:
     sharpe = {
         row["epoch"]: row["value"]
         for row in evals
         if row["metric"] == "sharpe_daily" and (row["split"], row["slice"]) == ("validation", config.universe)
     }
-    return Progress(
+    return TrainingProgress(
         sharpe, _total(series, "gradient_warning"), _total(series, "degeneracy_reset"), crashed=has_crashed(header)
     )
 

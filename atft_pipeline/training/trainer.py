@@ -35,15 +35,15 @@ from atft_pipeline.model.atft_gat_fan import ATFTGATFAN
 from atft_pipeline.runs.documents import read_verdict
 from atft_pipeline.runs.header import now, read_run
 from atft_pipeline.runs.lock import exclusive
-from atft_pipeline.runs.record import RunRecord, UnwrittenRecord
+from atft_pipeline.runs.record import NullRecord, RunRecord
 from atft_pipeline.runs.state import with_earlier_end
 from atft_pipeline.runs.tables import TABLES, read_table
 from atft_pipeline.storage.atomic import remove_remnants
 from atft_pipeline.training.checkpoints import packed, read_checkpoint, unpacked, write_checkpoint
 from atft_pipeline.training.degeneracy import DegeneracyGuard, dispersions
-from atft_pipeline.training.distributed.process_group import ALONE, PeerLost, Processes
+from atft_pipeline.training.distributed.process_group import SINGLE_PROCESS, PeerLost, ProcessGroup
 from atft_pipeline.training.failures import (
-    Culprit,
+    NonFiniteOrigin,
     construction_explained,
     early_end_recorded,
     non_finite_gradient,
@@ -52,7 +52,7 @@ from atft_pipeline.training.failures import (
 )
 from atft_pipeline.training.judge_run import write_verdict
 from atft_pipeline.training.losses import CompositeLoss, LossTerms
-from atft_pipeline.training.plan import Plan, claim_directory, plan_run, resolve_device, run_header
+from atft_pipeline.training.plan import Plan, plan_run, resolve_device, resolve_run_dir, run_header
 from atft_pipeline.training.schedule import LearningRateSchedule
 from atft_pipeline.training.scoring import (
     Scores,
@@ -66,7 +66,7 @@ from atft_pipeline.training.scoring import (
     write_predictions,
 )
 from atft_pipeline.training.telemetry.activations import observing
-from atft_pipeline.training.telemetry.input_sample import InputsSeen
+from atft_pipeline.training.telemetry.input_sample import InputSample
 from atft_pipeline.training.telemetry.loss_gradients import loss_gradients
 from atft_pipeline.training.telemetry.step_metrics import (
     EpochFigures,
@@ -78,7 +78,7 @@ from atft_pipeline.training.telemetry.step_metrics import (
     log_steps,
     log_update,
 )
-from atft_pipeline.training.validity_checks import Battery
+from atft_pipeline.training.validity_checks import ValidityChecks
 from atft_pipeline.training.weight_average import WeightAverage
 
 SCORING_BATCH_RATIO = 4
@@ -86,7 +86,7 @@ SCORING_BATCH_RATIO = 4
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TrainingResult:
     """Where a run's record is, what it was judged, and whether an earlier finished run of the same key was reused."""
 
     run_dir: Path
@@ -104,8 +104,8 @@ def train(
     force: bool = False,
     overrides: dict[str, Any] | None = None,
     log: Callable[[str], None] = print,
-    processes: Processes = ALONE,
-) -> Outcome:
+    processes: ProcessGroup = SINGLE_PROCESS,
+) -> TrainingResult:
     """Trains one run in `run_dir`, or finishes it, or reuses it.
 
     A finished run of the same key is returned as it is; `force` makes a new attempt beside it. An unfinished one goes
@@ -116,16 +116,16 @@ def train(
     record says so, and no update is made with them) and when memory or disk do not suffice; RunInterrupted for Ctrl-C.
     """
     plan, chosen = plan_run(config, dataset, graph, processes.size), resolve_device(device, processes)
-    if not processes.leads:
+    if not processes.is_leader:
         return _follow(plan, run_dir, chosen, processes)
-    run_dir = claim_directory(run_dir, plan.key, force=force)
+    run_dir = resolve_run_dir(run_dir, plan.key, force=force)
     with exclusive(run_dir):
-        claim_directory(run_dir, plan.key, force=False)  # another process may have made it its own before the lock
+        resolve_run_dir(run_dir, plan.key, force=False)  # another process may have made it its own before the lock
         _remove_remnants(run_dir)
         earlier = read_run(run_dir) if (run_dir / "run.json").exists() else {}
         if earlier.get("status") == "finished" and (run_dir / "verdict.json").exists():
             log(f"run {run_dir.name}: finished before with the same configuration, code and data; reused")
-            return processes.from_leader(Outcome(run_dir, read_verdict(run_dir), reused=True))
+            return processes.from_leader(TrainingResult(run_dir, read_verdict(run_dir), reused=True))
         progress = {name: earlier[name] for name in ("started", "epochs_done") if name in earlier}
         record = RunRecord(
             run_dir, with_earlier_end(earlier) | run_header(plan, run_dir, chosen, overrides or {}) | progress
@@ -144,17 +144,17 @@ def train(
             verdict = write_verdict(run_dir)
             record.update(status="finished", ended=now())
         log(f"run {run_dir.name}: {verdict['summary']}")
-        return processes.from_leader(Outcome(run_dir, verdict, reused=False))
+        return processes.from_leader(TrainingResult(run_dir, verdict, reused=False))
 
 
-def _follow(plan: Plan, run_dir: Path, device: torch.device, processes: Processes) -> Outcome:
+def _follow(plan: Plan, run_dir: Path, device: torch.device, processes: ProcessGroup) -> TrainingResult:
     """The part of a process that does not lead: its share of every block, and nothing written."""
     nothing: Any = None
-    reused: Outcome | None = processes.from_leader(nothing)
+    reused: TrainingResult | None = processes.from_leader(nothing)
     if reused is not None:
         return reused
-    Trainer(plan, UnwrittenRecord(run_dir, {}), device, lambda _: None, processes).run()
-    outcome: Outcome = processes.from_leader(nothing)
+    Trainer(plan, NullRecord(run_dir, {}), device, lambda _: None, processes).run()
+    outcome: TrainingResult = processes.from_leader(nothing)
     return outcome
 
 
@@ -175,7 +175,7 @@ class Trainer:
         record: RunRecord,
         device: torch.device,
         log: Callable[[str], None],
-        processes: Processes = ALONE,
+        processes: ProcessGroup = SINGLE_PROCESS,
     ) -> None:
         self.plan, self.config, self.record, self.device, self.log = plan, plan.config, record, device, log
         self.processes = processes
@@ -203,11 +203,11 @@ class Trainer:
         self.loss = CompositeLoss(settings.loss)
         self.average = WeightAverage(self.model, settings.weight_ema)
         self.guard = DegeneracyGuard(settings.guard)
-        self.battery = Battery(self.panel, plan.dataset, self.config)
+        self.validity_checks = ValidityChecks(self.panel, plan.dataset, self.config)
         inhabited = self.split.validation[self.panel.member[self.split.validation].any(axis=1)]
         self.observed_session = int(inhabited[len(inhabited) // 2])
         self.step = 0
-        self.inputs_seen: InputsSeen | None = None
+        self.inputs_seen: InputSample | None = None
         """Of the first epoch, until it is written."""
 
     def _new_model(self, seed: int) -> ATFTGATFAN:
@@ -220,7 +220,7 @@ class Trainer:
             self._run()
 
     def _run(self) -> None:
-        done = self.processes.from_leader(self._resume() if self.processes.leads else 0)
+        done = self.processes.from_leader(self._resume() if self.processes.is_leader else 0)
         self.record.update(
             train_sessions=len(self.split.train),
             validation_sessions=len(self.split.validation),
@@ -232,8 +232,8 @@ class Trainer:
             optimizer=type(self.optimizer).__name__,
             epochs_done=done,
         )
-        if done == 0 and self.processes.leads:
-            self.inputs_seen = InputsSeen(self.panel, self.split)
+        if done == 0 and self.processes.is_leader:
+            self.inputs_seen = InputSample(self.panel, self.split)
             self._save_start()
         for epoch in range(done + 1, self.config.train.epochs + 1):
             self._epoch(epoch)
@@ -248,7 +248,7 @@ class Trainer:
 
         scores = self._score_splits(epoch)
         self._write_inputs_seen()
-        if not self.processes.leads:
+        if not self.processes.is_leader:
             self.record.close_epoch(epoch)
             return
         scoring_s = time.perf_counter() - started - epoch_s
@@ -256,7 +256,7 @@ class Trainer:
         validation = scores["validation"]
         headline = self._evaluate(epoch, scores)
         if epoch in (self.config.evaluation.criterion_epoch, self.config.train.epochs):
-            self._run_battery(epoch, validation, trained.largest_lr)
+            self._check_validity(epoch, validation, trained.largest_lr)
         self._save_evaluated(epoch)
         self._guard(epoch, validation)
         self.schedule.epoch_end(validation.loss_weighted["total"])
@@ -287,7 +287,7 @@ class Trainer:
         first_step, clip_norm = self.step, settings.optimizer.clip_norm
         steps: list[StepFigures] = []
         waited = 0.0
-        quiet = None if self.processes.leads else True
+        quiet = None if self.processes.is_leader else True
         try:
             # Of the blocks with the most sessions, which alone tell the Sharpe term's pull, the last.
             measured = max(range(len(sessions)), key=lambda number: (len(sessions[number]), number))
@@ -329,7 +329,7 @@ class Trainer:
 
     def _step(self, block: Block, epoch: int, *, measured: bool) -> StepFigures:
         if self.inputs_seen is not None:
-            self.inputs_seen.see("train", block)
+            self.inputs_seen.observe("train", block)
         with self._autocast():
             scores = self.processes.shared(self.model)(block)  # [n, S, H]
         if measured and self.processes.size == 1:  # of several, each holds the gradient of its own stocks alone
@@ -355,7 +355,7 @@ class Trainer:
         if measured:
             log_update(self.record, epoch, self.components, before, self.optimizer)
             if self.processes.size == 1:
-                self._log_pulls(block, scores, epoch)
+                self._log_gradient_contributions(block, scores, epoch)
         return StepFigures(
             terms.total.detach(),
             terms.raw,
@@ -367,7 +367,7 @@ class Trainer:
             len(block.session_index),
         )
 
-    def _log_pulls(self, block: Block, scores: Tensor, epoch: int) -> None:
+    def _log_gradient_contributions(self, block: Block, scores: Tensor, epoch: int) -> None:
         gradient = torch.zeros_like(scores) if scores.grad is None else scores.grad
         pulls = loss_gradients(gradient, scores, block.target, block.member, self.config.train.loss, epoch)
         log_loss_gradients(self.record, epoch, pulls)
@@ -375,10 +375,10 @@ class Trainer:
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16-mixed")
 
-    def _require_finite(self, what: str, value: Tensor, epoch: int, explain: Callable[[], Culprit]) -> None:
+    def _require_finite(self, what: str, value: Tensor, epoch: int, explain: Callable[[], NonFiniteOrigin]) -> None:
         if bool(torch.isfinite(value)):
             return
-        if not self.processes.leads:
+        if not self.processes.is_leader:
             raise PeerLost(f"epoch {epoch}, step {self.step}: the {what} is not finite; the leading process says where")
         found, culprit = float(value.detach()), explain()
         self.record.log("non_finite", found, epoch=epoch, step=self.step, component=what, term=culprit.tensor)
@@ -387,7 +387,7 @@ class Trainer:
             f" Look at `atft diagnose {self.record.run_dir}`; a lower train.optimizer.lr is the usual remedy"
         )
 
-    def _why_loss(self, terms: LossTerms, block: Block, epoch: int) -> Culprit:
+    def _why_loss(self, terms: LossTerms, block: Block, epoch: int) -> NonFiniteOrigin:
         used = [name for name, weight in self.config.train.loss.weights_at(epoch).items() if weight > 0]
         with self._autocast():
             return non_finite_loss({name: terms.raw[name] for name in used}, self.model, block)
@@ -438,7 +438,7 @@ class Trainer:
         scores = {"validation": self._score(model, validation, epoch, with_loss=True, around=around)}
         if epoch in (1, 5, self.config.evaluation.criterion_epoch, self.config.train.epochs) or epoch % 10 == 0:
             scores["test"] = self._score(model, self.split.test, epoch, around=partial(self._recorded, "test", epoch))
-            if self.processes.leads:
+            if self.processes.is_leader:
                 path = self.record.run_dir / "predictions" / f"epoch_{epoch:03d}.parquet"
                 write_predictions(path, self.panel, scores)
         return scores
@@ -450,9 +450,9 @@ class Trainer:
         Of several processes the first tells, of its own sessions.
         """
         if self.inputs_seen is not None:
-            self.inputs_seen.see(split, block)
+            self.inputs_seen.observe(split, block)
         own = self.processes.own(block)
-        if not self.processes.leads or own is None or self.observed_session not in block.session_index:
+        if not self.processes.is_leader or own is None or self.observed_session not in block.session_index:
             yield
             return
         with observing(self.average.model) as activations:
@@ -488,11 +488,11 @@ class Trainer:
                 self.record.log(metric, value, epoch=epoch, split="validation", component="loss", term=term)
         return evaluations["validation", config.universe]
 
-    def _run_battery(self, epoch: int, trained: Scores, largest_lr: float) -> None:
+    def _check_validity(self, epoch: int, trained: Scores, largest_lr: float) -> None:
         """The validity battery on this epoch's scores, kept for the verdict."""
         model, sessions = self.average.model, self.split.validation
         fresh = self._new_model(_mix(self.config.train.seed, -1))
-        self.battery.run(
+        self.validity_checks.run(
             self.record.run_dir,
             epoch,
             trained=trained,
@@ -580,8 +580,8 @@ class Trainer:
         """What the leading process resumed, or decided after an epoch (rate, a re-drawn head), reaches the others."""
         if self.processes.size == 1:
             return
-        content = self.processes.from_leader(packed(self._state()) if self.processes.leads else b"")
-        if not self.processes.leads:
+        content = self.processes.from_leader(packed(self._state()) if self.processes.is_leader else b"")
+        if not self.processes.is_leader:
             self._load_state(unpacked(content, self.device))
 
     def _identity(self) -> dict[str, Any]:

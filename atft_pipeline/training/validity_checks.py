@@ -22,11 +22,11 @@ from atft_pipeline.verdict.validity import (
     REPEAT_TOLERANCE_GPU,
     forward_returns,
     lag_scan,
-    validity_battery,
+    validity_items,
 )
 
 
-class Battery:
+class ValidityChecks:
     """Runs the validity battery on one epoch's validation scores and keeps it as `validity/epoch_NNN.json`."""
 
     def __init__(self, panel: Panel, dataset: Path, config: PipelineConfig) -> None:
@@ -75,7 +75,7 @@ class Battery:
         targets = np.where(inside, panel.targets[sessions, :, 0], np.nan).astype(np.float64)
         first, second = (evaluate_scores(of, panel, universe, config) for of in (trained, again))
         recomputed = forward_returns(self._prices["Open"], self._prices["Close"], panel.manifest["execution"], 1)
-        items = validity_battery(
+        items = validity_items(
             scores(trained),
             targets,
             quantile=config.quantile,

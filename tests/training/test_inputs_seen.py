@@ -27,7 +27,7 @@ from atft_pipeline.training import trainer as training
 from atft_pipeline.training.telemetry.input_sample import (
     SAMPLED_SESSIONS,
     SCHEMA,
-    InputsSeen,
+    InputSample,
     correlations,
     moments,
     sampled,
@@ -39,8 +39,8 @@ def test_rows_equal_moments_computed_by_hand_from_the_block(data: Data, tmp_path
     blocks = BlockDataset(panel, None, 5)
     session = 250
     one = np.array([session])
-    seen = InputsSeen(panel, Split(np.arange(247, 252), one, one, purge_sessions=0))
-    seen.see("train", blocks.block(np.arange(247, 252)))
+    seen = InputSample(panel, Split(np.arange(247, 252), one, one, purge_sessions=0))
+    seen.observe("train", blocks.block(np.arange(247, 252)))
     seen.write(tmp_path / "inputs.parquet")
     table = pq.read_table(tmp_path / "inputs.parquet")
     assert table.schema.equals(SCHEMA)
@@ -72,10 +72,10 @@ def test_rows_equal_moments_computed_by_hand_from_the_block(data: Data, tmp_path
 def test_sessions_outside_the_split_are_taken_up_to_a_number(data: Data, tmp_path: Path) -> None:
     panel = load_panel(data.dataset, "all")
     blocks = BlockDataset(panel, None, 5)
-    seen = InputsSeen(panel, Split(np.arange(200, 204), np.arange(220, 224), np.arange(230, 234), purge_sessions=0))
+    seen = InputSample(panel, Split(np.arange(200, 204), np.arange(220, 224), np.arange(230, 234), purge_sessions=0))
     for _ in range(2):
-        seen.see("train", blocks.block(np.arange(202, 206)))
-    seen.see("train", blocks.block(np.arange(240, 280)))
+        seen.observe("train", blocks.block(np.arange(202, 206)))
+    seen.observe("train", blocks.block(np.arange(240, 280)))
     seen.write(tmp_path / "inputs.parquet")
     rows = pq.read_table(tmp_path / "inputs.parquet").to_pylist()
     days = [row["date"] for row in rows if row["name"] == "target_1d"]
@@ -148,4 +148,4 @@ def test_what_recording_costs_is_measured_on_parts_that_exist(monkeypatch: pytes
     from recording import RECORDING
 
     assert all(callable(getattr(owner, name)) for owner, name in RECORDING)
-    assert {(InputsSeen, "see"), (InputsSeen, "write")} <= set(RECORDING)
+    assert {(InputSample, "see"), (InputSample, "write")} <= set(RECORDING)

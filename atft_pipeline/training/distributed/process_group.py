@@ -39,7 +39,7 @@ class PeerLost(RunFailure):
 
 
 @dataclass(frozen=True)
-class Processes:
+class ProcessGroup:
     """This process's place among those that train one run; the first leads and alone writes its directory."""
 
     rank: int = 0
@@ -48,7 +48,7 @@ class Processes:
     """Place among those of this machine."""
 
     @property
-    def leads(self) -> bool:
+    def is_leader(self) -> bool:
         return self.rank == 0
 
     def share(self, sessions: int) -> slice:
@@ -84,27 +84,27 @@ class Processes:
         """The leading process's `value`, in every process; what the others pass is not looked at."""
         if self.size == 1:
             return value
-        values: list[Any] = [value if self.leads else None]
+        values: list[Any] = [value if self.is_leader else None]
         with _losses_explained():
             dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
         return values[0]
 
 
-ALONE = Processes()
+SINGLE_PROCESS = ProcessGroup()
 
 
 @contextmanager
-def joined() -> Iterator[Processes]:
+def joined() -> Iterator[ProcessGroup]:
     """This process among those that torchrun started with it; alone where torchrun did not start it.
 
     A process that lost another waits before it fails, so that the launcher sees the other's end first.
     """
     if not dist.is_torchelastic_launched():
-        yield ALONE
+        yield SINGLE_PROCESS
         return
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=COLLECTIVE_TIMEOUT)
     try:
-        yield Processes(dist.get_rank(), dist.get_world_size(), dist.get_node_local_rank())
+        yield ProcessGroup(dist.get_rank(), dist.get_world_size(), dist.get_node_local_rank())
     except PeerLost:
         time.sleep(NAMING_S)
         raise
@@ -119,7 +119,7 @@ class _Shared(nn.Module):
     keeps its memory of training by that.
     """
 
-    def __init__(self, model: nn.Module, processes: Processes) -> None:
+    def __init__(self, model: nn.Module, processes: ProcessGroup) -> None:
         super().__init__()
         self.model, self.processes = model, processes
 

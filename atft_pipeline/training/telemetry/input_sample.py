@@ -40,7 +40,7 @@ SCHEMA = pa.schema(
 with a value that is not missing; mean and std (ddof 0) over these, `ic` their correlation with `target_1d`."""
 
 
-class InputsSeen:
+class InputSample:
     """Collects the sampled sessions of each split as blocks with them come by.
 
     A session that is not its split's is taken too, `SAMPLED_SESSIONS` of them at most.
@@ -54,7 +54,7 @@ class InputsSeen:
         self._foreign = dict.fromkeys(parts, SAMPLED_SESSIONS)
         self._rows: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
 
-    def see(self, split: str, block: Block) -> None:
+    def observe(self, split: str, block: Block) -> None:
         """Takes the figures of the block's sessions that are in the sample and were not seen before."""
         for place, session in enumerate(block.session_index.tolist()):
             if session in self._wanted[split]:
