@@ -16,8 +16,9 @@ from training_runs import Data, settings
 from atft_pipeline.errors import InputError
 from atft_pipeline.training import launcher as launch
 from atft_pipeline.training.distributed.process_group import ProcessGroup, joined
-from atft_pipeline.training.scoring import weights_hash
-from atft_pipeline.training.trainer import Trainer, train
+from atft_pipeline.training.judging.scoring import weights_hash
+from atft_pipeline.training.train import train
+from atft_pipeline.training.trainer import Trainer
 
 Log = Callable[[str], None]
 

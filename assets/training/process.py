@@ -17,7 +17,7 @@ from dagster_pipes import PipesContext, open_dagster_pipes
 from atft_pipeline.errors import InputError, RunFailure
 
 if TYPE_CHECKING:
-    from atft_pipeline.training.trainer import TrainingResult
+    from atft_pipeline.training.train import TrainingResult
 
 
 LOOK_S = 1.0

@@ -21,7 +21,7 @@ from resources.dataset_store import DatasetStore
 
 if TYPE_CHECKING:
     from atft_pipeline.training.plan import Plan
-    from atft_pipeline.training.trainer import TrainingResult
+    from atft_pipeline.training.train import TrainingResult
 
 RUN_LENGTHS = (5, 20, 50, 120)
 """Epochs of the runs this project offers; the last one is gated by the one of 20."""
@@ -153,7 +153,7 @@ def train_here(
     overrides: dict[str, Any],
 ) -> "TrainingResult":
     """Trains the run of `plan` in `run_dir`: in this process, or in as many as the plan says through Dagster Pipes."""
-    from atft_pipeline.training.trainer import train
+    from atft_pipeline.training.train import train
 
     options: dict[str, Any] = {"device": compute.device, "force": force, "overrides": overrides}
     if plan.processes > 1:

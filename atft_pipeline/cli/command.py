@@ -219,7 +219,7 @@ def _train(options: argparse.Namespace) -> Result:
     # Seconds of torch, which a refusal need not wait for.
     from atft_pipeline.training.distributed.process_group import SINGLE_PROCESS, joined
     from atft_pipeline.training.launcher import Layout, processes_asked, threads_each, train_in_processes
-    from atft_pipeline.training.trainer import train
+    from atft_pipeline.training.train import train
 
     where = (config, options.dataset, options.graph, options.run_dir)
     how: dict[str, Any] = {"force": options.force, "overrides": overrides, "device": options.device, "log": _say}
@@ -310,7 +310,7 @@ def _experiment(options: argparse.Namespace) -> Result:
     from atft_pipeline.diagnostics.conclude import conclude, plan_experiment
     from atft_pipeline.runs.paired import experiment_rows
     from atft_pipeline.training.launcher import Layout, threads_each, train_in_processes
-    from atft_pipeline.training.trainer import train
+    from atft_pipeline.training.train import train
 
     planned = plan_experiment(options.run_dir, options.experiment, options.epochs)
     plan, out = planned.plan, options.run_dir.resolve().parent / planned.name

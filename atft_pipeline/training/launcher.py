@@ -39,7 +39,7 @@ from atft_pipeline.training.distributed.interrupts import handled, kept
 from atft_pipeline.training.distributed.process_group import PeerLost, joined
 from atft_pipeline.training.failures import early_end_recorded
 from atft_pipeline.training.plan import plan_run, resolve_run_dir
-from atft_pipeline.training.trainer import TrainingResult, train
+from atft_pipeline.training.train import TrainingResult, train
 
 SHUTDOWN_S = 20
 """From the request to end to SIGKILL: the leading process has its record to write."""

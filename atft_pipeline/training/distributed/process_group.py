@@ -57,16 +57,16 @@ class ProcessGroup:
         start = self.rank * each + min(self.rank, left)
         return slice(start, start + each + (self.rank < left))
 
-    def own(self, block: Block) -> Block | None:
+    def part_of(self, block: Block) -> Block | None:
         """This process's part of a block; None where it has none."""
         if self.size == 1:
             return block
         part = self.share(block.member.shape[1])
         return block.part(part.start, part.stop) if part.start < part.stop else None
 
-    def shared(self, model: nn.Module) -> nn.Module:
+    def sharded(self, model: nn.Module) -> nn.Module:
         """`model`, whose blocks are scored by all processes together."""
-        return model if self.size == 1 else _Shared(model, self)
+        return model if self.size == 1 else _Sharded(model, self)
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Gradients over all processes; one that no process has stays None, for the optimizer leaves it alone then."""
@@ -85,7 +85,7 @@ class ProcessGroup:
         if self.size == 1:
             return value
         values: list[Any] = [value if self.is_leader else None]
-        with _losses_explained():
+        with _lost_peers_explained():
             dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
         return values[0]
 
@@ -112,7 +112,7 @@ def joined() -> Iterator[ProcessGroup]:
     dist.destroy_process_group()
 
 
-class _Shared(nn.Module):
+class _Sharded(nn.Module):
     """Scores `[n, S, H]` of a block: each process computes those of its sessions and receives the others'.
 
     Only its own carry gradient. A process without a session has a tensor that asks for gradient all the same: the loss
@@ -126,23 +126,23 @@ class _Shared(nn.Module):
     def forward(self, block: Block) -> Tensor:
         stocks, sessions = block.member.shape
         scores = torch.zeros((stocks, sessions, len(HORIZONS)), device=block.x.device)
-        part, own = self.processes.share(sessions), self.processes.own(block)
-        if own is None:
+        part, own_block = self.processes.share(sessions), self.processes.part_of(block)
+        if own_block is None:
             _all_reduce(scores)
             return scores.requires_grad_(torch.is_grad_enabled())
-        computed = self.model(own)  # [n, S of the part, H]
+        computed = self.model(own_block)  # [n, S of the part, H]
         scores[:, part] = computed.detach()
         _all_reduce(scores)  # zeros elsewhere: the sum is each one's own
         return torch.cat([scores[:, : part.start], computed, scores[:, part.stop :]], dim=1)
 
 
 def _all_reduce(values: Tensor) -> None:
-    with _losses_explained():
+    with _lost_peers_explained():
         dist.all_reduce(values)
 
 
 @contextmanager
-def _losses_explained() -> Iterator[None]:
+def _lost_peers_explained() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:

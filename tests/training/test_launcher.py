@@ -20,8 +20,7 @@ import torch
 from atft_process import ATFT, atft_here, environment
 from conftest import Trained
 from process_work import gone
-from test_training import COLLAPSED, trainer_of
-from training_runs import TINY, Data, header, record, series, settings, train_quietly
+from training_runs import COLLAPSED, TINY, Data, header, record, series, settings, train_quietly, trainer_of
 
 from atft_pipeline.config.overrides import with_overrides
 from atft_pipeline.config.presets import preset
