@@ -27,6 +27,7 @@ from atft_pipeline.market import synthetic
 from atft_pipeline.model.atft_gat_fan import ATFTGATFAN
 from atft_pipeline.training import losses
 from atft_pipeline.training import trainer as training
+from atft_pipeline.training.judging import epoch_evaluation
 from atft_pipeline.training.losses import CompositeLoss
 from atft_pipeline.training.schedule import LearningRateSchedule
 from atft_pipeline.training.weight_average import WeightAverage
@@ -185,7 +186,7 @@ def other_weights_scored() -> None:
 
         return score_splits
 
-    replace(training.Trainer, "_score_splits", make)
+    replace(epoch_evaluation.EpochEvaluator, "score_splits", make)
 
 
 def cached_predictions() -> None:
@@ -202,7 +203,7 @@ def cached_predictions() -> None:
 
         return score
 
-    replace(training, "score_sessions", make)
+    replace(epoch_evaluation, "score_sessions", make)
 
 
 def validation_overlaps_training() -> None:
@@ -261,7 +262,7 @@ def sign_inverted() -> None:
 
         return score
 
-    replace(training, "score_sessions", make)
+    replace(epoch_evaluation, "score_sessions", make)
 
 
 def sign_inverted_in_metric() -> None:
@@ -272,7 +273,7 @@ def sign_inverted_in_metric() -> None:
 
         return evaluated
 
-    replace(training, "evaluate_scores", make)
+    replace(epoch_evaluation, "evaluate_scores", make)
 
 
 def sharpe_of_rows() -> None:
@@ -290,7 +291,7 @@ def sharpe_of_rows() -> None:
 
         return evaluated
 
-    replace(training, "evaluate_scores", make)
+    replace(epoch_evaluation, "evaluate_scores", make)
 
 
 def constant_scores_ranked() -> None:
@@ -302,7 +303,7 @@ def constant_scores_ranked() -> None:
 
         return score
 
-    replace(training, "score_sessions", make_scores)
+    replace(epoch_evaluation, "score_sessions", make_scores)
     replace(evaluate, "_unrankable", lambda original: lambda *arguments: "")
 
 
@@ -318,7 +319,7 @@ def nan_scores_ranked() -> None:
 
         return score
 
-    replace(training, "score_sessions", make)
+    replace(epoch_evaluation, "score_sessions", make)
 
 
 def batch_dependent() -> None:

@@ -41,9 +41,10 @@ from atft_pipeline.graph.store import write_graph
 from atft_pipeline.runs.record import RunRecord
 from atft_pipeline.runs.tables import read_table
 from atft_pipeline.storage.artifact import write_manifest
+from atft_pipeline.training.judging.scoring import to_device
 from atft_pipeline.training.plan import plan_run, resolve_device
-from atft_pipeline.training.scoring import to_device
-from atft_pipeline.training.trainer import Trainer, train
+from atft_pipeline.training.train import train
+from atft_pipeline.training.trainer import Trainer
 
 FEATURES = 82
 

@@ -21,7 +21,8 @@ from atft_pipeline.diagnostics.probes.probes import PROBES, run_probes
 from atft_pipeline.errors import RunFailure
 from atft_pipeline.market.synthetic import generate_market, write_tables
 from atft_pipeline.runs.reader import open_record
-from atft_pipeline.training.trainer import Trainer, train
+from atft_pipeline.training.train import train
+from atft_pipeline.training.trainer import Trainer
 
 BASE: dict[str, object] = {
     "train.universe": "all",

@@ -190,7 +190,7 @@ def child(work: Callable[[dict[str, Any]], str], task: dict[str, Any]) -> str:
 
 
 PRELOADED = (
-    "atft_pipeline.training.trainer",
+    "atft_pipeline.training.train",
     "atft_pipeline.diagnostics.probes.probes",
     # What its probes import when they are made:
     "atft_pipeline.evaluation.baselines",

@@ -23,10 +23,11 @@ from atft_pipeline.config.presets import preset
 from atft_pipeline.runs.record import RunRecord
 from atft_pipeline.training import trainer as training
 from atft_pipeline.training.telemetry.activations import Activations
-from atft_pipeline.training.telemetry.input_sample import InputsSeen
+from atft_pipeline.training.telemetry.input_sample import InputSample
+from atft_pipeline.training.train import train
 
 RECORDING: tuple[tuple[Any, str], ...] = (
-    (training.Trainer, "_log_pulls"),
+    (training.Trainer, "_log_gradient_contributions"),
     (Activations, "see_states"),
     (Activations, "see_attention"),
     (Activations, "figures"),
@@ -34,8 +35,8 @@ RECORDING: tuple[tuple[Any, str], ...] = (
     (training, "log_steps"),
     (training, "log_epoch"),
     (training, "log_machine"),
-    (InputsSeen, "see"),
-    (InputsSeen, "write"),
+    (InputSample, "observe"),
+    (InputSample, "write"),
     (RunRecord, "close_epoch"),
     (RunRecord, "log_evaluation"),
 )
@@ -71,7 +72,7 @@ def main() -> None:
     timed(training.Trainer, "_run", whole)
     config = with_overrides(preset(options.preset), {"train.epochs": options.epochs} | parse_assignments(options.set))
     with tempfile.TemporaryDirectory() as folder:
-        training.train(config, options.dataset, options.graph, Path(folder) / "run", device="cpu", log=lambda _: None)
+        train(config, options.dataset, options.graph, Path(folder) / "run", device="cpu", log=lambda _: None)
     recording = sum(spent.values())
     line = {
         "preset": options.preset,

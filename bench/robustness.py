@@ -30,7 +30,7 @@ from atft_pipeline.ensemble.ensemble import Delivery, deliver, paired_difference
 from atft_pipeline.evaluation.baselines import fit_baselines
 from atft_pipeline.evaluation.evaluate import Evaluation, evaluate
 from atft_pipeline.runs.header import read_run
-from atft_pipeline.training.scoring import slice_mask
+from atft_pipeline.training.judging.scoring import slice_mask
 
 EPOCHS = 8
 THIN_SHARE = 3

@@ -113,15 +113,15 @@ def test_imports_inside_a_package_point_one_way(folder: str) -> None:
 
 
 def test_a_circle_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    backwards = ast.parse("def f():\n    from atft_pipeline.training.trainer import train\n")
+    backwards = ast.parse("def f():\n    from atft_pipeline.training.train import train\n")
     monkeypatch.setitem(TREES, "training.losses", backwards)
     with pytest.raises(CycleError):
         TopologicalSorter(arrows("training")).prepare()
 
 
 def test_an_import_the_other_way_is_found() -> None:
-    tree = ast.parse("def f():\n    from atft_pipeline.training.trainer import train\n")
-    assert list(own(imported(tree))) == ["training.trainer"]
+    tree = ast.parse("def f():\n    from atft_pipeline.training.train import train\n")
+    assert list(own(imported(tree))) == ["training.train"]
     assert list(own(imported(ast.parse("import atft_pipeline.model.gat")))) == ["model.gat"]
 
 
@@ -159,7 +159,7 @@ def test_only_resources_read_the_environment() -> None:
 
 
 def test_the_training_path_imports_only_what_a_gpu_machine_has() -> None:
-    path, found = ["training.trainer", "monitoring.progress", "errors"], set[str]()
+    path, found = ["training.train", "monitoring.progress", "errors"], set[str]()
     seen: set[str] = set()
     while path:
         module = path.pop()

@@ -35,7 +35,7 @@ def baselines(
     from atft_pipeline.batches.panel import load_panel
     from atft_pipeline.evaluation.baselines import fit_baselines
     from atft_pipeline.monitoring.comparison import setting
-    from atft_pipeline.training.scoring import slice_mask
+    from atft_pipeline.training.judging.scoring import slice_mask
 
     with failing_with_one_sentence(context):
         dataset, manifest = store.current("ml_dataset", "baselines")

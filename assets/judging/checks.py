@@ -45,7 +45,7 @@ def run_checks(epochs: int) -> dg.AssetChecksDefinition:
         ],
     )
     def judge(context: dg.AssetCheckExecutionContext) -> Iterator[dg.AssetCheckResult]:
-        from atft_pipeline.verdict.read import read_verdict
+        from atft_pipeline.runs.documents import read_verdict
 
         with failing_with_one_sentence(context):
             verdict = read_verdict(judged_run(context.instance, run))

@@ -11,7 +11,7 @@ from atft_pipeline.errors import InputError, RunFailure
 
 if TYPE_CHECKING:
     from atft_pipeline.training.plan import Plan
-    from atft_pipeline.training.trainer import Outcome
+    from atft_pipeline.training.train import TrainingResult
 
 TERMINATION_S = 60.0
 """From an interrupt to giving up on the launcher, which itself kills what has not ended after 20 s."""
@@ -25,11 +25,11 @@ def train_through_pipes(
     run_dir: Path,
     threads: int,
     options: dict[str, Any],
-) -> "Outcome":
+) -> "TrainingResult":
     """What `train` returns and raises, of a run that other processes train; an interrupt ends them first."""
     from atft_pipeline.config.overrides import to_dict
-    from atft_pipeline.training.trainer import Outcome
-    from atft_pipeline.verdict.read import read_verdict
+    from atft_pipeline.runs.documents import read_verdict
+    from atft_pipeline.training.train import TrainingResult
 
     extras = {
         "config": to_dict(plan.config),
@@ -50,4 +50,4 @@ def train_through_pipes(
     if "error" in told:
         raise ERRORS[told["error"]](told["sentence"])
     trained = Path(told["run_dir"])
-    return Outcome(trained, read_verdict(trained), told["reused"])
+    return TrainingResult(trained, read_verdict(trained), told["reused"])

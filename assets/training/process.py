@@ -17,7 +17,7 @@ from dagster_pipes import PipesContext, open_dagster_pipes
 from atft_pipeline.errors import InputError, RunFailure
 
 if TYPE_CHECKING:
-    from atft_pipeline.training.trainer import Outcome
+    from atft_pipeline.training.train import TrainingResult
 
 
 LOOK_S = 1.0
@@ -40,7 +40,7 @@ def main() -> int:
     return 0
 
 
-def _train(pipes: PipesContext) -> "Outcome":
+def _train(pipes: PipesContext) -> "TrainingResult":
     from atft_pipeline.config.overrides import from_dict
     from atft_pipeline.training.launcher import Layout, train_in_processes
 

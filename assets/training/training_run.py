@@ -21,7 +21,7 @@ from resources.dataset_store import DatasetStore
 
 if TYPE_CHECKING:
     from atft_pipeline.training.plan import Plan
-    from atft_pipeline.training.trainer import Outcome
+    from atft_pipeline.training.train import TrainingResult
 
 RUN_LENGTHS = (5, 20, 50, 120)
 """Epochs of the runs this project offers; the last one is gated by the one of 20."""
@@ -86,7 +86,7 @@ def training_assets(epochs: int) -> dg.AssetsDefinition:
     def training(
         context: dg.AssetExecutionContext, config: TrainingRunConfig, store: DatasetStore, compute: Compute
     ) -> Iterator[dg.MaterializeResult | dg.AssetObservation]:
-        from atft_pipeline.training.plan import claim_directory, plan_run
+        from atft_pipeline.training.plan import plan_run, resolve_run_dir
 
         with failing_with_one_sentence(context):
             processes = compute.process_count()
@@ -109,7 +109,7 @@ def training_assets(epochs: int) -> dg.AssetsDefinition:
                 gate = require_open_gate(context, plan, config.override_reason)
             elif config.override_reason is not None:
                 raise InputError(f"{name}: override_reason only applies to model_{GATED_LENGTH}ep")
-            run_dir = claim_directory(store.runs / f"{name}-{plan.key}", plan.key, force=config.force)
+            run_dir = resolve_run_dir(store.runs / f"{name}-{plan.key}", plan.key, force=config.force)
         yield training_starts(epochs, run_dir)
         with failing_with_one_sentence(context):
             outcome = train_here(context, compute, plan, run_dir, force=config.force, overrides=recorded | gate)
@@ -151,9 +151,9 @@ def train_here(
     *,
     force: bool = False,
     overrides: dict[str, Any],
-) -> "Outcome":
+) -> "TrainingResult":
     """Trains the run of `plan` in `run_dir`: in this process, or in as many as the plan says through Dagster Pipes."""
-    from atft_pipeline.training.trainer import train
+    from atft_pipeline.training.train import train
 
     options: dict[str, Any] = {"device": compute.device, "force": force, "overrides": overrides}
     if plan.processes > 1:
@@ -179,7 +179,12 @@ def require_open_gate(context: dg.AssetExecutionContext, plan: "Plan", override_
     """What the gate adds to the run's record; raises InputError when `model_20ep` does not speak for this run."""
     current = {"dataset_fingerprint": plan.dataset_manifest["fingerprint"], "config_key": config_key(plan.config)}
     decision = gate_decision(
-        last_check(context.instance), last_materialization(context.instance), current, override_reason
+        last_check(context.instance),
+        last_materialization(context.instance),
+        current,
+        override_reason,
+        way_on=f"run `dagster asset materialize --select {GATE_MODEL.to_user_string()}`, or set override_reason in this"
+        " asset's config",
     )
     if not decision.open:
         reason = json.dumps({"ops": {f"train_{GATED_LENGTH}ep": {"config": {"override_reason": "WHY"}}}})
@@ -190,7 +195,7 @@ def require_open_gate(context: dg.AssetExecutionContext, plan: "Plan", override_
 
 
 def _results(
-    context: dg.AssetExecutionContext, epochs: int, outcome: "Outcome", gate: dict[str, str]
+    context: dg.AssetExecutionContext, epochs: int, outcome: "TrainingResult", gate: dict[str, str]
 ) -> Iterator[dg.MaterializeResult]:
     """Materializations of what was selected; the run's record is logged even when it was not.
 

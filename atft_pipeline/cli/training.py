@@ -41,16 +41,16 @@ def _train(options: argparse.Namespace) -> Reply:
     config, overrides = configuration(options, "split", "model", "train", "evaluation")
     # Seconds of torch, which a refusal need not wait for.
     from atft_pipeline.monitoring.progress import PASSING
-    from atft_pipeline.training.distributed.process_group import ALONE, joined
+    from atft_pipeline.training.distributed.process_group import SINGLE_PROCESS, joined
     from atft_pipeline.training.launcher import Layout, processes_asked, threads_each, train_in_processes
-    from atft_pipeline.training.trainer import train
+    from atft_pipeline.training.train import train
 
-    with joined() as processes, ProgressBar("training", unit="epochs", hidden=not processes.leads) as bar:
+    with joined() as processes, ProgressBar("training", unit="epochs", hidden=not processes.is_leader) as bar:
         inputs = (config, options.dataset, options.graph, options.run_dir)
         how: dict[str, Any] = {
             "force": options.force, "overrides": overrides, "device": options.device, "log": bar.say,
         }  # fmt: skip
-        if processes is not ALONE:
+        if processes is not SINGLE_PROCESS:
             if options.processes is not None or options.nodes > 1:
                 raise InputError(f"--processes, --nodes: torchrun started {processes.size} already; drop them")
             outcome = train(*inputs, processes=processes, **how)
@@ -62,7 +62,7 @@ def _train(options: argparse.Namespace) -> Reply:
                 outcome = train_in_processes(layout, *inputs, threads=threads, **how)
             else:
                 outcome = train(*inputs, **how)
-        leads = processes.leads
+        leads = processes.is_leader
     code = 0 if outcome.verdict["status"] in PASSING else 1
     content = {"run_dir": str(outcome.run_dir), "reused": outcome.reused, **outcome.verdict}
     return Reply(content, verdict_blocks(content), code) if leads else Reply({}, code=code)
@@ -116,7 +116,7 @@ def _experiment(options: argparse.Namespace) -> Reply:
     from atft_pipeline.diagnostics.conclude import conclude, plan_experiment
     from atft_pipeline.runs.paired import experiment_rows
     from atft_pipeline.training.launcher import Layout, threads_each, train_in_processes
-    from atft_pipeline.training.trainer import train
+    from atft_pipeline.training.train import train
 
     planned = plan_experiment(options.run_dir, options.experiment, options.epochs)
     plan, out = planned.plan, options.run_dir.resolve().parent / planned.name

@@ -22,12 +22,12 @@ from atft_pipeline.ensemble.combine import (
     standardised,
 )
 from atft_pipeline.errors import InputError
+from atft_pipeline.runs.documents import read_verdict
 from atft_pipeline.runs.header import read_run
-from atft_pipeline.runs.keys import PLACEMENT
+from atft_pipeline.runs.keys import NON_DECIDING_FIELDS
 from atft_pipeline.storage.artifact import (
     read_artifact,
 )
-from atft_pipeline.verdict.read import read_verdict
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def read_ensemble(run_dirs: Sequence[Path]) -> list[FinishedRun]:
 def _decisive_fields(run: FinishedRun) -> dict[str, Any]:
     """Everything that decides a run, by dotted name, but for its seed."""
     fields = leaves(run.header["config"])
-    for name in ("seed", *PLACEMENT):
+    for name in ("seed", *NON_DECIDING_FIELDS):
         del fields[f"train.{name}"]
     named = ("dataset_fingerprint", "graph_fingerprint", "code_revision")
     return fields | {name: run.header[name] for name in named} | {"processes": run.header.get("processes", 1)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Mapping
@@ -13,12 +12,14 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from atft_pipeline.errors import InputError, unusable_path
+from atft_pipeline.runs.documents import read_document
 from atft_pipeline.runs.header import read_run
 from atft_pipeline.runs.lock import is_held
-from atft_pipeline.runs.tables import TABLES, read_table, series_values
+from atft_pipeline.runs.paths import UnreadableFile
+from atft_pipeline.runs.state import run_state
+from atft_pipeline.runs.tables import read_part, read_table, series_values
 from atft_pipeline.storage.json_values import finite_or_none
 
 Curve = Mapping[int, float]
@@ -168,9 +169,8 @@ def _curves(run_dir: Path, table: str, problems: list[str]) -> dict[CurveKey, di
         try:
             state = path.stat()
             rows = _epoch_rows(path, state.st_mtime_ns, state.st_size, table)
-        except (OSError, pa.ArrowException, KeyError) as error:
-            why = (str(error).splitlines() or [type(error).__name__])[0][:120]
-            problems.append(f"{table}/{path.name} is left out: torn, or of another version ({why})")
+        except (OSError, UnreadableFile) as error:
+            problems.append(f"{table}/{path.name} is left out: {error}")
             continue
         for key, epoch, value in rows:
             curves.setdefault(key, {})[epoch] = value
@@ -180,7 +180,7 @@ def _curves(run_dir: Path, table: str, problems: list[str]) -> dict[CurveKey, di
 @lru_cache(maxsize=8192)
 def _epoch_rows(path: Path, changed_ns: int, size: int, table: str) -> tuple[tuple[CurveKey, int, float], ...]:  # noqa: ARG001
     """(key, epoch, value) of the figures of whole epochs; time and size tell a changed part from a known one."""
-    rows = pq.ParquetFile(path).read().select(TABLES[table].names).cast(TABLES[table])
+    rows = read_part(path, table)
     if "step" in rows.schema.names:
         rows = rows.filter(pc.is_null(rows["step"]))
     return tuple(
@@ -250,13 +250,13 @@ def _text(value: object) -> str | None:
 def _verdict(run_dir: Path, problems: list[str]) -> str | None:
     """Status of verdict.json; None, and why, where there is none to read."""
     try:
-        content = json.loads((run_dir / "verdict.json").read_text(encoding="utf-8"))
-        return str(content["status"])
-    except FileNotFoundError:
-        problems.append("verdict.json: not written, although the run has finished")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        problems.append(f"verdict.json cannot be read ({error})")
-    return None
+        status = read_document(run_dir, "verdict.json").get("status")
+    except UnreadableFile as error:
+        problems.append(f"verdict.json: {error}, although the run has finished")
+        return None
+    if status is None:
+        problems.append("verdict.json: holds no status")
+    return _text(status)
 
 
 def _since_newest_part(run_dir: Path, now_s: float) -> float | None:
@@ -305,15 +305,6 @@ def run_snapshot(run_dir: Path) -> dict[str, Any]:
         "samples_per_s": _newest(series, "samples_per_s"),
         "gpu_memory_bytes": _newest(series, "gpu_memory_bytes"),
     }
-
-
-def run_state(run_dir: Path, header: Mapping[str, Any]) -> str:
-    """What the header says, or `killed` where it says running and no process holds the run."""
-    if header["status"] != "running" or is_held(run_dir):
-        return str(header["status"])
-    # It may have ended between the two looks.
-    ended = read_run(run_dir)["status"]
-    return "killed" if ended == "running" else str(ended)
 
 
 def has_ended(progress: RunProgress) -> bool:

@@ -22,7 +22,7 @@ from atft_pipeline.config.schema import EXPERIMENT_IDS
 from atft_pipeline.errors import InputError
 from atft_pipeline.evaluation.metrics import finite_or_none, paired_difference, sharpe
 from atft_pipeline.runs.header import read_run
-from atft_pipeline.runs.keys import PLACEMENT
+from atft_pipeline.runs.keys import NON_DECIDING_FIELDS
 from atft_pipeline.runs.tables import read_table
 from atft_pipeline.storage.atomic import write_json
 
@@ -176,7 +176,7 @@ def _paired(ours: NDArray[np.float64], theirs: NDArray[np.float64], samples: int
 
 def _changed(config: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, list[Any]]:
     mine, theirs = leaves(config), leaves(other)
-    ignored = {f"train.{name}" for name in PLACEMENT}
+    ignored = {f"train.{name}" for name in NON_DECIDING_FIELDS}
     fields = [name for name in sorted(mine.keys() | theirs.keys()) if name not in ignored]
     return {name: [mine.get(name), theirs.get(name)] for name in fields if mine.get(name) != theirs.get(name)}
 

@@ -5,10 +5,7 @@ What cannot be read is named in `missing` instead of raised: a killed run leaves
 
 from __future__ import annotations
 
-import fcntl
-import json
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +17,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from atft_pipeline.errors import InputError
+from atft_pipeline.runs.documents import read_document
 from atft_pipeline.runs.header import located
-from atft_pipeline.runs.tables import TABLES
+from atft_pipeline.runs.lock import is_held
+from atft_pipeline.runs.paths import UnreadableFile, files_until, first_line, part_epoch, require_inside
+from atft_pipeline.runs.state import RUNNING, run_state
+from atft_pipeline.runs.tables import TABLES, read_part
 
 KEYS: dict[str, str] = {
     "series": "step, epoch, split, component, term, metric",
@@ -123,20 +124,15 @@ class Record:
 
     @property
     def is_locked(self) -> bool:
-        """Whether a process is writing this run right now: it holds `.lock`, which dies with it.
+        """Whether a process is writing this run. For a past epoch: always True, the run went on after it."""
+        return self.is_past or is_held(self.run_dir)
 
-        At an epoch after which the run went on one was.
-        """
-        if self.is_past:
-            return True
-        try:
-            with (self.run_dir / ".lock").open() as handle:
-                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except FileNotFoundError:
-            return False
-        except BlockingIOError:
-            return True
-        return False
+    @property
+    def state(self) -> str | None:
+        """The run's state (`run_state`); None where run.json does not say one. For a past epoch: `running`."""
+        if self.run.get("status") is None:
+            return None
+        return RUNNING if self.is_past else run_state(self.run_dir, self.run)
 
     @property
     def epochs_done(self) -> int:
@@ -194,21 +190,9 @@ def _epoch_rows(connection: duckdb.DuckDBPyConnection) -> EpochRows:
     return found
 
 
-def part_epoch(path: Path) -> int | None:
-    """The epoch that the name of a part or of a predictions file says; None where it says none."""
-    match = re.fullmatch(r"epoch_(\d+)", path.stem)
-    return int(match.group(1)) if match else None
-
-
 def _newest_epoch(run_dir: Path, run: dict[str, Any]) -> float:
     named = [part_epoch(path) or 0 for name in TABLES for path in (run_dir / name).glob("epoch_*.parquet")]
     return max([as_number(run.get("epochs_done"), 0), *named])
-
-
-def _parts(folder: Path, pattern: str, until_epoch: int | None) -> list[Path]:
-    """Files of `folder` by name, without those of epochs after `until_epoch`."""
-    paths = sorted(folder.glob(pattern))
-    return [path for path in paths if until_epoch is None or (part_epoch(path) or 0) <= until_epoch]
 
 
 def as_number(value: object, default: float) -> float:
@@ -222,32 +206,26 @@ def _section(values: object, name: str) -> dict[str, Any]:
 
 
 def _read_json(run_dir: Path, name: str, missing: list[str]) -> dict[str, Any]:
-    path = run_dir / name
-    problem = _outside(path, run_dir)
-    if problem is None:
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            if isinstance(values, dict):
-                return values
-            problem = "not a JSON object"
-        except FileNotFoundError:
-            problem = "not written"
-        except (OSError, ValueError) as error:
-            problem = f"unreadable ({_first_line(error)})"
-    missing.append(f"{name}: {problem}")
-    return {}
+    try:
+        return read_document(run_dir, name)
+    except UnreadableFile as error:
+        missing.append(f"{name}: {error}")
+        return {}
 
 
 def _load_table(
     connection: duckdb.DuckDBPyConnection, run_dir: Path, name: str, until_epoch: int | None, missing: list[str]
 ) -> int:
-    """Creates table `name` from its readable parts; returns the number of rows."""
+    """Creates table `name` from its readable partitions; returns the number of rows."""
     parts = []
-    paths = _parts(run_dir / name, "*.parquet", until_epoch)
+    paths = files_until(run_dir / name, "*.parquet", until_epoch)
     for number, path in enumerate(paths):
-        part = _read_part(path, run_dir, TABLES[name], missing)
-        if part is not None:
-            parts.append(part.append_column("part", pa.repeat(pa.scalar(number, pa.int32()), part.num_rows)))
+        try:
+            part = read_part(path, name)
+        except UnreadableFile as error:
+            missing.append(f"{name}/{path.name}: {error}")
+            continue
+        parts.append(part.append_column("part", pa.repeat(pa.scalar(number, pa.int32()), part.num_rows)))
     if not paths:
         missing.append(f"{name}/: no parts written")
     schema = TABLES[name].append(pa.field("part", pa.int32()))
@@ -273,38 +251,23 @@ def _has_finite(values: pa.ChunkedArray) -> bool:
     return bool(pc.any(pc.is_finite(values)).as_py())
 
 
-def _read_part(path: Path, run_dir: Path, schema: pa.Schema, missing: list[str]) -> pa.Table | None:
-    problem = _outside(path, run_dir)
-    if problem is None:
-        try:
-            found = pq.ParquetFile(path).read()
-            lacking = [name for name in schema.names if name not in found.schema.names]
-            if not lacking:
-                return found.select(schema.names).cast(schema)
-            problem = f"column {lacking[0]} is missing"
-        except (OSError, pa.ArrowException) as error:
-            problem = f"torn or unreadable ({_first_line(error)})"
-    missing.append(f"{path.parent.name}/{path.name}: {problem}")
-    return None
-
-
 def _find_predictions(run_dir: Path, until_epoch: int | None, missing: list[str]) -> dict[int, Path]:
-    found: dict[int, Path] = {}
-    for path in _parts(run_dir / "predictions", "epoch_*.parquet", until_epoch):
+    by_epoch: dict[int, Path] = {}
+    for path in files_until(run_dir / "predictions", "epoch_*.parquet", until_epoch):
         epoch = part_epoch(path)
-        problem = _outside(path, run_dir)
-        if problem is None:
-            try:
-                pq.ParquetFile(path).close()
-            except (OSError, pa.ArrowException) as error:
-                problem = f"torn or unreadable ({_first_line(error)})"
-        if problem is not None:
-            missing.append(f"predictions/{path.name}: {problem}")
-        elif epoch is not None:
-            found[epoch] = path
-    if not found:
+        try:
+            require_inside(path, run_dir)
+            pq.ParquetFile(path).close()
+        except UnreadableFile as error:
+            missing.append(f"predictions/{path.name}: {error}")
+        except (OSError, pa.ArrowException) as error:
+            missing.append(f"predictions/{path.name}: torn or unreadable ({first_line(error)})")
+        else:
+            if epoch is not None:
+                by_epoch[epoch] = path
+    if not by_epoch:
         missing.append("predictions/: none readable")
-    return found
+    return by_epoch
 
 
 def read_scores(path: Path, horizons: Sequence[int]) -> pa.Table | None:
@@ -320,13 +283,3 @@ def read_scores(path: Path, horizons: Sequence[int]) -> pa.Table | None:
         return pq.ParquetFile(path).read(columns=schema.names).select(schema.names).cast(schema)
     except (OSError, KeyError, pa.ArrowException):
         return None
-
-
-def _outside(path: Path, run_dir: Path) -> str | None:
-    """A link that leaves the run is how a number of another run once came to be reported as this one's."""
-    inside = path.resolve().is_relative_to(run_dir.resolve())
-    return None if inside else "a link to a file outside this run, not read"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:120]

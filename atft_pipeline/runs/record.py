@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ import pyarrow.parquet as pq
 
 from atft_pipeline.runs.tables import TABLES
 from atft_pipeline.storage.atomic import replacing, write_json
+from atft_pipeline.storage.json_values import finite_or_none
 
 
 @dataclass
@@ -65,7 +65,7 @@ class RunRecord:
             self._rows[name].clear()
 
 
-class UnwrittenRecord(RunRecord):
+class NullRecord(RunRecord):
     """The record of a process that does not lead: it takes what a record takes and leaves nothing."""
 
     def update(self, **fields: Any) -> None:
@@ -86,10 +86,6 @@ def statistics_rows(
 ) -> list[dict[str, Any]]:
     """Rows of `evals` from `metric -> (value, unit, standard error)`; None and NaN become null."""
     return [
-        columns | {"metric": metric, "unit": unit, "value": _finite(value), "se": _finite(se)}
+        columns | {"metric": metric, "unit": unit, "value": finite_or_none(value), "se": finite_or_none(se)}
         for metric, (value, unit, se) in statistics.items()
     ]
-
-
-def _finite(value: float | None) -> float | None:
-    return float(value) if value is not None and math.isfinite(value) else None

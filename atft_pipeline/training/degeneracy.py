@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from atft_pipeline.batches.panel import Panel
 from atft_pipeline.config.schema import GuardConfig
-from atft_pipeline.training.scoring import Scores
+from atft_pipeline.training.judging.scoring import Scores
 
 
 class DegeneracyGuard:

@@ -74,7 +74,7 @@ def _reason(error: BaseException) -> str:
 # Numbers that are not finite -------------------------------------------------------------------------------------
 
 
-class Culprit(NamedTuple):
+class NonFiniteOrigin(NamedTuple):
     """Where numbers first stop being finite."""
 
     tensor: str
@@ -82,18 +82,18 @@ class Culprit(NamedTuple):
     sentence: str
 
 
-def non_finite_loss(terms: Mapping[str, Tensor], model: nn.Module, block: Block) -> Culprit:
+def non_finite_loss(terms: Mapping[str, Tensor], model: nn.Module, block: Block) -> NonFiniteOrigin:
     """Which of the loss `terms` is not finite, and which activation of a second forward pass is first."""
     broken = [name for name, value in terms.items() if not bool(torch.isfinite(value))]
     which = f"loss term {', '.join(broken)}" if broken else "no loss term alone, but their sum"
     place = first_non_finite(model, block)
     if place is None:
-        return Culprit(", ".join(broken), f"{which}; all activations of a second forward pass are finite")
+        return NonFiniteOrigin(", ".join(broken), f"{which}; all activations of a second forward pass are finite")
     component, tensor = place
-    return Culprit(tensor, f"{which}; first in the forward pass is the {tensor}, in component {component}")
+    return NonFiniteOrigin(tensor, f"{which}; first in the forward pass is the {tensor}, in component {component}")
 
 
-def non_finite_gradient(model: nn.Module) -> Culprit:
+def non_finite_gradient(model: nn.Module) -> NonFiniteOrigin:
     """The parameter whose gradient is the first on the way back from the loss that is not finite.
 
     Parameters are registered in the order of the forward pass, so it is the last of those that are broken.
@@ -105,7 +105,7 @@ def non_finite_gradient(model: nn.Module) -> Culprit:
     else:
         name = max(gradients, key=lambda name: float(gradients[name].abs().max()))
         what = "the norm alone; the largest gradient is that of"
-    return Culprit(name, f"{what} {name}, in component {name.split('.')[0]}")
+    return NonFiniteOrigin(name, f"{what} {name}, in component {name.split('.')[0]}")
 
 
 @torch.no_grad()

@@ -38,8 +38,8 @@ from atft_pipeline.runs.record import RunRecord
 from atft_pipeline.training.distributed.interrupts import handled, kept
 from atft_pipeline.training.distributed.process_group import PeerLost, joined
 from atft_pipeline.training.failures import early_end_recorded
-from atft_pipeline.training.plan import claim_directory, plan_run
-from atft_pipeline.training.trainer import Outcome, train
+from atft_pipeline.training.plan import plan_run, resolve_run_dir
+from atft_pipeline.training.train import TrainingResult, train
 
 SHUTDOWN_S = 20
 """From the request to end to SIGKILL: the leading process has its record to write."""
@@ -107,20 +107,20 @@ def train_in_processes(
     force: bool = False,
     log: Log = print,
     **options: Any,
-) -> Outcome:
+) -> TrainingResult:
     """`train` in the processes of `layout`, `threads` torch threads each; `log` gets the leading one's lines here.
 
     Raises what `train` raises, and RunFailure that names a process which ended otherwise; the record says so too. An
     interrupt ends all of them first.
     """
-    run_dir = claim_directory(run_dir, plan_run(config, dataset, graph, layout.total).key, force=force)
+    run_dir = resolve_run_dir(run_dir, plan_run(config, dataset, graph, layout.total).key, force=force)
     try:
         return launch(layout, _train, config, dataset, graph, run_dir, options, threads=threads, log=log)
     except (InputError, RunFailure, KeyboardInterrupt) as error:
         _record_end(run_dir, error)
 
 
-def _train(log: Log, config: PipelineConfig, dataset: Path, graph: Path, run_dir: Path, options: Any) -> Outcome:
+def _train(log: Log, config: PipelineConfig, dataset: Path, graph: Path, run_dir: Path, options: Any) -> TrainingResult:
     with joined() as processes:
         return train(config, dataset, graph, run_dir, log=log, processes=processes, **options)
 

@@ -20,10 +20,10 @@ from atft_pipeline.runs.header import now, read_run
 from atft_pipeline.runs.keys import config_key, run_key
 from atft_pipeline.storage.artifact import read_manifest
 from atft_pipeline.storage.code_version import code_revision
-from atft_pipeline.training.distributed.process_group import ALONE, Processes
+from atft_pipeline.training.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 
 
-def resolve_device(name: str, processes: Processes = ALONE) -> torch.device:
+def resolve_device(name: str, processes: ProcessGroup = SINGLE_PROCESS) -> torch.device:
     """`auto` is the first CUDA device where there is one, else the CPU; of several processes each has its own device.
 
     Raises InputError for a device that this machine or this library does not have, and for one device for several
@@ -92,7 +92,7 @@ def plan_run(config: PipelineConfig, dataset: Path, graph: Path, processes: int 
     return Plan(used, dataset, graph, data, edges, processes)
 
 
-def claim_directory(run_dir: Path, key: str, *, force: bool) -> Path:
+def resolve_run_dir(run_dir: Path, key: str, *, force: bool) -> Path:
     """The directory to write to: `run_dir`, or with `force` and a finished run there the next attempt beside it.
 
     An attempt of this key that was not finished goes on.

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from atft_pipeline.config.schema import EvaluationConfig
 from atft_pipeline.storage.json_values import finite_or_none, plain_json
 from atft_pipeline.verdict.health import HealthItem
-from atft_pipeline.verdict.milestones import Progress, milestone_warning, progress_milestones
+from atft_pipeline.verdict.milestones import TrainingProgress, milestone_warning, progress_milestones
 from atft_pipeline.verdict.validity import ValidityItem
 
 Status = Literal["passed", "failed", "invalid", "not_applicable"]
@@ -59,7 +59,7 @@ def judge(
     evidence: CriterionEvidence | None,
     validity: Sequence[ValidityItem],
     health: Sequence[HealthItem],
-    progress: Progress,
+    progress: TrainingProgress,
     reversal_sharpe: float | None,
     final: Mapping[str, Any],
     identifiers: Mapping[str, str | None],
@@ -123,7 +123,7 @@ def _status(
     if evidence is not None and not evidence.valid:
         return "invalid", evidence.reason
     if not validity:
-        return "invalid", "the validity battery was not run"
+        return "invalid", "the validity checks were not run"
     for item in validity:
         if item.passed is False:
             return "invalid", f"{item.name}: {item.explanation}"

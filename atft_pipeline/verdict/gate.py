@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# The gate of the long run -----------------------------------------------------------------------------------------
-
 
 @dataclass(frozen=True)
 class GateDecision:
@@ -24,6 +22,7 @@ def gate_decision(
     override_reason: str | None = None,
     *,
     model: str = "model_20ep",
+    way_on: str = "train it again until it passes",
 ) -> GateDecision:
     """Whether the long run may start, given the last evaluation of the short run's success criterion.
 
@@ -31,7 +30,8 @@ def gate_decision(
     where known `summary` and `run_id`. `materialization`: `timestamp` and where known `run_id` of the last
     materialization of `model`; a check of the same `run_id` belongs to it whatever the order of the two events.
     `current`: `dataset_fingerprint` and `config_key` of the long run. An `override_reason` opens the gate and is
-    recorded, even where it was not needed; a blank one counts as none.
+    recorded, even where it was not needed; a blank one counts as none. `way_on` says what opens a shut gate, in the
+    words of whoever starts the runs.
     """
     refusal = _refusal(check, materialization, current, model)
     reason = (override_reason or "").strip() or None
@@ -40,11 +40,7 @@ def gate_decision(
         return GateDecision(True, f"gate open: {model}: {summary}", reason)
     if reason is not None:
         return GateDecision(True, f"gate opened by override ({reason}), although {refusal}", reason)
-    return GateDecision(
-        False,
-        f"gate shut: {refusal}; run `dagster asset materialize --select {model}`, or set override_reason in this"
-        " asset's config",
-    )
+    return GateDecision(False, f"gate shut: {refusal}; {way_on}")
 
 
 def _refusal(

@@ -13,7 +13,7 @@ TARGET_SHARPE = 0.849
 
 
 @dataclass(frozen=True)
-class Progress:
+class TrainingProgress:
     """What the milestones are held against."""
 
     sharpe_by_epoch: Mapping[int, float | None] = field(default_factory=dict)
@@ -40,7 +40,7 @@ MILESTONES: tuple[tuple[int, float, float], ...] = ((5, 0.08, 0.10), (20, 0.10, 
 BEYOND_50: tuple[float, float] = (0.30, 0.85)
 
 
-def progress_milestones(progress: Progress, epochs_planned: int) -> list[Milestone]:
+def progress_milestones(progress: TrainingProgress, epochs_planned: int) -> list[Milestone]:
     """The report's expectations, as far as the run was planned to reach them."""
     items = []
     for epoch, low, high in MILESTONES:
@@ -61,7 +61,7 @@ def progress_milestones(progress: Progress, epochs_planned: int) -> list[Milesto
     return items
 
 
-def _sharpe_milestone(name: str, epoch: int, low: float, high: float, progress: Progress) -> Milestone:
+def _sharpe_milestone(name: str, epoch: int, low: float, high: float, progress: TrainingProgress) -> Milestone:
     value = finite_or_none(progress.sharpe_by_epoch.get(epoch))
     expected = f"at least {low}" if math.isinf(high) else f"{low:.2f} to {high:.2f}"
     return Milestone(name, epoch, value, expected, None if value is None else value >= low)

@@ -268,7 +268,7 @@ def scores_changed(
     )
 
 
-def validity_battery(
+def validity_items(
     scores: Array,
     targets: Array,
     *,

@@ -18,7 +18,7 @@ from atft_pipeline.verdict.health import (
     parameters_moved,
     predictions_not_constant,
 )
-from atft_pipeline.verdict.milestones import Progress, progress_milestones
+from atft_pipeline.verdict.milestones import TrainingProgress, progress_milestones
 from atft_pipeline.verdict.validity import ValidityItem
 
 GOOD = CriterionEvidence(value=0.142, se=0.063, psr_0=0.988, sessions=250)
@@ -41,7 +41,7 @@ def verdict(**changes):
         "evidence": GOOD,
         "validity": SOUND,
         "health": WELL,
-        "progress": Progress({5: 0.09, 20: 0.142}),
+        "progress": TrainingProgress({5: 0.09, 20: 0.142}),
         "reversal_sharpe": 0.05,
         "final": {"validation": {"sharpe_daily": 0.142}},
         "identifiers": IDENTIFIERS,
@@ -153,7 +153,7 @@ def test_a_missing_measurement_and_a_missing_battery_veto():
     assert verdict(validity=[*SOUND, missing])["summary"] == (
         "invalid: targets_match_prices is not assessable: prices were not at hand"
     )
-    assert verdict(validity=[])["summary"] == "invalid: the validity battery was not run"
+    assert verdict(validity=[])["summary"] == "invalid: the validity checks were not run"
 
 
 def test_an_evaluation_that_could_not_be_ranked_is_invalid():
@@ -193,13 +193,13 @@ def milestones(progress, planned):
 
 def test_milestones_are_those_the_run_was_planned_to_reach():
     calm = {"gradient_warnings": True, "degeneracy_resets": True, "no_crash": True}
-    assert milestones(Progress({5: 0.08}), 5) == {"sharpe_by_epoch_5": True, **calm}
-    assert milestones(Progress({5: 0.07, 20: 0.12}), 20) == {
+    assert milestones(TrainingProgress({5: 0.08}), 5) == {"sharpe_by_epoch_5": True, **calm}
+    assert milestones(TrainingProgress({5: 0.07, 20: 0.12}), 20) == {
         "sharpe_by_epoch_5": False,
         "sharpe_by_epoch_20": True,
         **calm,
     }
-    long = milestones(Progress({5: 0.2, 20: 0.2, 50: 0.14, 120: 0.5}), 120)
+    long = milestones(TrainingProgress({5: 0.2, 20: 0.2, 50: 0.14, 120: 0.5}), 120)
     assert long == {
         "sharpe_by_epoch_5": True,
         "sharpe_by_epoch_20": True,
@@ -211,18 +211,18 @@ def test_milestones_are_those_the_run_was_planned_to_reach():
 
 
 def test_an_epoch_that_was_not_reached_is_neither_met_nor_missed():
-    assert milestones(Progress({}), 20)["sharpe_by_epoch_20"] is None
+    assert milestones(TrainingProgress({}), 20)["sharpe_by_epoch_20"] is None
 
 
 def test_warnings_resets_and_crashes_count():
-    bad = milestones(Progress({}, gradient_warnings=1, degeneracy_resets=5, crashed=True), 1)
+    bad = milestones(TrainingProgress({}, gradient_warnings=1, degeneracy_resets=5, crashed=True), 1)
     assert bad == {"gradient_warnings": False, "degeneracy_resets": False, "no_crash": False}
-    assert milestones(Progress({}, degeneracy_resets=4), 1)["degeneracy_resets"] is True
-    assert milestones(Progress({}, gradient_warnings=None), 1)["gradient_warnings"] is None
+    assert milestones(TrainingProgress({}, degeneracy_resets=4), 1)["degeneracy_resets"] is True
+    assert milestones(TrainingProgress({}, gradient_warnings=None), 1)["gradient_warnings"] is None
 
 
 def test_a_missed_milestone_only_warns():
-    result = verdict(progress=Progress({5: 0.01, 20: 0.142}))
+    result = verdict(progress=TrainingProgress({5: 0.01, 20: 0.142}))
     assert result["status"] == "passed"
     assert result["warnings"] == ["milestone sharpe_by_epoch_5: expected 0.08 to 0.10, found 0.01"]
 
@@ -292,11 +292,10 @@ SHUT = {
 
 @pytest.mark.parametrize("why", SHUT)
 def test_the_gate_stays_shut_and_says_what_to_do(why):
-    decision = gate_decision(*SHUT[why], None)
+    decision = gate_decision(*SHUT[why], None, way_on="press the button")
     assert not decision.open
     assert re.search(why, decision.message)
-    assert "dagster asset materialize --select model_20ep" in decision.message
-    assert "override_reason" in decision.message
+    assert decision.message.endswith("; press the button"), "the caller's way of starting runs, not one of the library"
 
 
 @pytest.mark.parametrize("why", SHUT)

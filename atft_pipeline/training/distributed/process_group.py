@@ -39,7 +39,7 @@ class PeerLost(RunFailure):
 
 
 @dataclass(frozen=True)
-class Processes:
+class ProcessGroup:
     """This process's place among those that train one run; the first leads and alone writes its directory."""
 
     rank: int = 0
@@ -48,7 +48,7 @@ class Processes:
     """Place among those of this machine."""
 
     @property
-    def leads(self) -> bool:
+    def is_leader(self) -> bool:
         return self.rank == 0
 
     def share(self, sessions: int) -> slice:
@@ -57,16 +57,16 @@ class Processes:
         start = self.rank * each + min(self.rank, left)
         return slice(start, start + each + (self.rank < left))
 
-    def own(self, block: Block) -> Block | None:
+    def part_of(self, block: Block) -> Block | None:
         """This process's part of a block; None where it has none."""
         if self.size == 1:
             return block
         part = self.share(block.member.shape[1])
         return block.part(part.start, part.stop) if part.start < part.stop else None
 
-    def shared(self, model: nn.Module) -> nn.Module:
+    def sharded(self, model: nn.Module) -> nn.Module:
         """`model`, whose blocks are scored by all processes together."""
-        return model if self.size == 1 else _Shared(model, self)
+        return model if self.size == 1 else _Sharded(model, self)
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Gradients over all processes; one that no process has stays None, for the optimizer leaves it alone then."""
@@ -84,27 +84,27 @@ class Processes:
         """The leading process's `value`, in every process; what the others pass is not looked at."""
         if self.size == 1:
             return value
-        values: list[Any] = [value if self.leads else None]
-        with _losses_explained():
+        values: list[Any] = [value if self.is_leader else None]
+        with _lost_peers_explained():
             dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
         return values[0]
 
 
-ALONE = Processes()
+SINGLE_PROCESS = ProcessGroup()
 
 
 @contextmanager
-def joined() -> Iterator[Processes]:
+def joined() -> Iterator[ProcessGroup]:
     """This process among those that torchrun started with it; alone where torchrun did not start it.
 
     A process that lost another waits before it fails, so that the launcher sees the other's end first.
     """
     if not dist.is_torchelastic_launched():
-        yield ALONE
+        yield SINGLE_PROCESS
         return
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=COLLECTIVE_TIMEOUT)
     try:
-        yield Processes(dist.get_rank(), dist.get_world_size(), dist.get_node_local_rank())
+        yield ProcessGroup(dist.get_rank(), dist.get_world_size(), dist.get_node_local_rank())
     except PeerLost:
         time.sleep(NAMING_S)
         raise
@@ -112,37 +112,37 @@ def joined() -> Iterator[Processes]:
     dist.destroy_process_group()
 
 
-class _Shared(nn.Module):
+class _Sharded(nn.Module):
     """Scores `[n, S, H]` of a block: each process computes those of its sessions and receives the others'.
 
     Only its own carry gradient. A process without a session has a tensor that asks for gradient all the same: the loss
     keeps its memory of training by that.
     """
 
-    def __init__(self, model: nn.Module, processes: Processes) -> None:
+    def __init__(self, model: nn.Module, processes: ProcessGroup) -> None:
         super().__init__()
         self.model, self.processes = model, processes
 
     def forward(self, block: Block) -> Tensor:
         stocks, sessions = block.member.shape
         scores = torch.zeros((stocks, sessions, len(HORIZONS)), device=block.x.device)
-        part, own = self.processes.share(sessions), self.processes.own(block)
-        if own is None:
+        part, own_block = self.processes.share(sessions), self.processes.part_of(block)
+        if own_block is None:
             _all_reduce(scores)
             return scores.requires_grad_(torch.is_grad_enabled())
-        computed = self.model(own)  # [n, S of the part, H]
+        computed = self.model(own_block)  # [n, S of the part, H]
         scores[:, part] = computed.detach()
         _all_reduce(scores)  # zeros elsewhere: the sum is each one's own
         return torch.cat([scores[:, : part.start], computed, scores[:, part.stop :]], dim=1)
 
 
 def _all_reduce(values: Tensor) -> None:
-    with _losses_explained():
+    with _lost_peers_explained():
         dist.all_reduce(values)
 
 
 @contextmanager
-def _losses_explained() -> Iterator[None]:
+def _lost_peers_explained() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:

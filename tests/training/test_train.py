@@ -1,23 +1,33 @@
-"""The training engine: what decides a run, what a failure leaves, and what a restart repeats."""
+"""The life of a run: what decides it, what a stop leaves, and what a restart repeats."""
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import signal
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 
 import duckdb
 import numpy as np
 import pytest
 import torch
-from training_runs import Data, evals, hashes, header, record, series, settings, train_quietly, validity, verdict
+from training_runs import (
+    Data,
+    Stop,
+    evals,
+    hashes,
+    header,
+    poisoned,
+    record,
+    series,
+    settings,
+    stop_in_training_step,
+    train_quietly,
+    train_until,
+    verdict,
+)
 
-from atft_pipeline.batches.panel_storage import prefetched
 from atft_pipeline.config.schema import (
     EvaluationConfig,
     GuardConfig,
@@ -28,23 +38,10 @@ from atft_pipeline.config.schema import (
 )
 from atft_pipeline.errors import InputError, RunFailure
 from atft_pipeline.evaluation.evaluate import evaluate
-from atft_pipeline.model.atft_gat_fan import ATFTGATFAN
-from atft_pipeline.runs.record import RunRecord
 from atft_pipeline.runs.tables import read_table
-from atft_pipeline.training import trainer as training
-from atft_pipeline.training.losses import CompositeLoss
-from atft_pipeline.training.plan import plan_run, run_header
-from atft_pipeline.training.scoring import weights_hash
+from atft_pipeline.training import train
+from atft_pipeline.training.judging.scoring import weights_hash
 from atft_pipeline.training.trainer import Trainer
-from atft_pipeline.training.weight_average import WeightAverage
-
-CPU = torch.device("cpu")
-
-
-def trainer_of(data: Data, run_dir: Path, **overrides) -> Trainer:
-    plan = plan_run(settings(overrides), data.dataset, data.graph)
-    return Trainer(plan, RunRecord(run_dir, run_header(plan, run_dir, CPU, {})), CPU, lambda _: None)
-
 
 # What decides a run ---------------------------------------------------------------------------------------------
 
@@ -196,89 +193,11 @@ def test_bootstrap_samples_decide_the_interval():
     assert low[0] != low[1]
 
 
-# Blocks ---------------------------------------------------------------------------------------------------------
-
-
-def test_blocks_are_made_ahead_in_other_threads_and_change_nothing(data, trained, tmp_path, monkeypatch):
-    makers = set()
-    make = training.BlockDataset.block
-
-    def noted(self, sessions):
-        makers.add(threading.current_thread())
-        return make(self, sessions)
-
-    monkeypatch.setattr(training.BlockDataset, "block", noted)
-    run_dir = train_quietly(settings({"train.loader_workers": 2}), data, tmp_path / "run").run_dir
-    assert len(makers - {threading.main_thread()}) >= 1
-    assert {k: v for k, v in record(run_dir).items() if k != "verdict"} == {
-        k: v for k, v in record(trained()).items() if k != "verdict"
-    }
-
-
-@pytest.mark.parametrize("workers", [0, 1, 3])
-def test_prefetching_keeps_the_order(workers):
-    def slow_first(item):
-        time.sleep(0.02 * (item == 0))
-        return item * item
-
-    assert list(prefetched(slow_first, range(9), workers)) == [i * i for i in range(9)]
-    assert list(prefetched(slow_first, [], workers)) == []
-
-
-def test_prefetching_makes_no_more_than_two_per_worker_ahead():
-    made = []
-    source = prefetched(lambda item: made.append(item) or item, range(50), 2)
-    assert next(source) == 0
-    source.close()
-    assert len(made) <= 1 + 2 * 2
-
-
-def test_prefetching_passes_on_the_error_of_its_item():
-    source = prefetched(lambda item: 1 // item, [1, 0, 1], 2)
-    assert next(source) == 1
-    with pytest.raises(ZeroDivisionError):
-        next(source)
-
-
-def test_an_epoch_covers_every_training_session_once_from_changing_offsets(data, tmp_path):
-    trainer = trainer_of(data, tmp_path)
-    members = trainer.panel.member.any(axis=1)
-    expected = [t for t in trainer.split.train if members[t]]
-    assert not members[0], "the law below is hardest where the first sessions have no member"
-    cuts = set()
-    for epoch in range(1, 8):
-        blocks = trainer._shuffled_blocks(epoch)
-        assert sorted(np.concatenate(blocks)) == expected
-        assert len(blocks) * trainer.config.train.epochs <= trainer.schedule.total_steps
-        cuts.add(tuple(sorted(int(block[0]) for block in blocks)))
-    assert len(cuts) > 1
-    first = trainer._shuffled_blocks(1)
-    assert [b.tolist() for b in trainer._shuffled_blocks(1)] == [b.tolist() for b in first]
-    assert [b[0] for b in first] != sorted(b[0] for b in first)
-
-
 # Restart --------------------------------------------------------------------------------------------------------
-
-
-class Stop(Exception):
-    """Stands for whatever ends a process."""
 
 
 class Cancelled(BaseException):
     """Stands for the interrupt that Dagster raises, which is not Python's own."""
-
-
-def stop_in_training_step(monkeypatch, error):
-    """In the fourth step of epoch 2."""
-    calls = itertools.count()
-    step = Trainer._step
-
-    def stopping(self, block, epoch, **options):
-        if epoch == 2 and next(calls) == 3:
-            raise error
-        return step(self, block, epoch, **options)
-
-    monkeypatch.setattr(Trainer, "_step", stopping)
 
 
 def stop_before_checkpoint(monkeypatch, error):
@@ -297,14 +216,7 @@ def stop_before_verdict(monkeypatch, error):
     def stopping(_):
         raise error
 
-    monkeypatch.setattr(training, "write_verdict", stopping)
-
-
-def train_until(stop, error: BaseException, config, data: Data, run_dir: Path, **options) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        stop(patch, error)
-        with pytest.raises(type(error)):
-            train_quietly(config, data, run_dir, **options)
+    monkeypatch.setattr(train, "write_verdict", stopping)
 
 
 @pytest.mark.parametrize(
@@ -333,7 +245,16 @@ def test_a_stopped_run_goes_on_to_the_same_end(stop, error, done, data, trained,
     resumed = header(tmp_path / "run")
     assert (resumed["status"], resumed["reason"], resumed["resumed_after_epoch"]) == ("finished", None, done)
     assert resumed["started"] == stopped["started"]
+    assert resumed["earlier_ends"] == [{name: stopped[name] for name in ("status", "reason", "ended", "epochs_done")}]
+    assert no_crash(outcome.run_dir) is interrupted, "an interrupt is no crash"
+    assert no_crash(trained()) is True
     assert record(outcome.run_dir) == record(trained())
+
+
+def no_crash(run_dir: Path) -> bool | None:
+    """The verdict's milestone, which the record of earlier ends decides."""
+    (milestone,) = (item for item in verdict(run_dir)["milestones"] if item["name"] == "no_crash")
+    return milestone["passed"]
 
 
 def newest_epoch(run_dir: Path, table: str) -> int:
@@ -369,7 +290,7 @@ def test_what_a_killed_writer_left_is_removed(name: str, tmp_path: Path) -> None
     for scratch in (left, report):
         scratch.mkdir(parents=True)
         (scratch / "half").write_bytes(b"half")
-    training._remove_remnants(tmp_path)
+    train._remove_remnants(tmp_path)
     assert (left.exists(), report.exists()) == (False, True)
 
 
@@ -386,6 +307,8 @@ def test_a_run_killed_while_it_writes_loses_one_epoch_and_nothing_else(data, tra
     said = []
     train_quietly(settings(), data, run_dir, log=said.append)
     assert said[0] == "run run: goes on after epoch 1"
+    assert [end["status"] for end in header(run_dir)["earlier_ends"]] == ["killed"]
+    assert no_crash(run_dir) is False
     assert record(run_dir) == record(trained())
 
 
@@ -445,28 +368,6 @@ def test_a_lost_verdict_is_judged_again_from_the_record(data, tmp_path):
 
 
 # Failures -------------------------------------------------------------------------------------------------------
-
-
-def poisoned(monkeypatch, poison) -> dict[str, str]:
-    """Passes the loss of step 3 of epoch 2 through `poison`; notes the weights of that moment."""
-    weights: dict[str, str] = {}
-    loss, init = CompositeLoss.__call__, Trainer.__init__
-    calls = itertools.count()
-
-    def spied(self, *arguments):
-        init(self, *arguments)
-        weights["trainer"] = self
-
-    def poisoning(self, scores, target, member, epoch, **options):
-        terms = loss(self, scores, target, member, epoch, **options)
-        if epoch == 2 and scores.requires_grad and next(calls) == 2:
-            weights["before"] = weights_hash(weights["trainer"].model)
-            return terms._replace(total=poison(terms.total, scores))
-        return terms
-
-    monkeypatch.setattr(Trainer, "__init__", spied)
-    monkeypatch.setattr(CompositeLoss, "__call__", poisoning)
-    return weights
 
 
 @pytest.mark.parametrize(
@@ -545,170 +446,3 @@ def test_what_cannot_be_trained_or_judged_is_refused_in_one_sentence(overrides, 
         train_quietly(settings(overrides), data, tmp_path / "run")
     assert "\n" not in str(refusal.value)
     assert not (tmp_path / "run" / "checkpoints").exists()
-
-
-# Collapse -------------------------------------------------------------------------------------------------------
-
-COLLAPSED = {
-    "train.epochs": 4,
-    "train.optimizer.lr": 0.0,
-    "train.guard.patience": 2,
-    "evaluation.criterion_epoch": 3,
-}
-
-
-@pytest.fixture(scope="module")
-def collapsed(data, tmp_path_factory):
-    """A run whose head starts at zero weights and cannot learn: every stock has the same score until it is re-drawn."""
-    new_model = Trainer._new_model
-
-    def flat(self, seed):
-        model = new_model(self, seed)
-        if seed == self.config.train.seed:
-            torch.nn.init.zeros_(model.prediction_head.output.weight)
-        return model
-
-    states, save = {}, Trainer._save
-
-    def kept(self, epoch):
-        save(self, epoch)
-        states[epoch] = torch.load(self.record.run_dir / "checkpoints" / "resume.pt")
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "_new_model", flat)
-        patch.setattr(Trainer, "_save", kept)
-        run_dir = train_quietly(settings(COLLAPSED), data, tmp_path_factory.mktemp("collapsed") / "run").run_dir
-    return run_dir, states
-
-
-def test_collapse_is_counted_after_warm_up_and_resets_the_head_after_patience(collapsed):
-    run_dir, states = collapsed
-    assert series(run_dir, "degeneracy_event") == {1: 0.0, 2: 1.0, 3: 1.0, 4: 0.0}
-    assert series(run_dir, "degeneracy_reset") == {1: 0.0, 2: 0.0, 3: 1.0, 4: 0.0}
-    assert [series(run_dir, "dispersion_ratio")[epoch] for epoch in (1, 2, 3)] == pytest.approx([0, 0, 0], abs=1e-7)
-    assert series(run_dir, "dispersion_ratio")[4] > 1e-3
-    assert [states[epoch]["guard_low_checks"] for epoch in (1, 2, 3, 4)] == [0, 1, 0, 0]
-
-
-def test_a_reset_redraws_the_head_of_both_models_and_the_optimizer_forgets_it(collapsed):
-    _, states = collapsed
-    name = "prediction_head.output.weight"
-    before, after = states[2], states[3]
-    assert not before["model"][name].any()
-    assert after["model"][name].all()
-    assert torch.equal(after["model"][name], after["average"][name])
-    assert len(before["optimizer"]["state"]) - len(after["optimizer"]["state"]) == 2
-    assert torch.equal(
-        before["model"]["prediction_head.hidden.0.weight"], after["model"]["prediction_head.hidden.0.weight"]
-    )
-
-
-def test_the_checkpoint_of_a_reset_epoch_holds_the_weights_that_were_evaluated(collapsed):
-    run_dir, _ = collapsed
-    weights = torch.load(run_dir / "checkpoints" / "epoch_003.pt")["weights"]
-    assert not weights["prediction_head.output.weight"].any()
-
-
-def test_constant_scores_are_recorded_as_invalid_and_veto_the_verdict(collapsed):
-    run_dir, _ = collapsed
-    assert evals(run_dir, "valid") == {1: 0.0, 2: 0.0, 3: 0.0, 4: 1.0}
-    assert set(evals(run_dir, "sharpe_daily")) == {4}
-    assert verdict(run_dir)["status"] == "invalid"
-    assert "constant" in verdict(run_dir)["summary"]
-    assert verdict(run_dir)["criterion"]["value"] is None
-
-
-def test_a_healthy_run_has_no_event(trained):
-    assert set(series(trained(), "degeneracy_event").values()) == {0.0}
-    assert set(series(trained(), "degeneracy_reset").values()) == {0.0}
-    assert set(evals(trained(), "valid").values()) == {1.0}
-
-
-# The record -----------------------------------------------------------------------------------------------------
-
-
-def test_a_checkpoint_reproduces_the_hash_recorded_for_its_epoch(data, trained, tmp_path):
-    model = trainer_of(data, tmp_path).model
-    for epoch, recorded in hashes(trained()).items():
-        content = torch.load(trained() / "checkpoints" / f"epoch_{epoch:03d}.pt")
-        model.load_state_dict(content["weights"])
-        assert weights_hash(model) == recorded
-        assert (content["epoch"], content["run_key"]) == (epoch, header(trained())["key"])
-
-
-def test_epoch_losses_are_the_session_means_of_the_steps(trained):
-    rows = [row for row in read_table(trained(), "series").to_pylist() if row["split"] == "train"]
-    steps = [row for row in rows if row["step"] is not None and row["metric"] == "loss"]
-    assert [row["step"] for row in steps] == list(range(len(steps)))
-    totals = series(trained(), "loss_weighted", split="train", term="total")
-    weighted = {
-        epoch: sum(series(trained(), "loss_weighted", split="train", component="loss", term=t)[epoch] for t in ("mse",))
-        for epoch in totals
-    }
-    for epoch, total in totals.items():
-        of_epoch = [row["value"] for row in steps if row["epoch"] == epoch]
-        assert min(of_epoch) <= total <= max(of_epoch)
-        assert total == pytest.approx(weighted[epoch], rel=1e-6)  # float32 terms, every other weight is 0
-
-
-def test_gradient_norms_before_and_after_clipping(data, tmp_path):
-    run_dir = train_quietly(
-        settings({"train.epochs": 1, "train.optimizer.clip_norm": 0.05}), data, tmp_path / "r"
-    ).run_dir
-    rows = [
-        row
-        for row in read_table(run_dir, "series").to_pylist()
-        if row["metric"] == "grad_norm" and row["step"] is not None
-    ]
-    before = {row["step"]: row["value"] for row in rows if row["term"] == "before_clip"}
-    after = {row["step"]: row["value"] for row in rows if row["term"] == "after_clip"}
-    assert after == {step: min(norm, 0.05) for step, norm in before.items()}
-    assert series(run_dir, "clipped_share") == {1: np.mean([norm > 0.05 for norm in before.values()])}
-    total = series(run_dir, "grad_norm", component="total", term="before_clip")[1]
-    assert total == pytest.approx(np.mean(list(before.values())))
-
-
-def test_every_component_with_parameters_is_recorded_every_epoch(data, trained, tmp_path):
-    trainer = trainer_of(data, tmp_path)
-    for metric in ("grad_l2", "weight_l2", "update_to_weight", "gradient_warning"):
-        for name in trainer.components:
-            assert set(series(trained(), metric, component=name)) == {1, 2, 3}, (metric, name)
-
-
-def test_a_model_without_graph_trains_without_the_component(data, tmp_path):
-    run_dir = train_quietly(settings({"train.epochs": 1, "model.graph": False}), data, tmp_path / "run").run_dir
-    assert series(run_dir, "grad_l2", component="gat") == {}
-    assert series(run_dir, "grad_l2", component="fusion") != {}
-    assert all(passed for passed in validity(run_dir).values())
-
-
-# Averaged weights -----------------------------------------------------------------------------------------------
-
-
-class Moving(torch.nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.tensor([1.0]))
-
-
-@pytest.mark.parametrize("decay", [0.3, 0.995])
-def test_averaged_weights_follow_their_definition(decay):
-    model = Moving()
-    average = WeightAverage(model, decay)
-    expected = 1.0
-    for step, value in enumerate([2.0, 5.0, -1.0, 0.5]):
-        model.weight.data.fill_(value)
-        average.update(model, step)
-        kept = min(decay, (1 + step) / (10 + step))
-        expected = kept * expected + (1 - kept) * value
-        assert average.model.weight.item() == pytest.approx(expected, rel=1e-6)
-    assert not average.model.weight.requires_grad
-    assert model.weight.requires_grad
-
-
-def test_without_decay_the_average_is_the_model(data, tmp_path):
-    model = Moving()
-    assert WeightAverage(model, 0.0).model is model
-    trainer = trainer_of(data, tmp_path, **{"train.weight_ema": 0.0})
-    assert isinstance(trainer.average.model, ATFTGATFAN)
-    assert trainer.average.model is trainer.model

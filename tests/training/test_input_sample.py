@@ -22,12 +22,12 @@ from atft_pipeline.batches.panel import load_panel
 from atft_pipeline.config.schema import HORIZONS
 from atft_pipeline.dataset.splits import Split
 from atft_pipeline.runs.header import read_run
-from atft_pipeline.training import scoring
 from atft_pipeline.training import trainer as training
+from atft_pipeline.training.judging import scoring
 from atft_pipeline.training.telemetry.input_sample import (
     SAMPLED_SESSIONS,
     SCHEMA,
-    InputsSeen,
+    InputSample,
     correlations,
     moments,
     sampled,
@@ -39,8 +39,9 @@ def test_rows_equal_moments_computed_by_hand_from_the_block(data: Data, tmp_path
     blocks = BlockDataset(panel, None, 5)
     session = 250
     one = np.array([session])
-    seen = InputsSeen(panel, Split(np.arange(247, 252), one, one, purge_sessions=0))
-    seen.see("train", blocks.block(np.arange(247, 252)))
+    seen = InputSample(panel, Split(np.arange(247, 252), one, one, purge_sessions=0))
+    seen.start()
+    seen.observe("train", blocks.block(np.arange(247, 252)))
     seen.write(tmp_path / "inputs.parquet")
     table = pq.read_table(tmp_path / "inputs.parquet")
     assert table.schema.equals(SCHEMA)
@@ -72,10 +73,11 @@ def test_rows_equal_moments_computed_by_hand_from_the_block(data: Data, tmp_path
 def test_sessions_outside_the_split_are_taken_up_to_a_number(data: Data, tmp_path: Path) -> None:
     panel = load_panel(data.dataset, "all")
     blocks = BlockDataset(panel, None, 5)
-    seen = InputsSeen(panel, Split(np.arange(200, 204), np.arange(220, 224), np.arange(230, 234), purge_sessions=0))
+    seen = InputSample(panel, Split(np.arange(200, 204), np.arange(220, 224), np.arange(230, 234), purge_sessions=0))
+    seen.start()
     for _ in range(2):
-        seen.see("train", blocks.block(np.arange(202, 206)))
-    seen.see("train", blocks.block(np.arange(240, 280)))
+        seen.observe("train", blocks.block(np.arange(202, 206)))
+    seen.observe("train", blocks.block(np.arange(240, 280)))
     seen.write(tmp_path / "inputs.parquet")
     rows = pq.read_table(tmp_path / "inputs.parquet").to_pylist()
     days = [row["date"] for row in rows if row["name"] == "target_1d"]
@@ -93,6 +95,24 @@ def test_every_split_of_a_run_is_sampled_from_its_first_to_its_last_session(trai
         assert len(dates) == SAMPLED_SESSIONS
         first = max(sessions[0].item(), first_with_members)
         assert (dates[0], dates[-1]) == (first, sessions[-1].item())
+
+
+def test_nothing_is_taken_before_the_start_or_after_the_file_is_written(data: Data, tmp_path: Path) -> None:
+    panel = load_panel(data.dataset, "all")
+    blocks, path = BlockDataset(panel, None, 5), tmp_path / "inputs.parquet"
+    sample = InputSample(panel, Split(np.arange(200, 204), np.arange(220, 224), np.arange(230, 234), purge_sessions=0))
+    sample.observe("train", blocks.block(np.arange(200, 202)))
+    sample.write(path)
+    assert not path.exists()
+    sample.start()
+    sample.observe("train", blocks.block(np.arange(202, 204)))
+    sample.write(path)
+    written = path.read_bytes()
+    sample.observe("train", blocks.block(np.arange(200, 202)))
+    sample.write(path)
+    assert path.read_bytes() == written
+    days = {row["date"] for row in pq.read_table(path).to_pylist()}
+    assert days == {panel.sessions[session].item() for session in (202, 203)}
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])
@@ -148,4 +168,4 @@ def test_what_recording_costs_is_measured_on_parts_that_exist(monkeypatch: pytes
     from recording import RECORDING
 
     assert all(callable(getattr(owner, name)) for owner, name in RECORDING)
-    assert {(InputsSeen, "see"), (InputsSeen, "write")} <= set(RECORDING)
+    assert {(InputSample, "see"), (InputSample, "write")} <= set(RECORDING)

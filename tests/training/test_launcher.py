@@ -20,8 +20,7 @@ import torch
 from atft_process import ATFT, atft_here, environment
 from conftest import Trained
 from process_work import gone
-from test_training import COLLAPSED, trainer_of
-from training_runs import TINY, Data, header, record, series, settings, train_quietly
+from training_runs import COLLAPSED, TINY, Data, header, record, series, settings, train_quietly, trainer_of
 
 from atft_pipeline.config.overrides import with_overrides
 from atft_pipeline.config.presets import preset
@@ -29,7 +28,7 @@ from atft_pipeline.errors import InputError, RunFailure, RunInterrupted
 from atft_pipeline.runs.lock import is_held
 from atft_pipeline.runs.tables import read_table
 from atft_pipeline.training import launcher as launch
-from atft_pipeline.training.distributed.process_group import Processes
+from atft_pipeline.training.distributed.process_group import ProcessGroup
 from atft_pipeline.training.launcher import Layout, processes_asked, threads_each, train_in_processes
 from atft_pipeline.training.plan import plan_run, resolve_device
 
@@ -43,7 +42,7 @@ TWO = Layout(2)
 def test_the_shares_are_the_parts_of_an_even_split(sessions: int, size: int) -> None:
     places = np.arange(sessions)
     expected = [part.tolist() for part in np.array_split(places, size)]
-    assert [places[Processes(rank, size).share(sessions)].tolist() for rank in range(size)] == expected
+    assert [places[ProcessGroup(rank, size).share(sessions)].tolist() for rank in range(size)] == expected
 
 
 def test_a_part_of_a_block_scores_its_sessions_as_the_block_does(data: Data, tmp_path: Path) -> None:
@@ -98,7 +97,7 @@ def test_threads_are_divided_where_the_environment_does_not_say(monkeypatch: pyt
 def test_each_process_has_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    second, third = Processes(5, 8, local_rank=1), Processes(6, 8, local_rank=2)
+    second, third = ProcessGroup(5, 8, local_rank=1), ProcessGroup(6, 8, local_rank=2)
     assert [str(resolve_device(name, second)) for name in ("auto", "cuda", "cpu")] == ["cuda:1", "cuda:1", "cpu"]
     with pytest.raises(InputError, match="cuda:2 was asked for and this machine has 2 CUDA devices"):
         resolve_device("auto", third)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,18 +15,19 @@ from atft_pipeline.dataset.layout import read_membership
 from atft_pipeline.evaluation.evaluate import evaluate
 from atft_pipeline.evaluation.reversal import REVERSAL_FEATURES, one_factor_reversal
 from atft_pipeline.storage.atomic import write_json
-from atft_pipeline.training.scoring import Scores, evaluate_scores, slice_mask
+from atft_pipeline.storage.json_values import plain_json
+from atft_pipeline.training.judging.scoring import Scores, evaluate_scores, slice_mask
 from atft_pipeline.verdict.validity import (
     REPEAT_TOLERANCE_CPU,
     REPEAT_TOLERANCE_GPU,
     forward_returns,
     lag_scan,
-    validity_battery,
+    validity_items,
 )
 
 
-class Battery:
-    """Runs the validity battery on one epoch's validation scores and keeps it as `validity/epoch_NNN.json`."""
+class ValidityChecks:
+    """Checks one epoch's validation scores and keeps the results as `validity/epoch_NNN.json`."""
 
     def __init__(self, panel: Panel, dataset: Path, config: PipelineConfig) -> None:
         self.panel, self.dataset, self.config = panel, dataset, config
@@ -39,15 +39,15 @@ class Battery:
         table = read_membership(self.dataset, ["Date", "Code", *names])
         code = table["Code"].combine_chunks().dictionary_encode()
         distinct = np.array(code.dictionary.to_pylist(), dtype=np.str_)
-        place = np.searchsorted(self.panel.codes, distinct)
-        known = self.panel.codes[np.minimum(place, len(self.panel.codes) - 1)] == distinct
-        row_place = np.where(known, place, -1)[code.indices.to_numpy()]
+        stock = np.searchsorted(self.panel.codes, distinct)
+        is_in_panel = self.panel.codes[np.minimum(stock, len(self.panel.codes) - 1)] == distinct
+        row_stock = np.where(is_in_panel, stock, -1)[code.indices.to_numpy()]
         session = np.searchsorted(self.panel.sessions, table["Date"].to_numpy().astype("datetime64[D]"))
-        kept = row_place >= 0
+        kept = row_stock >= 0
         dense = {}
         for name in names:
             dense[name] = np.full((len(self.panel.sessions), len(self.panel.codes)), np.nan)
-            dense[name][session[kept], row_place[kept]] = table[name].to_numpy()[kept]
+            dense[name][session[kept], row_stock[kept]] = table[name].to_numpy()[kept]
         return dense
 
     def run(
@@ -67,15 +67,15 @@ class Battery:
         """`again` scores the same weights in other blocks; `learning_rate` is the largest of the epoch."""
         panel, config, universe = self.panel, self.config.evaluation, self.config.evaluation.universe
         sessions = trained.sessions
-        inside = slice_mask(panel, universe)[sessions]
+        in_slice = slice_mask(panel, universe)[sessions]
 
         def scores(of: Scores) -> NDArray[np.float64]:
-            return np.where(inside, of.values[:, :, 0], np.nan).astype(np.float64)
+            return np.where(in_slice, of.values[:, :, 0], np.nan).astype(np.float64)
 
-        targets = np.where(inside, panel.targets[sessions, :, 0], np.nan).astype(np.float64)
+        targets = np.where(in_slice, panel.targets[sessions, :, 0], np.nan).astype(np.float64)
         first, second = (evaluate_scores(of, panel, universe, config) for of in (trained, again))
         recomputed = forward_returns(self._prices["Open"], self._prices["Close"], panel.manifest["execution"], 1)
-        items = validity_battery(
+        items = validity_items(
             scores(trained),
             targets,
             quantile=config.quantile,
@@ -94,7 +94,7 @@ class Battery:
         scan = lag_scan(scores(trained), self._prices["return_1d"][sessions], sharpe_daily=sharpe)
         content = {
             "epoch": epoch,
-            "items": [_finite(item.as_dict()) for item in items],
+            "items": [plain_json(item.as_dict()) for item in items],
             "lag_scan": scan,
             "reversal_sharpe": self._reversal_sharpe(sessions, train_sessions),
         }
@@ -128,7 +128,3 @@ class Battery:
             member=member[sessions],
         )
         return evaluation.value("sharpe_daily") if evaluation.valid else None
-
-
-def _finite(item: dict[str, Any]) -> dict[str, Any]:
-    return {name: None if isinstance(v, float) and not np.isfinite(v) else v for name, v in item.items()}

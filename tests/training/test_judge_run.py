@@ -18,13 +18,13 @@ from atft_pipeline.dataset.layout import membership_path
 from atft_pipeline.dataset.splits import make_split
 from atft_pipeline.errors import InputError
 from atft_pipeline.evaluation.portfolio import long_short
+from atft_pipeline.runs.documents import read_verdict
 from atft_pipeline.storage.artifact import manifest_path
-from atft_pipeline.training import trainer as training
-from atft_pipeline.training import validity_checks
-from atft_pipeline.training.judge_run import write_verdict
-from atft_pipeline.training.scoring import score_sessions
+from atft_pipeline.training.judging import epoch_evaluation, validity_checks
+from atft_pipeline.training.judging.epoch_evaluation import EpochEvaluator
+from atft_pipeline.training.judging.judge_run import write_verdict
+from atft_pipeline.training.judging.scoring import score_sessions
 from atft_pipeline.verdict.criterion import changed_criterion
-from atft_pipeline.verdict.read import read_verdict
 
 ITEMS = (
     "reinitialised_weights_score_differently",
@@ -146,7 +146,7 @@ def test_scores_read_from_elsewhere_are_caught(data, tmp_path, monkeypatch):
         options["loss"] = LossConfig()
         return files.setdefault(sessions[0], score_sessions(model, blocks, sessions, **options))
 
-    monkeypatch.setattr(training, "score_sessions", of_another_run)
+    monkeypatch.setattr(epoch_evaluation, "score_sessions", of_another_run)
     found = vetoed(data, tmp_path / "run", ITEMS[0])
     assert found["summary"].startswith(f"invalid: {ITEMS[0]} (epoch 2)")
     assert validity(tmp_path / "run")[f"{ITEMS[5]} (epoch 2)"] is False
@@ -155,12 +155,12 @@ def test_scores_read_from_elsewhere_are_caught(data, tmp_path, monkeypatch):
 
 def test_scores_that_stay_from_one_epoch_to_the_next_are_caught(data, tmp_path, monkeypatch):
     evaluated = {}
-    split_scores = training.Trainer._score_splits
+    split_scores = EpochEvaluator.score_splits
 
     def stale(self, epoch):
         return evaluated.setdefault("scores", split_scores(self, epoch))
 
-    monkeypatch.setattr(training.Trainer, "_score_splits", stale)
+    monkeypatch.setattr(EpochEvaluator, "score_splits", stale)
     vetoed(data, tmp_path / "run", ITEMS[5])
 
 
@@ -179,7 +179,7 @@ def test_scores_that_depend_on_their_batch_are_caught(data, tmp_path, monkeypatc
         scores.values[:, 0] *= 1.0 + batch_size / 4000
         return scores
 
-    monkeypatch.setattr(training, "score_sessions", of_the_batch)
+    monkeypatch.setattr(epoch_evaluation, "score_sessions", of_the_batch)
     vetoed(data, tmp_path / "run", ITEMS[3])
 
 
@@ -239,7 +239,7 @@ def test_the_evaluation_of_a_neighbouring_run_cannot_enter(copied, trained):
     assert found["criterion"]["value"] is None
 
 
-def test_a_battery_that_is_missing_at_the_criterion_epoch_is_not_made_up_for_by_another(copied):
+def test_checks_that_are_missing_at_the_criterion_epoch_are_not_made_up_for_by_others(copied):
     (copied / "validity" / "epoch_002.json").unlink()
     found = write_verdict(copied)
     assert (found["status"], found["validity"]) == ("invalid", [])

@@ -27,6 +27,7 @@ from atft_pipeline.config.schema import HORIZONS, EvaluationConfig, LossConfig
 from atft_pipeline.config.slices import Slice
 from atft_pipeline.evaluation.evaluate import Evaluation, evaluate
 from atft_pipeline.runs.record import statistics_rows, write_parquet
+from atft_pipeline.storage.json_values import finite_or_none
 from atft_pipeline.training.losses import CompositeLoss
 
 
@@ -161,24 +162,20 @@ def evaluation_rows(
     predictions: str,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Rows of `evals` and of `daily` for one evaluation. An invalid one leaves `valid` = 0 and no figures."""
-    place = {"epoch": epoch, "split": split, "slice": universe}
+    row = {"epoch": epoch, "split": split, "slice": universe}
     figures: dict[str, tuple[float | None, str, float | None]] = {}
     if evaluation.valid:
         figures = {name: (s.value, s.unit, s.se) for name, s in evaluation.statistics.items()}
     figures["valid"] = (float(evaluation.valid), "flag", None)
-    rows = statistics_rows(figures, **place, weights_hash=weights, predictions_hash=predictions)
+    rows = statistics_rows(figures, **row, weights_hash=weights, predictions_hash=predictions)
     if not evaluation.valid:
         return rows, []
     columns = {name: evaluation.daily[name] for name in ("ic", "rank_ic", "gross", "net", "turnover")}
     daily = [
-        place | {"date": session.item()} | {name: _null_if_nan(column[t]) for name, column in columns.items()}
+        row | {"date": session.item()} | {name: finite_or_none(column[t]) for name, column in columns.items()}
         for t, session in enumerate(evaluation.sessions)
     ]
     return rows, daily
-
-
-def _null_if_nan(value: float) -> float | None:
-    return None if np.isnan(value) else float(value)
 
 
 def write_predictions(path: Path, panel: Panel, scores_by_split: dict[str, Scores]) -> None:

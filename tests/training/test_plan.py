@@ -10,7 +10,7 @@ from training_runs import settings
 
 from atft_pipeline.errors import InputError
 from atft_pipeline.runs.lock import exclusive
-from atft_pipeline.training.plan import claim_directory, plan_run, resolve_device, run_header
+from atft_pipeline.training.plan import plan_run, resolve_device, resolve_run_dir, run_header
 
 
 def run_at(path, key="k", status="finished"):
@@ -67,15 +67,15 @@ def test_a_cuda_device_counts_only_where_there_are_as_many(monkeypatch):
 
 
 def test_a_new_and_an_empty_directory_are_free(tmp_path):
-    assert claim_directory(tmp_path / "new", "k", force=False) == tmp_path / "new"
+    assert resolve_run_dir(tmp_path / "new", "k", force=False) == tmp_path / "new"
     assert not (tmp_path / "new").exists()
-    assert claim_directory(tmp_path, "k", force=True) == tmp_path
+    assert resolve_run_dir(tmp_path, "k", force=True) == tmp_path
 
 
 def test_what_a_run_killed_at_its_start_leaves_is_free(tmp_path):
     with exclusive(tmp_path):
         (tmp_path / ".run.json.x8k").mkdir()
-    assert claim_directory(tmp_path, "k", force=False) == tmp_path
+    assert resolve_run_dir(tmp_path, "k", force=False) == tmp_path
 
 
 @pytest.mark.parametrize("name", ["notes.txt", ".hidden", "series"])
@@ -84,14 +84,14 @@ def test_a_directory_of_something_else_is_refused_untouched(name, tmp_path):
     before = listing(tmp_path)
     for force in (False, True):
         with pytest.raises(InputError, match="not empty and not a run; choose another directory"):
-            claim_directory(tmp_path, "k", force=force)
+            resolve_run_dir(tmp_path, "k", force=force)
     assert listing(tmp_path) == before
 
 
 def test_a_file_is_no_run_directory(tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(InputError, match="is a file"):
-        claim_directory(tmp_path / "file", "k", force=False)
+        resolve_run_dir(tmp_path / "file", "k", force=False)
 
 
 def test_another_run_is_refused_untouched(tmp_path):
@@ -99,7 +99,7 @@ def test_another_run_is_refused_untouched(tmp_path):
     before = listing(run)
     for force in (False, True):
         with pytest.raises(InputError, match="holds run other of another configuration, code, dataset or number"):
-            claim_directory(run, "k", force=force)
+            resolve_run_dir(run, "k", force=force)
     assert listing(run) == before
 
 
@@ -115,7 +115,7 @@ def test_another_run_is_refused_untouched(tmp_path):
 )
 def test_force_only_leaves_a_finished_run(status, force, name, tmp_path):
     run = run_at(tmp_path / "run", status=status)
-    assert claim_directory(run, "k", force=force).name == name
+    assert resolve_run_dir(run, "k", force=force).name == name
 
 
 def test_an_attempt_takes_the_next_place_that_is_its_own(tmp_path):
@@ -124,6 +124,6 @@ def test_an_attempt_takes_the_next_place_that_is_its_own(tmp_path):
     (tmp_path / "run-attempt2" / "notes.txt").touch()
     run_at(tmp_path / "run-attempt3", key="other", status="failed")
     run_at(tmp_path / "run-attempt4")
-    assert claim_directory(run, "k", force=True).name == "run-attempt5"
+    assert resolve_run_dir(run, "k", force=True).name == "run-attempt5"
     run_at(tmp_path / "run-attempt5", status="failed")
-    assert claim_directory(run, "k", force=True).name == "run-attempt5", "it goes on"
+    assert resolve_run_dir(run, "k", force=True).name == "run-attempt5", "it goes on"
