@@ -267,24 +267,25 @@ def _evaluate(options: argparse.Namespace) -> Result:
 
 
 def _deliver(options: argparse.Namespace) -> Result:
-    from atft_pipeline.ensemble.ensemble import deliver, write_delivery
+    from atft_pipeline.ensemble.ensemble import combine_runs
+    from atft_pipeline.ensemble.export import KIND, write_ensemble_scores
     from atft_pipeline.storage.artifact import require_replaceable
 
-    require_replaceable(options.out, "delivery")
-    delivery = deliver(
+    require_replaceable(options.out, KIND)
+    scores = combine_runs(
         options.run_dirs,
         horizon_sessions=options.horizon,
         blend=options.blend,
         smoothing_sessions=options.smooth,
     )
-    write_delivery(delivery, options.out)
-    for problem in delivery.problems:
+    write_ensemble_scores(scores, options.out)
+    for problem in scores.problems:
         _say(f"atft deliver: {options.out}: {problem}")
-    content = {"path": str(options.out), **delivery.as_dict()}
+    content = {"path": str(options.out), **scores.as_dict()}
     if not options.json:  # a row of the main figures for each part; the rest is in the JSON
         content = {name: content[name] for name in ("path", "definition", "weight", "differences")}
-        content |= {"against_better_part": delivery.against_better_part(), "figures": delivery.figures()}
-    return content, 1 if delivery.problems else 0
+        content |= {"against_better_part": scores.against_better_part(), "figures": scores.figures()}
+    return content, 1 if scores.problems else 0
 
 
 def _diagnose(options: argparse.Namespace) -> Result:

@@ -30,6 +30,7 @@ from atft_pipeline.config.schema import PipelineConfig
 from atft_pipeline.dataset.splits import Split, make_split
 from atft_pipeline.errors import InputError, RunFailure
 from atft_pipeline.evaluation.evaluate import Evaluation
+from atft_pipeline.evaluation.slices import evaluable_slices
 from atft_pipeline.graph.store import load_graph
 from atft_pipeline.model.atft_gat_fan import ATFTGATFAN
 from atft_pipeline.runs.header import now, read_run
@@ -54,7 +55,6 @@ from atft_pipeline.training.plan import Plan, claim_directory, plan_run, resolve
 from atft_pipeline.training.schedule import LearningRateSchedule
 from atft_pipeline.training.scoring import (
     Scores,
-    evaluable_slices,
     evaluate_scores,
     evaluation_rows,
     predictions_hash,
