@@ -1,4 +1,4 @@
-"""`ensemble_scores_5ep`: every field changes the score, further seeds are runs of their own, refusals are one sentence."""
+"""`ensemble_scores_5ep`: every field changes the score, further seeds are further runs, a refusal is one sentence."""
 
 from __future__ import annotations
 
