@@ -11,7 +11,7 @@ from atft_pipeline.errors import InputError, RunFailure
 
 
 @contextmanager
-def failing_with_one_sentence(
+def as_dagster_failure(
     context: dg.AssetExecutionContext | dg.AssetCheckExecutionContext | dg.OpExecutionContext,
 ) -> Iterator[None]:
     """Turns the library's errors into a Dagster failure whose description is their sentence; never retried."""
@@ -22,7 +22,7 @@ def failing_with_one_sentence(
         raise dg.Failure(description=str(error), allow_retries=False) from None
 
 
-def held(
+def check_result(
     context: dg.AssetExecutionContext,
     check_name: str,
     problems: Sequence[str],
@@ -43,7 +43,7 @@ def held(
     )
 
 
-def numbers(figures: Mapping[str, float | int | None]) -> dict[str, dg.MetadataValue]:
+def numeric_metadata(figures: Mapping[str, float | int | None]) -> dict[str, dg.MetadataValue]:
     """Figures as metadata the UI plots; a missing one is left out rather than shown as zero."""
     metadata: dict[str, dg.MetadataValue] = {}
     for name, value in figures.items():

@@ -170,9 +170,9 @@ def test_the_training_path_imports_only_what_a_gpu_machine_has() -> None:
         found |= {name.split(".")[0] for name in imported(tree)}
         path += [name for name in own(imported(tree)) if name]
     third_party = found - set(sys.stdlib_module_names) - {"atft_pipeline", "__future__"}
-    # Bootstrap intervals, the deflated Sharpe of several trials, sorted folds, building a graph: training does without
+    # Bootstrap intervals, sorted folds, building a graph: training does without
     # each where it is absent.
-    lazily_used = {"arch", "numba", "skfolio", "threadpoolctl"}
+    lazily_used = {"arch", "numba", "threadpoolctl"}
     assert third_party - lazily_used <= THIRD_PARTY_OF_TRAINING
 
 

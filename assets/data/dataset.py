@@ -7,7 +7,12 @@ import dagster as dg
 import polars as pl
 
 from assets.data.column_lineage import dataset_lineage, dataset_table_schema, prices_lineage, prices_table_schema
-from assets.metadata import failing_with_one_sentence, held, markdown_table, numbers
+from assets.metadata import (
+    as_dagster_failure,
+    check_result,
+    markdown_table,
+    numeric_metadata,
+)
 from atft_pipeline.dataset.store import update_dataset
 from atft_pipeline.errors import InputError
 from atft_pipeline.features.statistics import DRIFT_WARNING, NULL_SHARE_WARNING
@@ -47,7 +52,7 @@ class DatasetOverrides(dg.Config):
 def prices(
     context: dg.AssetExecutionContext, config: DatasetOverrides, store: DatasetStore, compute: Compute
 ) -> dg.MaterializeResult:
-    with failing_with_one_sentence(context):
+    with as_dagster_failure(context):
         source = store.open_source()
         settings, _ = compute.configuration(
             "prices",
@@ -72,21 +77,21 @@ def prices(
             "path": str(path),
             "source": manifest["source"]["path"],
             "changes": changes_sentence("prices", manifest["changes"]),
-            **numbers({"dagster/row_count": figures["rows"], "quarantined": quarantine.height} | figures),
+            **numeric_metadata({"dagster/row_count": figures["rows"], "quarantined": quarantine.height} | figures),
             "dagster/column_schema": prices_table_schema(),
             "dagster/column_lineage": prices_lineage(),
             "quarantine": markdown_table(quarantine_summary(quarantine)),
         },
         data_version=dg.DataVersion(manifest["fingerprint"]),
         check_results=[
-            held(context, "contract", contract.failures, f"all {contract.rows} rows written now"),
-            held(context, "universe_not_empty", empty, universe),
+            check_result(context, "contract", contract.failures, f"all {contract.rows} rows written now"),
+            check_result(context, "universe_not_empty", empty, universe),
             dg.AssetCheckResult(
                 passed=backfilled == 0,
                 severity=dg.AssetCheckSeverity.WARN,
                 check_name="listed_is_point_in_time",
                 description=f"{backfilled} of {figures['rows']} rows take sector and market from a later snapshot",
-                metadata=numbers({"rows": backfilled}),
+                metadata=numeric_metadata({"rows": backfilled}),
             ),
         ],
     )
@@ -149,7 +154,7 @@ def quarantine_summary(quarantine: pl.DataFrame) -> list[dict[str, Any]]:
     ],
 )
 def ml_dataset(context: dg.AssetExecutionContext, store: DatasetStore) -> dg.MaterializeResult:
-    with failing_with_one_sentence(context):
+    with as_dagster_failure(context):
         adjusted, made_from = store.current("prices", "ml_dataset")
         source = store.open_source(made_from["source"]["path"])
         others = read_checked(source, but=["prices"])
@@ -177,7 +182,7 @@ def ml_dataset(context: dg.AssetExecutionContext, store: DatasetStore) -> dg.Mat
             "first_date": manifest["first_date"],
             "last_date": manifest["last_date"],
             "changes": changes_sentence("ml_dataset", manifest["changes"]),
-            **numbers(
+            **numeric_metadata(
                 {
                     "dagster/row_count": manifest["rows"],
                     "sessions": manifest["sessions"],
@@ -193,7 +198,7 @@ def ml_dataset(context: dg.AssetExecutionContext, store: DatasetStore) -> dg.Mat
         },
         data_version=dg.DataVersion(manifest["fingerprint"]),
         check_results=[
-            held(context, "contract", report.failures, f"all {report.rows} rows written now"),
+            check_result(context, "contract", report.failures, f"all {report.rows} rows written now"),
             live_features_result(manifest, count, live),
             null_share_result(manifest),
             drift_result(manifest),
@@ -209,7 +214,7 @@ def live_features_result(manifest: dict[str, Any], count: int, live: int) -> dg.
         severity=dg.AssetCheckSeverity.WARN,
         check_name="live_features",
         description=f"{live} of {count} live" + (f"; without values: {', '.join(dead)}" if dead else ""),
-        metadata=numbers({"live": live, "expected": count}),
+        metadata=numeric_metadata({"live": live, "expected": count}),
     )
 
 
@@ -253,7 +258,7 @@ def _moved(
         description=description,
         metadata={
             "compared_with": against or "nothing",
-            **numbers({"features": len(moved)}),
+            **numeric_metadata({"features": len(moved)}),
             "moved": markdown_table([{"feature": name, **drift} for name, drift in moved.items()]),
         },
     )

@@ -10,7 +10,7 @@ from typing import Any
 
 import dagster as dg
 
-from assets.metadata import failing_with_one_sentence, markdown_table, numbers
+from assets.metadata import as_dagster_failure, markdown_table, numeric_metadata
 from assets.training.gate import last_materialization
 from atft_pipeline.errors import InputError
 from atft_pipeline.runs.header import read_run
@@ -47,7 +47,7 @@ def run_checks(epochs: int) -> dg.AssetChecksDefinition:
     def judge(context: dg.AssetCheckExecutionContext) -> Iterator[dg.AssetCheckResult]:
         from atft_pipeline.runs.documents import read_verdict
 
-        with failing_with_one_sentence(context):
+        with as_dagster_failure(context):
             verdict = read_verdict(judged_run(context.instance, run))
         say = context.log.info if verdict["status"] in PASSES else context.log.error
         say(f"{model.to_user_string()}: {verdict['summary']}")
@@ -109,7 +109,9 @@ def criterion_result(verdict: dict[str, Any], model: dg.AssetKey) -> dg.AssetChe
             "dataset_fingerprint": verdict["dataset_fingerprint"],
             "config_key": verdict["config_key"],
             "run_key": verdict["run_key"],
-            **numbers({name: criterion[name] for name in ("value", "threshold", "se", "psr_0", "sessions", "epoch")}),
+            **numeric_metadata(
+                {name: criterion[name] for name in ("value", "threshold", "se", "psr_0", "sessions", "epoch")}
+            ),
             "validity": markdown_table(verdict["validity"]),
             "warnings": markdown_table([{"warning": warning} for warning in verdict["warnings"]]),
         },

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import dagster as dg
 
 from assets.judging.checks import recorded_run
-from assets.metadata import failing_with_one_sentence, held, markdown_table, numbers
+from assets.metadata import as_dagster_failure, check_result, markdown_table, numeric_metadata
 from assets.training.gate import last_materialization
 from assets.training.training_run import GATED_LENGTH, RUN_LENGTHS, model_key, run_asset_key
 from atft_pipeline.errors import InputError
@@ -36,7 +36,7 @@ CHECK = "no_identical_figures"
 def comparison(context: dg.AssetExecutionContext, store: DatasetStore) -> dg.MaterializeResult:
     from atft_pipeline.monitoring.comparison import compare
 
-    with failing_with_one_sentence(context):
+    with as_dagster_failure(context):
         _, manifest = store.current("ml_dataset", "comparison")
         baselines = store.baselines() or "never fitted; materialize the asset `baselines`"
         compared = compare(
@@ -51,7 +51,7 @@ def comparison(context: dg.AssetExecutionContext, store: DatasetStore) -> dg.Mat
             "missed_expectations": markdown_table(compared.missed()),
             "alarms": markdown_table([{"alarm": alarm.sentence} for alarm in compared.alarms]),
             "notes": markdown_table([{"note": note.sentence} for note in compared.notes]),
-            **numbers({f"{row.name} sharpe": row.sharpe for row in compared.rows}),
+            **numeric_metadata({f"{row.name} sharpe": row.sharpe for row in compared.rows}),
         },
         check_results=[identity_result(context, compared)],
     )
@@ -60,7 +60,7 @@ def comparison(context: dg.AssetExecutionContext, store: DatasetStore) -> dg.Mat
 def identity_result(context: dg.AssetExecutionContext, compared: "Comparison") -> dg.AssetCheckResult:
     """Fails with one sentence per figure that different weights share."""
     problems = [alarm.sentence for alarm in compared.alarms]
-    return held(context, CHECK, problems, "no figure of different weights is bit-identical")
+    return check_result(context, CHECK, problems, "no figure of different weights is bit-identical")
 
 
 def _length(epochs: int) -> str:

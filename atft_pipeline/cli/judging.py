@@ -17,7 +17,7 @@ from atft_pipeline.errors import InputError
 from atft_pipeline.monitoring.figures import NOT_MEASURED, colour, number
 
 if TYPE_CHECKING:
-    from atft_pipeline.ensemble.ensemble import Delivery
+    from atft_pipeline.ensemble.ensemble_scores import EnsembleScores
     from atft_pipeline.monitoring.comparison import Comparison
 
 BLENDS = ("none", "lightgbm")
@@ -188,25 +188,26 @@ def _by_name(run_dirs: Sequence[Path]) -> dict[str, Path | str]:
 
 
 def _export(options: argparse.Namespace) -> Reply:
-    from atft_pipeline.ensemble.ensemble import deliver, write_delivery
+    from atft_pipeline.ensemble.ensemble import combine_runs
+    from atft_pipeline.ensemble.export import KIND, write_ensemble_scores
     from atft_pipeline.storage.artifact import require_replaceable
 
-    require_replaceable(options.out, "delivery")
+    require_replaceable(options.out, KIND)
     with ProgressBar("exporting"):
-        scores = deliver(
+        scores = combine_runs(
             options.run_dirs,
             horizon_sessions=options.horizon,
             blend=options.blend,
             smoothing_sessions=options.smooth,
         )
-        write_delivery(scores, options.out)
+        write_ensemble_scores(scores, options.out)
     for problem in scores.problems:
         say(f"atft {options.name}: {options.out}: {problem}")
     content = {"path": str(options.out), **scores.as_dict()}
     return Reply(content, export_blocks(content, scores), 1 if scores.problems else 0)
 
 
-def export_blocks(content: Mapping[str, Any], scores: Delivery) -> list[Block]:
+def export_blocks(content: Mapping[str, Any], scores: EnsembleScores) -> list[Block]:
     """What was made, the figures of every part beside the result, and the paired differences of their ICs."""
     weight = content["weight"]
     against = [

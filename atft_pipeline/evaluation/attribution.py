@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 from atft_pipeline.config.schema import EvaluationConfig
 from atft_pipeline.errors import InputError
 from atft_pipeline.evaluation import metrics
-from atft_pipeline.evaluation.evaluate import evaluate
+from atft_pipeline.evaluation.evaluate import EvaluationPanel, evaluate_panel
 from atft_pipeline.evaluation.portfolio import COSTS_BPS, Book, after_costs, long_short_book
 from atft_pipeline.evaluation.predictions_table import ScorePanel
+from atft_pipeline.storage.json_values import plain_json
 
 Array = NDArray[np.float64]
 Days = NDArray[np.datetime64]
@@ -135,24 +136,19 @@ class Attribution:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON without the daily series; NaN and infinity as null."""
-        return {name: _plain(getattr(self, name)) for name in _REPORTED}
+        return {name: plain_json(_fields(getattr(self, name))) for name in _REPORTED}
 
 
 _REPORTED = ("costs", "turnover", "by_year", "by_month", "capacity", "market", "sectors", "size")
 
 
-def _plain(value: Any) -> Any:
+def _fields(value: Any) -> dict[str, Any]:
+    """A reported value by its fields, the daily series left out."""
     if isinstance(value, Missing):
         return {"not_assessable": value.reason}
-    if is_dataclass(value) and not isinstance(value, type):
-        return {name: _plain(v) for name, v in asdict(value).items() if not isinstance(v, np.ndarray)}
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        return [_plain(item) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value
+        return {key: _fields(item) for key, item in value.items()}
+    return {name: item for name, item in asdict(value).items() if not isinstance(item, np.ndarray)}
 
 
 @dataclass(frozen=True)
@@ -173,9 +169,9 @@ def attribute(panel: ScorePanel, around: Surroundings, config: EvaluationConfig)
 
     Raises InputError for scores that the evaluation does not rank, with its reason.
     """
-    evaluation = evaluate(
-        panel.scores, panel.targets, panel.sessions, panel.codes, config, days_per_year=1, bootstrap=False
-    )
+    # Nothing reported here is annualised: any number of days does.
+    evaluated = EvaluationPanel(panel.sessions, panel.codes, panel.targets, days_per_year=1)
+    evaluation = evaluate_panel(panel.scores, evaluated, config)
     if not evaluation.valid:
         raise InputError(evaluation.reason)
     gross, turnover = evaluation.daily["gross"], evaluation.daily["turnover"]

@@ -28,11 +28,10 @@ from atft_pipeline.evaluation.attribution import (
     attribute,
     trailing_median,
 )
+from atft_pipeline.evaluation.evaluate import SPLITS
 from atft_pipeline.evaluation.predictions_table import ScorePanel, score_panel
+from atft_pipeline.evaluation.slices import marked_slice
 from atft_pipeline.storage.artifact import Period, read_artifact, read_manifest, resolved
-
-SPLITS: tuple[str, ...] = ("validation", "test")
-
 
 # From files ------------------------------------------------------------------------------------------------------
 
@@ -49,7 +48,7 @@ def attribute_predictions(
         table = read_artifact(predictions)
     except InputError as error:
         return {split: Missing(str(error)) for split in SPLITS}
-    universe: Slice | None = "liquid" if config.universe == "liquid" else None
+    universe = marked_slice(config.universe)
     panels = {split: _panel(table, split, universe) for split in SPLITS}
     known = [panel.sessions for panel in panels.values() if isinstance(panel, ScorePanel)]
     ends: list[date] = [day for sessions in known for day in sessions[[0, -1]].tolist()]

@@ -8,14 +8,17 @@ never looked at.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from atft_pipeline.config.schema import HORIZONS
+from atft_pipeline.config.schema import HORIZONS, EvaluationConfig
 from atft_pipeline.errors import InputError
+from atft_pipeline.evaluation.evaluate import SPLITS, Evaluation, evaluate_panel
 from atft_pipeline.evaluation.reversal import one_factor_reversal
+from atft_pipeline.evaluation.slices import panel_of_slice
 
 if TYPE_CHECKING:  # blocks imports torch, which neither fit needs
     from atft_pipeline.batches.panel import Panel
@@ -93,6 +96,24 @@ def fit_baselines(panel: Panel, split: Split, seed: int) -> dict[str, NDArray[np
     factor = one_factor_reversal(panel.features, names, targets, panel.member, split.train).scores
     scores["reversal"] = np.where(asked, factor, np.nan)
     return scores
+
+
+def evaluate_baselines(
+    scores: Mapping[str, NDArray[np.float64]], panel: Panel, split: Split, config: EvaluationConfig
+) -> dict[str, dict[str, Evaluation]]:
+    """Model -> split -> evaluation, with bootstrap, of the scores of `fit_baselines`: that of the network."""
+    return {
+        model: {
+            part: evaluate_panel(
+                values[getattr(split, part)],
+                panel_of_slice(panel, getattr(split, part), config.universe),
+                config,
+                bootstrap=True,
+            )
+            for part in SPLITS
+        }
+        for model, values in scores.items()
+    }
 
 
 def fit_ridge(panel: Panel, split: Split, asked: NDArray[np.int64]) -> NDArray[np.float64]:

@@ -20,17 +20,16 @@ from numpy.typing import NDArray
 from atft_pipeline.config.overrides import from_dict, leaves
 from atft_pipeline.config.schema import EXPERIMENT_IDS
 from atft_pipeline.errors import InputError
-from atft_pipeline.evaluation.metrics import finite_or_none, paired_difference, sharpe
+from atft_pipeline.evaluation.metrics import paired_difference, sharpe
 from atft_pipeline.runs.header import read_run
 from atft_pipeline.runs.keys import NON_DECIDING_FIELDS
 from atft_pipeline.runs.tables import read_table
 from atft_pipeline.storage.atomic import write_json
+from atft_pipeline.storage.json_values import finite_or_none
 
 SPLIT = "validation"
 SIGNIFICANT_SE = 1.96
 """Standard errors beyond which a difference is called one where no interval was computed."""
-
-_BOOTSTRAP_SEED = 20
 
 
 @dataclass(frozen=True)
@@ -171,7 +170,7 @@ def _columns(daily: Daily) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
 
 
 def _paired(ours: NDArray[np.float64], theirs: NDArray[np.float64], samples: int) -> dict[str, Any]:
-    return paired_difference(ours, theirs, samples=samples, seed=_BOOTSTRAP_SEED)
+    return paired_difference(ours, theirs, samples=samples)
 
 
 def _changed(config: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, list[Any]]:

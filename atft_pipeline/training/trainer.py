@@ -28,6 +28,7 @@ from atft_pipeline.config.schema import PipelineConfig
 from atft_pipeline.dataset.splits import Split, make_split
 from atft_pipeline.errors import InputError, RunFailure
 from atft_pipeline.evaluation.evaluate import Evaluation
+from atft_pipeline.evaluation.slices import evaluable_slices
 from atft_pipeline.graph.store import load_graph
 from atft_pipeline.model.atft_gat_fan import ATFTGATFAN
 from atft_pipeline.runs.record import RunRecord
@@ -41,7 +42,10 @@ from atft_pipeline.training.failures import (
     shortage_of_memory_explained,
 )
 from atft_pipeline.training.judging.epoch_evaluation import EpochEvaluator
-from atft_pipeline.training.judging.scoring import Scores, evaluable_slices, to_device
+from atft_pipeline.training.judging.scoring import (
+    Scores,
+    to_device,
+)
 from atft_pipeline.training.losses import CompositeLoss, LossTerms
 from atft_pipeline.training.plan import Plan
 from atft_pipeline.training.schedule import LearningRateSchedule

@@ -16,7 +16,7 @@ from scipy import stats
 
 from atft_pipeline.config.schema import EvaluationConfig
 from atft_pipeline.errors import InputError
-from atft_pipeline.evaluation.evaluate import DAILY, STATISTICS, evaluate
+from atft_pipeline.evaluation.evaluate import DAILY_SERIES, STATISTICS, EvaluationPanel, evaluate_panel
 from atft_pipeline.evaluation.metrics import sharpe
 from atft_pipeline.evaluation.portfolio import long_short, long_short_tranches
 from atft_pipeline.evaluation.predictions_table import evaluate_file, evaluate_table
@@ -35,10 +35,11 @@ def panel(seed=1, T=T, N=N):
     return scores, 0.01 * scores + generator.normal(0, 0.02, (T, N))
 
 
-def run(scores, targets, **kwargs):
+def run(scores, targets, trials=1, **of_panel):
     days = np.datetime64("2012-01-04") + np.arange(len(scores))
     codes = [f"{1000 + n:05d}" for n in range(scores.shape[1])]
-    return evaluate(scores, targets, days, codes, CONFIG, days_per_year=245, bootstrap=False, **kwargs)
+    held_against = EvaluationPanel(days, codes, targets, **{"days_per_year": 245} | of_panel)
+    return evaluate_panel(scores, held_against, CONFIG, trials=trials)
 
 
 def table(scores, targets, **columns):
@@ -87,14 +88,14 @@ def test_statistics_follow_their_definitions():
     assert result.value("sharpe_ci_low") is None
     assert (result.valid, result.reason, result.notes) == (True, "", ())
     assert list(result.statistics) == list(STATISTICS)
-    assert list(result.daily) == list(DAILY)
+    assert list(result.daily) == list(DAILY_SERIES)
     json.dumps(result.as_dict(), allow_nan=False)
 
 
 def test_bootstrap_adds_the_interval():
     scores, targets = panel(T=40)
     days = np.datetime64("2012-01-04") + np.arange(40)
-    result = evaluate(scores, targets, days, CODES, CONFIG, days_per_year=245, bootstrap=True)
+    result = evaluate_panel(scores, EvaluationPanel(days, CODES, targets, 245), CONFIG, bootstrap=True)
     assert result.value("sharpe_ci_low") < result.value("sharpe_daily") < result.value("sharpe_ci_high")
 
 
@@ -352,9 +353,9 @@ def test_a_split_or_slice_that_is_not_there_is_refused():
 def test_a_panel_out_of_order_or_of_other_shapes_is_refused():
     scores, targets = panel()
     with pytest.raises(InputError, match="ascending"):
-        evaluate(scores, targets, SESSIONS, CODES[::-1], CONFIG, days_per_year=245, bootstrap=False)
+        evaluate_panel(scores, EvaluationPanel(SESSIONS, CODES[::-1], targets, 245), CONFIG)
     with pytest.raises(InputError, match="shape"):
-        evaluate(scores[:3], targets, SESSIONS, CODES, CONFIG, days_per_year=245, bootstrap=False)
+        evaluate_panel(scores[:3], EvaluationPanel(SESSIONS, CODES, targets, 245), CONFIG)
 
 
 def test_too_few_stocks_for_a_leg_have_an_ic_and_no_sharpe():

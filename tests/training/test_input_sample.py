@@ -12,7 +12,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from atft_process import REPO
 from conftest import Trained
 from training_runs import Data, settings, split_sessions, train_quietly
 
@@ -32,6 +31,7 @@ from atft_pipeline.training.telemetry.input_sample import (
     moments,
     sampled,
 )
+from bench.training.recording import RECORDING
 
 
 def test_rows_equal_moments_computed_by_hand_from_the_block(data: Data, tmp_path: Path) -> None:
@@ -163,9 +163,6 @@ def test_correlation_of_what_does_not_vary_is_none() -> None:
     assert np.isnan(correlations(columns[:0], target[:0])).all()
 
 
-def test_what_recording_costs_is_measured_on_parts_that_exist(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(REPO / "bench"))
-    from recording import RECORDING
-
+def test_what_recording_costs_is_measured_on_parts_that_exist() -> None:
     assert all(callable(getattr(owner, name)) for owner, name in RECORDING)
     assert {(InputSample, "see"), (InputSample, "write")} <= set(RECORDING)

@@ -37,7 +37,7 @@ from atft_pipeline.config.schema import (
     TrainConfig,
 )
 from atft_pipeline.errors import InputError, RunFailure
-from atft_pipeline.evaluation.evaluate import evaluate
+from atft_pipeline.evaluation.evaluate import EvaluationPanel, evaluate_panel
 from atft_pipeline.runs.tables import read_table
 from atft_pipeline.training import train
 from atft_pipeline.training.judging.scoring import weights_hash
@@ -178,16 +178,11 @@ def test_bootstrap_samples_decide_the_interval():
     generator = np.random.default_rng(0)
     scores, targets = generator.normal(size=(2, 30, 10))
     sessions = np.arange("2024-01-01", "2024-01-31", dtype="datetime64[D]")
+    panel = EvaluationPanel(sessions, [f"{i:04d}" for i in range(10)], targets, days_per_year=245)
     low = [
-        evaluate(
-            scores,
-            targets,
-            sessions,
-            [f"{i:04d}" for i in range(10)],
-            EvaluationConfig(bootstrap_samples=samples),
-            days_per_year=245,
-            bootstrap=True,
-        ).value("sharpe_ci_low")
+        evaluate_panel(scores, panel, EvaluationConfig(bootstrap_samples=samples), bootstrap=True).value(
+            "sharpe_ci_low"
+        )
         for samples in (10, 200)
     ]
     assert low[0] != low[1]

@@ -17,12 +17,12 @@ from atft_pipeline.batches.block_dataset import BlockDataset
 from atft_pipeline.config.schema import PipelineConfig
 from atft_pipeline.dataset.splits import Split
 from atft_pipeline.evaluation.evaluate import Evaluation
+from atft_pipeline.evaluation.slices import evaluable_slices
 from atft_pipeline.runs.record import RunRecord
 from atft_pipeline.runs.tables import read_table
 from atft_pipeline.training.distributed.process_group import ProcessGroup
 from atft_pipeline.training.judging.scoring import (
     Scores,
-    evaluable_slices,
     evaluate_scores,
     evaluation_rows,
     predictions_hash,

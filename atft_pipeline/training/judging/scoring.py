@@ -25,7 +25,8 @@ from atft_pipeline.batches.panel import Panel
 from atft_pipeline.batches.panel_storage import prefetched
 from atft_pipeline.config.schema import HORIZONS, EvaluationConfig, LossConfig
 from atft_pipeline.config.slices import Slice
-from atft_pipeline.evaluation.evaluate import Evaluation, evaluate
+from atft_pipeline.evaluation.evaluate import Evaluation, evaluate_panel
+from atft_pipeline.evaluation.slices import panel_of_slice
 from atft_pipeline.runs.record import statistics_rows, write_parquet
 from atft_pipeline.storage.json_values import finite_or_none
 from atft_pipeline.training.losses import CompositeLoss
@@ -119,37 +120,9 @@ def predictions_hash(scores: Scores, panel: Panel) -> str:
     return digest.hexdigest()[:16]
 
 
-def slice_mask(panel: Panel, universe: Slice) -> NDArray[np.bool_]:
-    """[T, N] rows of the panel that a reported slice covers; never more than the model scores."""
-    return panel.member & (panel.liquid if universe == "liquid" else panel.investable)
-
-
-def evaluable_slices(panel: Panel, sessions: NDArray[np.int64], train_universe: Slice) -> tuple[Slice, ...]:
-    """Slices that a model trained on `train_universe` scores in full and that `sessions` can be evaluated in.
-
-    A model of `liquid` does not report `all`. A Sharpe needs two sessions in which two stocks have a target.
-    """
-    covered: tuple[Slice, ...] = ("liquid",) if train_universe == "liquid" else ("liquid", "all")
-    has_target = np.isfinite(panel.targets[sessions, :, 0])
-    return tuple(
-        universe
-        for universe in covered
-        if ((slice_mask(panel, universe)[sessions] & has_target).sum(axis=1) >= 2).sum() >= 2
-    )
-
-
 def evaluate_scores(scores: Scores, panel: Panel, universe: Slice, config: EvaluationConfig) -> Evaluation:
     """Evaluation of horizon 1's scores over the scored sessions, stocks of `universe` only."""
-    return evaluate(
-        scores.values[:, :, 0],
-        panel.targets[scores.sessions, :, 0],
-        panel.sessions[scores.sessions],
-        panel.codes,
-        config,
-        days_per_year=int(panel.manifest["days_per_year"]),
-        bootstrap=False,
-        member=slice_mask(panel, universe)[scores.sessions],
-    )
+    return evaluate_panel(scores.values[:, :, 0], panel_of_slice(panel, scores.sessions, universe), config)
 
 
 def evaluation_rows(

@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 from atft_pipeline.batches.panel import Panel
 from atft_pipeline.config.schema import PipelineConfig
 from atft_pipeline.dataset.layout import read_membership
-from atft_pipeline.evaluation.evaluate import evaluate
+from atft_pipeline.evaluation.evaluate import evaluate_panel
 from atft_pipeline.evaluation.reversal import REVERSAL_FEATURES, one_factor_reversal
+from atft_pipeline.evaluation.slices import panel_of_slice, slice_mask
 from atft_pipeline.storage.atomic import write_json
 from atft_pipeline.storage.json_values import plain_json
-from atft_pipeline.training.judging.scoring import Scores, evaluate_scores, slice_mask
+from atft_pipeline.training.judging.scoring import Scores, evaluate_scores
 from atft_pipeline.verdict.validity import (
     REPEAT_TOLERANCE_CPU,
     REPEAT_TOLERANCE_GPU,
@@ -117,14 +118,6 @@ class ValidityChecks:
             train_sessions,
             quantile=config.quantile,
         )
-        evaluation = evaluate(
-            reversal.scores[sessions],
-            panel.targets[sessions, :, 0],
-            panel.sessions[sessions],
-            panel.codes,
-            config,
-            days_per_year=int(panel.manifest["days_per_year"]),
-            bootstrap=False,
-            member=member[sessions],
-        )
+        of_slice = panel_of_slice(panel, sessions, config.universe)
+        evaluation = evaluate_panel(reversal.scores[sessions], of_slice, config)
         return evaluation.value("sharpe_daily") if evaluation.valid else None

@@ -6,7 +6,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from atft_pipeline.ensemble.combine import blend_weight, blended, ensemble, smoothed, standardised
+from atft_pipeline.ensemble.combine import averaged, blend_weight, blended, smoothed, standardised
 from atft_pipeline.errors import InputError
 from atft_pipeline.evaluation.metrics import information_coefficient, mean_and_error
 
@@ -36,7 +36,7 @@ def test_an_ensemble_is_the_mean_of_the_members_z_scores():
     for t in range(6):
         rows = [slow_z(member[t]) for member in members]
         expected.append(slow_z([sum(values) / 3 for values in zip(*rows, strict=True)]))
-    np.testing.assert_allclose(ensemble(members), expected)
+    np.testing.assert_allclose(averaged(members), expected)
 
 
 def test_a_blend_is_its_parts_at_the_ends_and_between_them_in_the_middle():

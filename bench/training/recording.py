@@ -1,4 +1,4 @@
-"""What recording costs: `python bench/recording.py DATASET GRAPH [--preset cpu --epochs 3 --set FIELD=VALUE]`.
+"""What recording costs: `python -m bench.training.recording DATASET GRAPH [--preset cpu --epochs 3 --set FIELD=VALUE]`.
 
 Trains in a temporary directory with one thread and adds up the processor time of everything that exists for the record
 alone: series, evaluations and their daily rows written, effective weights, updates, activations, sampled inputs. Prints

@@ -1,4 +1,4 @@
-"""Deliveries: what is averaged, blended and smoothed of which runs, what is reported of it, and what is refused."""
+"""Ensemble scores of finished runs: how they are made, what is reported and exported, and what is refused."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from atft_pipeline.batches.panel import load_panel
 from atft_pipeline.config.schema import HORIZONS, EvaluationConfig
 from atft_pipeline.dataset.splits import make_split
 from atft_pipeline.ensemble.combine import blended, smoothed, standardised
-from atft_pipeline.ensemble.ensemble import deliver, write_delivery
+from atft_pipeline.ensemble.ensemble import combine_runs
+from atft_pipeline.ensemble.export import write_ensemble_scores
 from atft_pipeline.errors import InputError
 from atft_pipeline.evaluation.baselines import fit_lightgbm
 from atft_pipeline.evaluation.predictions_table import evaluate_file
@@ -26,7 +27,7 @@ from atft_pipeline.storage.artifact import read_manifest
 
 NAN = np.nan
 
-# Deliveries ----------------------------------------------------------------------------------------------------
+# Scores and figures ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -55,34 +56,34 @@ def column(table, name):
     return table[name].to_numpy().astype(float)
 
 
-def test_one_run_is_delivered_as_it_was_judged(runs):
-    delivery = deliver(runs[:1])
-    assert set(delivery.evaluations["test"]) == {"network", "delivered"}
+def test_the_score_of_one_run_is_the_one_that_was_judged(runs):
+    combined = combine_runs(runs[:1])
+    assert set(combined.evaluations["test"]) == {"network", "ensemble"}
     for split, recorded in verdict(runs[0])["final"].items():
         for name in ("sharpe_daily", "sharpe_daily_net", "ic_mean", "rank_ic_mean", "turnover_mean", "sessions"):
-            found = delivery.evaluations[split]["delivered"].value(name)
+            found = combined.evaluations[split]["ensemble"].value(name)
             assert found == pytest.approx(recorded[name], rel=1e-4), f"{split} {name}"  # z-scores in float32
-    assert delivery.manifest["weight"] is None
-    assert delivery.against_better_part() == []
+    assert combined.manifest["weight"] is None
+    assert combined.against_better_part() == []
 
 
 def test_seeds_are_averaged_whatever_their_order(runs):
-    delivery = deliver([runs[2], runs[0], runs[1]])
-    assert delivery.table.equals(deliver(runs).table)
-    assert [run["seed"] for run in delivery.manifest["runs"]] == [1, 2, 3]
+    combined = combine_runs([runs[2], runs[0], runs[1]])
+    assert combined.table.equals(combine_runs(runs).table)
+    assert [run["seed"] for run in combined.manifest["runs"]] == [1, 2, 3]
     z_score = (pl.col("score_1d") - pl.col("score_1d").mean().over("Date")) / pl.col("score_1d").std().over("Date")
     members = [
         pl.read_parquet(run / "predictions" / "epoch_003.parquet").with_columns(score_1d=z_score) for run in runs
     ]
     for seed, member in enumerate(members, start=1):
-        np.testing.assert_allclose(column(delivery.table, f"score_1d_seed_{seed}"), member["score_1d"], atol=1e-5)
+        np.testing.assert_allclose(column(combined.table, f"score_1d_seed_{seed}"), member["score_1d"], atol=1e-5)
     mean = sum(member["score_1d"] for member in members) / 3
     expected = members[0].with_columns(score_1d=mean).select(z_score).to_series()
-    np.testing.assert_allclose(column(delivery.table, "score_1d"), expected, atol=1e-5)
+    np.testing.assert_allclose(column(combined.table, "score_1d"), expected, atol=1e-5)
 
 
-def test_a_delivery_names_what_it_is_of(runs):
-    manifest = deliver(runs[:2], blend="lightgbm", smoothing_sessions=3).manifest
+def test_the_manifest_names_what_the_score_is_made_of(runs):
+    manifest = combine_runs(runs[:2], blend="lightgbm", smoothing_sessions=3).manifest
     for run, said in zip(runs, manifest["runs"], strict=False):
         assert said["key"] == header(run)["key"]
         assert said["weights_hash"] == verdict(run)["weights_hash"]
@@ -98,33 +99,33 @@ def test_a_delivery_names_what_it_is_of(runs):
 
 def test_every_argument_changes_the_fingerprint(runs):
     prints = {
-        deliver(runs[:1]).manifest["fingerprint"],
-        deliver(runs[:2]).manifest["fingerprint"],
-        deliver(runs[:1], blend="lightgbm").manifest["fingerprint"],
-        deliver(runs[:1], smoothing_sessions=2).manifest["fingerprint"],
-        deliver(runs[:1], horizon_sessions=5).manifest["fingerprint"],
+        combine_runs(runs[:1]).manifest["fingerprint"],
+        combine_runs(runs[:2]).manifest["fingerprint"],
+        combine_runs(runs[:1], blend="lightgbm").manifest["fingerprint"],
+        combine_runs(runs[:1], smoothing_sessions=2).manifest["fingerprint"],
+        combine_runs(runs[:1], horizon_sessions=5).manifest["fingerprint"],
     }
     assert len(prints) == 5
 
 
 @pytest.mark.parametrize("horizon", HORIZONS)
 def test_lightgbm_is_fitted_for_the_horizon_on_the_run_s_own_sessions(runs, data, horizon):
-    delivery = deliver(runs[:1], blend="lightgbm", horizon_sessions=horizon)
+    combined = combine_runs(runs[:1], blend="lightgbm", horizon_sessions=horizon)
     panel = load_panel(data.dataset, "all")
     scores = fit_lightgbm(panel, make_split(panel.sessions, settings().split), 1, horizon_sessions=horizon)
     t, n = np.nonzero(np.isfinite(scores))
     expected = standardised(scores)[t, n]
-    np.testing.assert_allclose(column(delivery.table, f"score_{horizon}d_lightgbm"), expected, atol=1e-5)
-    weight = delivery.manifest["weight"]["network"]
-    parts = (panelled(delivery, f"score_{horizon}d_network", panel), scores)
-    np.testing.assert_allclose(column(delivery.table, f"score_{horizon}d"), blended(*parts, weight)[t, n], atol=1e-5)
+    np.testing.assert_allclose(column(combined.table, f"score_{horizon}d_lightgbm"), expected, atol=1e-5)
+    weight = combined.manifest["weight"]["network"]
+    parts = (panelled(combined, f"score_{horizon}d_network", panel), scores)
+    np.testing.assert_allclose(column(combined.table, f"score_{horizon}d"), blended(*parts, weight)[t, n], atol=1e-5)
 
 
-def panelled(delivery, name, panel):
+def panelled(combined, name, panel):
     out = np.full((len(panel.sessions), len(panel.codes)), NAN)
-    days = delivery.table["Date"].to_numpy().astype("datetime64[D]")
-    t, n = np.searchsorted(panel.sessions, days), np.searchsorted(panel.codes, delivery.table["Code"].to_pylist())
-    out[t, n] = column(delivery.table, name)
+    days = combined.table["Date"].to_numpy().astype("datetime64[D]")
+    t, n = np.searchsorted(panel.sessions, days), np.searchsorted(panel.codes, combined.table["Code"].to_pylist())
+    out[t, n] = column(combined.table, name)
     return out
 
 
@@ -138,11 +139,11 @@ def test_the_weight_is_of_the_validation_sessions_of_the_judged_slice(runs, tmp_
             target = pl.when(rows).then(-pl.col("target_1d")).otherwise(pl.col("target_1d"))
             return frame.with_columns(target_1d=target).to_arrow().cast(table.schema)
 
-        return deliver([replaced_predictions(copied(runs[0], tmp_path / name), change)], blend="lightgbm").manifest[
-            "weight"
-        ]
+        return combine_runs(
+            [replaced_predictions(copied(runs[0], tmp_path / name), change)], blend="lightgbm"
+        ).manifest["weight"]
 
-    weight = deliver(runs[:1], blend="lightgbm").manifest["weight"]
+    weight = combine_runs(runs[:1], blend="lightgbm").manifest["weight"]
     test, liquid = pl.col("split") == "test", pl.col("is_liquid")
     assert weight_with_negated_targets("test", test) == weight
     assert weight_with_negated_targets("illiquid", ~liquid) == weight
@@ -151,7 +152,7 @@ def test_the_weight_is_of_the_validation_sessions_of_the_judged_slice(runs, tmp_
 
 
 def test_each_split_is_smoothed_by_itself(runs):
-    plain, delivery = deliver(runs[:1]), deliver(runs[:1], smoothing_sessions=4)
+    plain, combined = combine_runs(runs[:1]), combine_runs(runs[:1], smoothing_sessions=4)
     for split in ("validation", "test"):
         chosen = np.asarray(plain.table["split"].to_pylist()) == split
         table = plain.table.filter(pa.array(chosen))
@@ -160,24 +161,24 @@ def test_each_split_is_smoothed_by_itself(runs):
         scores = np.full((len(days), len(codes)), NAN)
         scores[t, n] = column(table, "score_1d")
         expected = smoothed(scores, 4)[t, n]
-        np.testing.assert_allclose(column(delivery.table, "score_1d")[chosen], expected, atol=1e-5)
-    turnover = [d.evaluations["test"]["delivered"].value("turnover_mean") for d in (plain, delivery)]
+        np.testing.assert_allclose(column(combined.table, "score_1d")[chosen], expected, atol=1e-5)
+    turnover = [d.evaluations["test"]["ensemble"].value("turnover_mean") for d in (plain, combined)]
     assert turnover[1] < turnover[0]
 
 
 def test_the_written_table_evaluates_to_the_figures_reported(runs, tmp_path):
     for horizon in (1, 5):
-        delivery = deliver(runs[:2], blend="lightgbm", smoothing_sessions=3, horizon_sessions=horizon)
+        combined = combine_runs(runs[:2], blend="lightgbm", smoothing_sessions=3, horizon_sessions=horizon)
         path = tmp_path / f"h{horizon}.parquet"
-        write_delivery(delivery, path)
-        assert read_manifest(path, "delivery")["fingerprint"] == delivery.manifest["fingerprint"]
-        for split, parts in delivery.evaluations.items():
+        write_ensemble_scores(combined, path)
+        assert read_manifest(path, "ensemble_scores")["fingerprint"] == combined.manifest["fingerprint"]
+        for split, parts in combined.evaluations.items():
             for part, evaluation in parts.items():
-                name = f"score_{horizon}d" + ("" if part == "delivered" else f"_{part}")
-                where = {"score": None if part == "delivered" else name, "target": f"target_{horizon}d"}
-                if part == "delivered":
+                name = f"score_{horizon}d" + ("" if part == "ensemble" else f"_{part}")
+                where = {"score": None if part == "ensemble" else name, "target": f"target_{horizon}d"}
+                if part == "ensemble":
                     where["target"] = None
-                figures = delivery.as_dict()[split][part]
+                figures = combined.as_dict()[split][part]
                 for bps in (0, 5, 10):
                     found = evaluate_file(
                         path,
@@ -194,15 +195,15 @@ def test_the_written_table_evaluates_to_the_figures_reported(runs, tmp_path):
 
 
 def test_paired_differences_are_those_of_the_daily_ics(runs):
-    delivery = deliver(runs[:2], blend="lightgbm", smoothing_sessions=3)
-    rows = {(r["split"], r["score"], r["part"]): r for r in delivery.differences}
+    combined = combine_runs(runs[:2], blend="lightgbm", smoothing_sessions=3)
+    rows = {(r["split"], r["score"], r["part"]): r for r in combined.differences}
     parts = ("seed_1", "seed_2", "network", "lightgbm")
-    assert set(rows) == {(s, d, p) for s in ("validation", "test") for d in ("blend", "delivered") for p in parts}
-    daily = {part: e.daily["ic"] for part, e in delivery.evaluations["test"].items()}
+    assert set(rows) == {(s, d, p) for s in ("validation", "test") for d in ("blend", "ensemble") for p in parts}
+    daily = {part: e.daily["ic"] for part, e in combined.evaluations["test"].items()}
     for part in parts:
-        values = daily["delivered"] - daily[part]
+        values = daily["ensemble"] - daily[part]
         values = values[np.isfinite(values)]
-        row = rows["test", "delivered", part]
+        row = rows["test", "ensemble", part]
         assert row["sessions"] == len(values)
         assert row["ic_difference"] == pytest.approx(values.mean())
         assert row["se"] == pytest.approx(values.std(ddof=1) / np.sqrt(len(values)))
@@ -210,18 +211,18 @@ def test_paired_differences_are_those_of_the_daily_ics(runs):
 
 
 def test_the_blend_is_held_against_the_better_of_its_two_parts(runs):
-    delivery = deliver(runs[:2], blend="lightgbm", smoothing_sessions=3)
-    for row in delivery.against_better_part():
-        earned = {p: delivery.evaluations[row["split"]][p].value("ic_mean") for p in ("network", "lightgbm")}
+    combined = combine_runs(runs[:2], blend="lightgbm", smoothing_sessions=3)
+    for row in combined.against_better_part():
+        earned = {p: combined.evaluations[row["split"]][p].value("ic_mean") for p in ("network", "lightgbm")}
         assert row["part"] == max(earned, key=earned.get)
         assert row["score"] == "blend"
         assert row["within_one_se"] == (row["ic_difference"] >= -row["se"])
-    assert [row["split"] for row in delivery.against_better_part()] == ["validation", "test"]
-    unsmoothed = deliver(runs[:2], blend="lightgbm").against_better_part()
-    assert {row["score"] for row in unsmoothed} == {"delivered"}
+    assert [row["split"] for row in combined.against_better_part()] == ["validation", "test"]
+    unsmoothed = combine_runs(runs[:2], blend="lightgbm").against_better_part()
+    assert {row["score"] for row in unsmoothed} == {"ensemble"}
 
 
-# Deliveries: error ---------------------------------------------------------------------------------------------
+# Refusals ---------------------------------------------------------------------------------------------
 
 
 def test_runs_that_differ_in_more_than_the_seed_are_refused_by_the_field(runs, trained, tmp_path):
@@ -229,47 +230,47 @@ def test_runs_that_differ_in_more_than_the_seed_are_refused_by_the_field(runs, t
     with pytest.raises(
         InputError, match=r"train\.optimizer\.lr is 0\.002, but 0\.001 in .*differ in train\.seed alone"
     ):
-        deliver([runs[0], other])
+        combine_runs([runs[0], other])
     for field in ("dataset_fingerprint", "graph_fingerprint", "code_revision"):
         changed = edited(copied(runs[1], tmp_path / field), "run.json", **{field: "another"})
         with pytest.raises(InputError, match=f"{field} is 'another', but"):
-            deliver([runs[0], changed])
+            combine_runs([runs[0], changed])
 
 
 def test_one_seed_twice_is_refused(runs):
     with pytest.raises(InputError, match=r"train\.seed is 1 as in .*different seeds"):
-        deliver([runs[0], runs[0]])
+        combine_runs([runs[0], runs[0]])
 
 
 def test_a_run_that_is_not_finished_is_refused(runs, tmp_path):
     for status in ("running", "failed"):
         run = edited(copied(runs[0], tmp_path / status), "run.json", status=status)
         with pytest.raises(InputError, match=f"it is '{status}', not finished"):
-            deliver([run])
+            combine_runs([run])
 
 
 def test_a_run_whose_verdict_is_invalid_is_refused_and_a_failed_one_is_not(runs, tmp_path):
     run = edited(copied(runs[0], tmp_path / "invalid"), "verdict.json", status="invalid", summary="invalid: why")
     with pytest.raises(InputError, match=r"its verdict is invalid \(invalid: why\)"):
-        deliver([run])
+        combine_runs([run])
     failed = edited(copied(runs[0], tmp_path / "failed"), "verdict.json", status="failed", summary="failed: why")
-    assert deliver([failed]).manifest["runs"][0]["verdict"] == "failed"
+    assert combine_runs([failed]).manifest["runs"][0]["verdict"] == "failed"
 
 
 def test_runs_that_scored_other_rows_are_refused(runs, tmp_path):
     run = replaced_predictions(copied(runs[1], tmp_path / "rows"), lambda table: table.slice(1))
     with pytest.raises(InputError, match="has other rows than"):
-        deliver([runs[0], run])
+        combine_runs([runs[0], run])
 
 
 def test_the_blend_needs_the_dataset_that_the_run_was_trained_on(runs, tmp_path):
     gone = edited(copied(runs[0], tmp_path / "gone"), "run.json", dataset_path=str(tmp_path / "nowhere.parquet"))
     with pytest.raises(InputError, match="nowhere"):
-        deliver([gone], blend="lightgbm")
+        combine_runs([gone], blend="lightgbm")
     other = edited(copied(runs[0], tmp_path / "other"), "run.json", dataset_fingerprint="another")
     with pytest.raises(InputError, match="was trained on another; train the run again"):
-        deliver([other], blend="lightgbm")
-    deliver([gone])
+        combine_runs([other], blend="lightgbm")
+    combine_runs([gone])
 
 
 @pytest.mark.parametrize(
@@ -282,34 +283,34 @@ def test_the_blend_needs_the_dataset_that_the_run_was_trained_on(runs, tmp_path)
 )
 def test_arguments_out_of_range_are_refused(runs, arguments, message):
     with pytest.raises(InputError, match=message):
-        deliver(runs[:1], **arguments)
+        combine_runs(runs[:1], **arguments)
     with pytest.raises(InputError, match="name at least one"):
-        deliver([])
+        combine_runs([])
 
 
 # The command ---------------------------------------------------------------------------------------------------
 
 
-def test_the_command_delivers_and_says_what(runs, tmp_path, capsys):
+def test_the_command_exports_and_says_what(runs, tmp_path, capsys):
     out = tmp_path / "out.parquet"
     arguments = ("deliver", *runs, out, "--blend", "lightgbm", "--smooth", 5, "--horizon", 5)
     assert atft_here(*arguments, "--json") == 0
     said = json.loads(capsys.readouterr().out)
     assert {path.name for path in tmp_path.iterdir()} == {"out.parquet", "out.parquet.manifest.json"}
-    manifest = read_manifest(out, "delivery")
+    manifest = read_manifest(out, "ensemble_scores")
     assert {name: said[name] for name in manifest} == manifest
-    assert set(said["validation"]) == {"seed_1", "seed_2", "seed_3", "network", "lightgbm", "blend", "delivered"}
-    parts = [f"score_5d_{name}" for name in said["parts"] if name != "delivered"]
+    assert set(said["validation"]) == {"seed_1", "seed_2", "seed_3", "network", "lightgbm", "blend", "ensemble"}
+    parts = [f"score_5d_{name}" for name in said["parts"] if name != "ensemble"]
     assert pq.read_schema(out).names == [
         "Date", "Code", "split", "is_liquid", "score_5d", *parts, *(f"target_{h}d" for h in HORIZONS),
     ]  # fmt: skip
     assert atft_here("evaluate", out, "--split", "test", "--slice", "liquid", "--json") == 0
     evaluated = json.loads(capsys.readouterr().out)
-    assert evaluated["ic_mean"] == pytest.approx(said["test"]["delivered"]["ic_mean"], rel=1e-9)
+    assert evaluated["ic_mean"] == pytest.approx(said["test"]["ensemble"]["ic_mean"], rel=1e-9)
     assert atft_here(*arguments) == 0
     text = capsys.readouterr().out
     assert "definition: horizon 5" in text
-    assert "test delivered" in text
+    assert "test ensemble" in text
 
 
 def refused(capsys, *arguments):
@@ -328,9 +329,9 @@ def test_what_the_command_cannot_use_exits_2_and_leaves_nothing(runs, tmp_path, 
     assert "--blend" in refused(capsys, "deliver", runs[0], out, "--blend", "ridge")
     assert list(tmp_path.iterdir()) == []
     out.write_text("something else")
-    assert "is no delivery" in refused(capsys, "deliver", runs[0], out)
+    assert "is no ensemble_scores" in refused(capsys, "deliver", runs[0], out)
     assert out.read_text() == "something else"
-    assert "is no delivery" in refused(capsys, "deliver", *runs[:2])
+    assert "is no ensemble_scores" in refused(capsys, "deliver", *runs[:2])
 
 
 def test_scores_that_cannot_be_ranked_exit_1(runs, tmp_path, capsys):
@@ -341,6 +342,6 @@ def test_scores_that_cannot_be_ranked_exit_1(runs, tmp_path, capsys):
     run = replaced_predictions(copied(runs[0], tmp_path / "constant"), constant)
     assert atft_here("deliver", run, tmp_path / "out.parquet", "--json") == 1
     out, err = capsys.readouterr()
-    assert json.loads(out)["test"]["delivered"]["valid"] is False
+    assert json.loads(out)["test"]["ensemble"]["valid"] is False
     assert [line.split(": ")[2] for line in err.splitlines()] == ["validation", "test"]
     assert "scores are constant" in err

@@ -1,4 +1,4 @@
-"""Full build and appended session of a source in parts: `python bench/update.py SOURCE WORK_DIR`.
+"""Full build and appended session of a source in parts: `python -m bench.pipeline.update SOURCE WORK_DIR`.
 
 Splits the source's prices into a file per year and a last session of its own, builds prices, dataset and graph from all
 but that session, then brings them up to date. Each stage is an `atft` command in a fresh process and prints one JSON
@@ -18,8 +18,7 @@ from typing import Any
 
 import polars as pl
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from pipeline import measured
+from bench.pipeline.stages import measured
 
 DATES = {"listed": "Date", "index": "Date", "investor_flows": "PublishedDate", "statements": "DisclosedDate"}
 

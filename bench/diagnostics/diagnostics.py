@@ -1,4 +1,4 @@
-"""Does the diagnosis find the cause? `python bench/diagnostics.py WORK_DIR [--fit] [--readme README.md]`.
+"""Does the diagnosis find the cause? `python -m bench.diagnostics.diagnostics WORK_DIR [--fit] [--document FILE.md]`.
 
 Plants every fault of faults.FAULTS into real runs of the real pipeline, beside healthy ones, runs with two faults and
 faults nobody wrote a rule for, on small synthetic markets; diagnoses each from its directory, all probes made, and
@@ -26,19 +26,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import planted_run
 import polars as pl
-from faults import FAULTS, UNKNOWN_FAULTS
-from harness import put_between
-from planting import AT_ONCE, Task, child, make_run, prepare, tasks, twin_of
 
 from atft_pipeline.diagnostics.causes import BY_ID, HEALTHY, UNKNOWN
 from atft_pipeline.diagnostics.posterior import learned, rank
 from atft_pipeline.diagnostics.rules.rule import Finding
 from atft_pipeline.evaluation.metrics import mean_and_error
 from atft_pipeline.storage.code_version import code_revision
+from bench.diagnostics import planted_run
+from bench.diagnostics.faults import FAULTS, UNKNOWN_FAULTS
+from bench.diagnostics.planting import AT_ONCE, Task, child, make_run, prepare, tasks, twin_of
+from bench.harness import put_between
 
-LIKELIHOODS = Path(__file__).parents[1] / "atft_pipeline" / "diagnostics" / "likelihoods.json"
+LIKELIHOODS = Path(__file__).parents[2] / "atft_pipeline" / "diagnostics" / "likelihoods.json"
 SETS = {"fit": (100, 200), "quoted": (300,)}
 """First seeds of the markets of each set."""
 BITES = 2.0
@@ -240,7 +240,7 @@ def main() -> None:
     parser.add_argument("work_dir", type=Path)
     parser.add_argument("--fit", action="store_true")
     parser.add_argument("--only", nargs="*", default=[], help="runs whose name holds one of these")
-    parser.add_argument("--readme", type=Path)
+    parser.add_argument("--document", type=Path)
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     name = "fit" if options.fit else "quoted"
@@ -259,8 +259,8 @@ def main() -> None:
         print(json.dumps(j.line()))
     print(table_of(judged))
     print(f"{time.perf_counter() - started:.0f} s", file=sys.stderr)
-    if options.readme is not None:
-        put_between(options.readme, "diagnostics", table_of(judged))
+    if options.document is not None:
+        put_between(options.document, "diagnostics", table_of(judged))
 
 
 if __name__ == "__main__":

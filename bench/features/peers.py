@@ -1,10 +1,10 @@
-"""What other libraries need for the same job: `python bench/peers.py PEER SOURCE` prints one JSON line.
+"""What other libraries need for the same job: `python bench/features/peers.py PEER SOURCE` prints one JSON line.
 
 The job: SOURCE/prices.parquet and SOURCE/index.parquet (J-Quants columns) to float32 features in memory, split-adjusted
 and per stock, then a z-score per session over the stocks. The peers take prices as they come: a session without a trade
 has no row, windows count rows, and there is no contract check, quarantine, universe, outlier clip or point-in-time
 join, all of which our own `atft` does within the same time. `ours` counts the features that are ours by name; the
-others are indicators that a user of the library would take along. `bench/features.py` runs every peer beside ours.
+others are indicators that a user of the library would take along. `beside_peers.py` runs every peer beside ours.
 
 `wall_s` and `cpu_s` (all threads and finished worker processes) run from before the parquet file is read until the
 features are in memory. Imports, and one warm-up of the same code on a market of 30 stocks x 80 sessions, come before.
@@ -12,10 +12,10 @@ features are in memory. Imports, and one warm-up of the same code on a market of
 
 Environments (never the project's own `.venv`, where `atft` and `floor` run):
 
-    python3 -m venv ~/peers && ~/peers/bin/pip install -r bench/requirements-peers.txt
-    python3 -m venv ~/qlib && ~/qlib/bin/pip install -r bench/requirements-qlib.txt
-    ~/peers/bin/python bench/peers.py polars-talib SOURCE
-    ~/qlib/bin/python bench/peers.py qlib-alpha158 SOURCE
+    python3 -m venv ~/peers && ~/peers/bin/pip install -r bench/features/requirements-peers.txt
+    python3 -m venv ~/qlib && ~/qlib/bin/pip install -r bench/features/requirements-qlib.txt
+    ~/peers/bin/python bench/features/peers.py polars-talib SOURCE
+    ~/qlib/bin/python bench/features/peers.py qlib-alpha158 SOURCE
 
 A peer whose library is not installed prints `skipped` with the reason and exits 0.
 """
@@ -35,7 +35,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 QUOTES = ("Open", "High", "Low", "Close", "Volume")
 TINY_STOCKS, TINY_SESSIONS = 30, 80
 RAW_COLUMNS, OUR_COLUMNS = 8, 82
@@ -482,7 +482,7 @@ def measured(name: str, source: Path) -> dict[str, Any]:
     try:
         peer = PEERS[name]()
     except ModuleNotFoundError as missing:
-        return {"peer": name, "skipped": f"{missing.name} is not installed; see bench/requirements-*.txt"}
+        return {"peer": name, "skipped": f"{missing.name} is not installed; see bench/features/requirements-*.txt"}
     with tempfile.TemporaryDirectory() as scratch:
         peer.compute(_prepared(peer, _tiny_market(name, Path(scratch, "tiny")), Path(scratch, "warm-up")))
         started = time.perf_counter()

@@ -1,10 +1,11 @@
-"""Samples per second in training and scoring: `python bench/train.py DATASET GRAPH`, one JSON line per case.
+"""Samples per second in training and scoring: `python -m bench.training.throughput DATASET GRAPH`.
 
-Each case is a run of two epochs by `atft train` in a fresh process; the second epoch counts, the first warms up. A
-sample is a stock in a session. `samples_per_s` is a training epoch as the run records it: blocks made, forward, loss,
-backward, clipping, update, averaged weights. `scored_per_s` is the scoring of validation and test without gradients.
-`--wide GRAPH` adds the case that needs a graph of 20 neighbours, `--qlib PYTHON` qlib's GATs_ts in the same run (an
-environment of its own: bench/requirements-qlib.txt). Times are of one machine on one day.
+Prints one JSON line per case. Each case is a run of two epochs by `atft train` in a fresh process; the second epoch
+counts, the first warms up. A sample is a stock in a session. `samples_per_s` is a training epoch as the run records it:
+blocks made, forward, loss, backward, clipping, update, averaged weights. `scored_per_s` is the scoring of validation
+and test without gradients. `--wide GRAPH` adds the case that needs a graph of 20 neighbours. `--qlib PYTHON` adds
+qlib's GATs_ts, in an environment of its own (bench/features/requirements-qlib.txt). Times are of one machine on one
+day.
 
 `--large DATASET GRAPH` runs instead the cases of a market that should not need the memory it takes (`atft market
 --stocks 4150 --sessions 2500 --seed 3`, graph with `graph.universe=all`): one epoch, the panel in memory or in a memory

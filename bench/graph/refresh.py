@@ -1,4 +1,4 @@
-"""Time of one refresh of the stock graph against brute force and the matmul ceiling: `python bench/graph.py`.
+"""Time of one refresh of the stock graph against brute force and the matmul ceiling: `python -m bench.graph.refresh`.
 
 Prints one JSON line per case, each measured in a fresh process on synthetic returns. `median_ms` and `best_ms` are of
 one refresh computed alone from its window, sector means and edge attributes included, over several sessions and

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from faults import FAULTS, Planted
 
 from atft_pipeline.config.overrides import with_overrides
 from atft_pipeline.config.presets import quick
@@ -23,6 +22,7 @@ from atft_pipeline.market.synthetic import generate_market, write_tables
 from atft_pipeline.runs.reader import open_record
 from atft_pipeline.training.train import train
 from atft_pipeline.training.trainer import Trainer
+from bench.diagnostics.faults import FAULTS, Planted
 
 BASE: dict[str, object] = {
     "train.universe": "all",

@@ -1,4 +1,6 @@
-"""What the network learns of a market whose answer is known: `python bench/quality.py WORK_DIR [--readme README.md]`.
+"""What the network learns of a market whose answer is known.
+
+`python -m bench.evaluation.quality WORK_DIR [--document FILE.md]`
 
 The market: `atft market --hard`, 1,000 stocks x 1,250 sessions, every stock that is investable. The figure: correlation
 across stocks of the score with the true expected return of `target_1d`, mean over the test sessions. Every model has
@@ -6,7 +8,7 @@ one configuration, the same for all its seeds, whose last epoch counts. LightGBM
 baselines; `with neighbours` adds to each feature its mean over the session's graph. Below them the ablations: the
 network with one part left out or one loss term changed, the first seed alone.
 
-Prints one JSON line per model, failures included, and with `--readme` puts the table between the markers
+Prints one JSON line per model, failures included, and with `--document` puts the table between the markers
 `<!-- quality -->` of that file. Finished runs in WORK_DIR are read again, not trained again.
 """
 
@@ -20,7 +22,6 @@ from typing import Any
 import numpy as np
 import polars as pl
 import torch
-from harness import command, put_between, trained
 from numpy.typing import NDArray
 
 from atft_pipeline.batches.block_dataset import BlockDataset
@@ -32,6 +33,7 @@ from atft_pipeline.evaluation.baselines import fit_baselines
 from atft_pipeline.graph.build import StockGraph
 from atft_pipeline.graph.store import load_graph
 from atft_pipeline.runs.header import read_run
+from bench.harness import command, put_between, trained
 
 STOCKS, SESSIONS, MARKET_SEED = 1000, 1250, 0
 SEEDS = (1, 2, 3)
@@ -140,7 +142,7 @@ def table_of(lines: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("work_dir", type=Path)
-    parser.add_argument("--readme", type=Path)
+    parser.add_argument("--document", type=Path)
     options = parser.parse_args()
     folder = options.work_dir
     source, dataset, graph = prepared(folder)
@@ -165,8 +167,8 @@ def main() -> None:
     report("ridge with neighbours", [wide["ridge"]])
     for name, changes in ABLATIONS.items():
         report(f"ablation: {name}", [network(folder, dataset, graph, changes, SEEDS[0], panel)])
-    if options.readme is not None:
-        put_between(options.readme, "quality", table_of(lines))
+    if options.document is not None:
+        put_between(options.document, "quality", table_of(lines))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
-"""Whether the preset `cpu` holds on years, histories and universes: `python bench/robustness.py SOURCE WORK_DIR`.
+"""Whether the preset `cpu` holds on years, histories and universes.
+
+`python -m bench.evaluation.robustness SOURCE WORK_DIR [--document FILE.md]`
 
 SOURCE is a folder of raw tables of several years (the real decade, or another market). A fold is a test year, the
 validation year before it and two, three or five training years before that. Every fold trains the network with one or
 several seeds, and LightGBM, ridge and the best one-factor reversal on the same sessions; all are judged on the test
-year by the pipeline's own evaluation, the differences paired by day. Network, LightGBM and blend are those of `atft
-deliver`, whose weight follows the validation year alone.
+year by the pipeline's own evaluation, the differences paired by day. Network, LightGBM and blend are those of
+`combine_runs`, whose weight follows the validation year alone.
 
-Prints one JSON line per fold and one per case, failures included. `--readme FILE` puts the table of cases between the
+Prints one JSON line per fold and one per case, failures included. `--document FILE` puts the table of cases between the
 markers `<!-- robustness -->`. Finished runs in WORK_DIR are read again, not trained again.
 """
 
@@ -21,16 +23,17 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-from harness import command, put_between, trained
 
 from atft_pipeline.batches.panel import load_panel
 from atft_pipeline.config.overrides import from_dict
 from atft_pipeline.dataset.splits import make_split
-from atft_pipeline.ensemble.ensemble import Delivery, deliver, paired_difference, sharpe_by_cost
+from atft_pipeline.ensemble.ensemble import combine_runs
+from atft_pipeline.ensemble.ensemble_scores import ENSEMBLE, ic_difference, sharpe_by_cost
 from atft_pipeline.evaluation.baselines import fit_baselines
-from atft_pipeline.evaluation.evaluate import Evaluation, evaluate
+from atft_pipeline.evaluation.evaluate import Evaluation, evaluate_panel
+from atft_pipeline.evaluation.slices import panel_of_slice
 from atft_pipeline.runs.header import read_run
-from atft_pipeline.training.judging.scoring import slice_mask
+from bench.harness import command, put_between, trained
 
 EPOCHS = 8
 THIN_SHARE = 3
@@ -120,20 +123,8 @@ def simple_models(run: Path) -> dict[str, Evaluation]:
     panel = load_panel(Path(header["dataset_path"]), config.train.universe)
     split = make_split(panel.sessions, config.split)
     scores = fit_baselines(panel, split, config.train.seed)
-    test = split.test
-    return {
-        name: evaluate(
-            scores[name][test],
-            panel.targets[test, :, 0],
-            panel.sessions[test],
-            panel.codes,
-            config.evaluation,
-            days_per_year=int(panel.manifest["days_per_year"]),
-            bootstrap=False,
-            member=slice_mask(panel, config.evaluation.universe)[test],
-        )
-        for name in ("ridge", "reversal")
-    }
+    test = panel_of_slice(panel, split.test, config.evaluation.universe)
+    return {name: evaluate_panel(scores[name][split.test], test, config.evaluation) for name in ("ridge", "reversal")}
 
 
 def figures(evaluation: Evaluation) -> dict[str, float | None]:
@@ -146,23 +137,21 @@ def figures(evaluation: Evaluation) -> dict[str, float | None]:
 
 def fold_line(case: Case, split: dict[str, object], runs: list[Path]) -> dict[str, Any]:
     """Figures of every model on the test year, and the network and the blend against LightGBM."""
-    found: Delivery = deliver(runs, horizon_sessions=case.horizon_sessions, blend="lightgbm", smoothing_sessions=5)
-    test = found.evaluations["test"]
-    models = {name: test[name] for name in ("network", "lightgbm", "blend")} | {"blend, smoothed": test["delivered"]}
+    scores = combine_runs(runs, horizon_sessions=case.horizon_sessions, blend="lightgbm", smoothing_sessions=5)
+    test = scores.evaluations["test"]
+    models = {name: test[name] for name in ("network", "lightgbm", "blend")} | {"blend, smoothed": test[ENSEMBLE]}
     if case.horizon_sessions == 1:
         models |= simple_models(runs[0])
     samples = from_dict(read_run(runs[0])["config"]).evaluation.bootstrap_samples
     against = {
-        name: paired_difference(
-            models[name].daily["ic"], models["lightgbm"].daily["ic"], case.horizon_sessions, samples
-        )
+        name: ic_difference(models[name], models["lightgbm"], horizon_sessions=case.horizon_sessions, samples=samples)
         for name in ("network", "blend")
     }
     return {
         "test": str(split["split.test_start"])[:4],
         "models": {name: figures(evaluation) for name, evaluation in models.items()},
         "seeds": [test[name].value("ic_mean") for name in test if name.startswith("seed_")],
-        "weight": found.manifest["weight"]["network"],
+        "weight": scores.manifest["weight"]["network"],
         "over_lightgbm": against,
     }
 
@@ -224,7 +213,7 @@ def main() -> None:
     parser.add_argument("source", type=Path)
     parser.add_argument("work_dir", type=Path)
     parser.add_argument("--cases", nargs="*", choices=list(CASES), default=list(CASES))
-    parser.add_argument("--readme", type=Path)
+    parser.add_argument("--document", type=Path)
     options = parser.parse_args()
     summaries = []
     for name in options.cases:
@@ -238,8 +227,8 @@ def main() -> None:
             lines.append(line)
         summaries.append(summary(name, lines))
         print(json.dumps(summaries[-1]), flush=True)
-    if options.readme is not None:
-        put_between(options.readme, "robustness", table_of(summaries))
+    if options.document is not None:
+        put_between(options.document, "robustness", table_of(summaries))
 
 
 if __name__ == "__main__":

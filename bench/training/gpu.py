@@ -1,4 +1,4 @@
-"""50 epochs of the preset `production` on one GPU: `python bench/gpu.py`, one JSON line.
+"""50 epochs of the preset `production` on one GPU: `python -m bench.training.gpu`, one JSON line.
 
 4,000 stocks x 1,220 sessions x 82 features, hidden 256, window 60, bf16-mixed, validation every epoch: random walks and
 random features, written as a dataset first (that time is not counted), trained by the same call as `atft train`. Needs

@@ -14,9 +14,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import planted_run
-from faults import FAULTS, Fault
-from harness import command
+from bench.diagnostics import planted_run
+from bench.diagnostics.faults import FAULTS, Fault
+from bench.harness import command
 
 STOCKS, SESSIONS = 150, 500
 AT_ONCE = 2

@@ -1,4 +1,4 @@
-"""Samples per second in training of qlib's own GATs_ts, for bench/train.py; runs in qlib's environment.
+"""Samples per second in training of qlib's own GATs_ts, for bench/training/throughput.py; runs in qlib's environment.
 
 qlib's class, optimizer and training epoch as they are, GRU of two layers, hidden 64, on daily batches that lie in
 memory: its data loader is left out, which favours it. One JSON line.

@@ -1,15 +1,15 @@
-"""Our features beside other libraries', on one market in one sitting: `python bench/features.py WORK_DIR`.
+"""Our features beside other libraries', on one market in one sitting: `python -m bench.features.beside_peers WORK_DIR`.
 
-Makes the synthetic market in WORK_DIR if it has no prices.parquet, then runs ours and every peer of `bench/peers.py` in
-turn, `--repeats` times, each in a fresh process: what else the machine does meets all of them alike. Prints one JSON
+Makes the synthetic market in WORK_DIR if it has no prices.parquet, then runs ours and every peer of `peers.py` in turn,
+`--repeats` times, each in a fresh process: what else the machine does meets all of them alike. Prints one JSON
 line per contender, the median over the repeats of
 
-- `wall_s`, `cpu_s`, `peak_rss_gb` as `bench/peers.py` defines them;
+- `wall_s`, `cpu_s`, `peak_rss_gb` as `peers.py` defines them;
 - `times_ours`, `cpu_times_ours`: wall and processor time over ours of the same round, above 1 is slower than ours;
 - `million_values_per_s`: rows x features over wall time, since nobody computes the same list;
 - `times_floor`: wall time over `floor_s`, a copy with every core of the bytes that must be touched.
 
-Peers need environments of their own (`bench/peers.py` says how): pass their interpreters as `--peers-python` and
+Peers need environments of their own (`peers.py` says how): pass their interpreters as `--peers-python` and
 `--qlib-python`; without one its peers are skipped.
 """
 
@@ -24,7 +24,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 MEDIANS = ("wall_s", "cpu_s", "peak_rss_gb", "worker_rss_gb", "prepare_s", "floor_s", "gb_per_s")
 
 Line = dict[str, Any]
@@ -32,7 +32,7 @@ Line = dict[str, Any]
 
 def run(python: str, peer: str, source: Path) -> Line:
     """One contender in a fresh process: its line, or `failed` with the last line of its stderr."""
-    command = [python, str(ROOT / "bench" / "peers.py"), peer, str(source)]
+    command = [python, str(Path(__file__).with_name("peers.py")), peer, str(source)]
     process = subprocess.run(command, capture_output=True, text=True, check=False)
     if process.returncode:
         last = (process.stderr.strip().splitlines() or ["no message"])[-1]
@@ -65,8 +65,8 @@ def main() -> None:
     parser.add_argument("--stocks", type=int, default=1000)
     parser.add_argument("--sessions", type=int, default=1250)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--peers-python", help="interpreter with bench/requirements-peers.txt")
-    parser.add_argument("--qlib-python", help="interpreter with bench/requirements-qlib.txt")
+    parser.add_argument("--peers-python", help="interpreter with bench/features/requirements-peers.txt")
+    parser.add_argument("--qlib-python", help="interpreter with bench/features/requirements-qlib.txt")
     options = parser.parse_args()
     source = options.work_dir.resolve()
     if not (source / "prices.parquet").exists():

@@ -1,4 +1,6 @@
-"""Wall time, processor time and peak memory of each stage on one source: `python bench/pipeline.py SOURCE WORK_DIR`.
+"""Wall time, processor time and peak memory of each stage on one source.
+
+`python -m bench.pipeline.stages SOURCE WORK_DIR`
 
 Runs the `atft` commands one after another in fresh processes and prints one JSON line per stage; the training stage
 also carries what the run was judged. Times are of one machine on one day; quote them with both.
