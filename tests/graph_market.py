@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 
 from atft_pipeline.config.schema import GraphConfig
 from atft_pipeline.dataset.layout import MEMBERSHIP_COLUMNS
-from atft_pipeline.graph.build import StockGraph, build_graph
+from atft_pipeline.graph.build import StockGraph, graph_at
+from atft_pipeline.graph.membership import Membership, windows
 from atft_pipeline.storage.artifact import write_manifest
 
 T, N = 75, 16
@@ -57,9 +58,15 @@ def large_market(stocks: int, sessions: int, seed: int = 0) -> Market:
 def build(data: Market, config: GraphConfig = CONFIG, threads: int | None = None) -> StockGraph:
     sessions, stocks = data["returns"].shape
     codes = CODES if stocks == N else np.array([f"{i:05}" for i in range(stocks)])
-    return build_graph(
-        data["returns"], data["member"], data["sector"], data["market"], days(sessions), codes, config, threads
+    membership = Membership(
+        sessions=days(sessions),
+        codes=codes,
+        returns=data["returns"].astype(np.float32),
+        member=data["member"],
+        sector=data["sector"].astype(np.int32),
+        market=data["market"].astype(np.int32),
     )
+    return graph_at(membership, windows(sessions, config), config, threads)
 
 
 def edges_at(graph: StockGraph, g: int) -> list[tuple[str, str, float, float, float]]:

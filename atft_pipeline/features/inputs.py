@@ -1,4 +1,4 @@
-"""The market as the features see it: dense panels, and the intermediates they share, each computed once.
+"""The market as the features see it: dense matrices, and the intermediates that features share, each computed once.
 
 Shapes: T sessions of the whole history, S rows of the panels at hand (the last S sessions), N stocks, G sectors, E
 publications. Rows from `fresh` on are to be computed; the rows before them are there to be looked back on. What cannot
@@ -18,11 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from atft_pipeline.features.trace import Trace, is_trace
-from atft_pipeline.features.vocabulary import averages, events
-from atft_pipeline.features.vocabulary.averages import exponential, seen_at_least
+from atft_pipeline.features.vocabulary.averages import exponential, seen_at_least, series_ema
 from atft_pipeline.features.vocabulary.cross_section import chained, group_median, of_group
 from atft_pipeline.features.vocabulary.elementwise import change, either, positive, rise, strength
-from atft_pipeline.features.vocabulary.events import of_event, weekly_zscores
+from atft_pipeline.features.vocabulary.events import document_in_force, of_event, weekly_zscores
 from atft_pipeline.features.vocabulary.windows import (
     Regression,
     carry,
@@ -42,7 +41,7 @@ BETA_WINDOW = 60
 WEEKS_IN_YEAR = 52
 
 State = Mapping[str, Any]
-"""By name: an `expressions.Average`, a count `[N]`, or a sectors' series `[T, G]`, as of some session."""
+"""By name: an `Average`, a count `[N]`, or the sectors' series `[T, G]`, as of some session."""
 
 
 def shared(compute: Callable[Concatenate[Market, P], R]) -> Callable[Concatenate[Market, P], R]:
@@ -52,23 +51,23 @@ def shared(compute: Callable[Concatenate[Market, P], R]) -> Callable[Concatenate
     def once(market: Market, *args: P.args, **kwargs: P.kwargs) -> R:
         key = (compute.__name__, *args)
         with market.lock:
-            found = market.memo.get(key)
-            mine = found is None
-            if found is None:
-                found = market.memo[key] = Future()
-        if mine:
+            result = market.memo.get(key)
+            is_first = result is None
+            if result is None:
+                result = market.memo[key] = Future()
+        if is_first:
             try:
-                found.set_result(compute(market, *args, **kwargs))
-            except BaseException as error:  # noqa: BLE001 - whoever waits for it is told too
-                found.set_exception(error)
-        return found.result()
+                result.set_result(compute(market, *args, **kwargs))
+            except BaseException as error:  # noqa: BLE001 - the threads that wait for it must see it too
+                result.set_exception(error)
+        return result.result()
 
     return once
 
 
 @dataclass
 class Market:
-    """Raw panels of one market and the intermediates that several features use. Panels are `[S, N]`, series `[T]`."""
+    """Raw values of one market and the intermediates that several features use: matrices `[S, N]`, series `[T]`."""
 
     sessions: NDArray[np.datetime64]
     codes: Sequence[str]
@@ -88,9 +87,9 @@ class Market:
     """Its grid `latest` is `[S, N]`."""
     fresh: int = 0
     state: State = field(default_factory=dict, repr=False)
-    """What is remembered of the sessions before row `fresh`; empty at the start of the data."""
+    """State after the sessions before row `fresh`; empty at the start of the data."""
     new_state: dict[str, Any] = field(default_factory=dict, repr=False)
-    """The same as of the last row, of whatever has been computed."""
+    """State after the last row, filled in as features are computed."""
     memo: dict[tuple[Any, ...], Future[Any]] = field(default_factory=dict, repr=False)
     lock: Any = field(default_factory=threading.Lock, repr=False)
 
@@ -118,7 +117,7 @@ class Market:
         )
 
     def recent(self, overlap: int) -> Market:
-        """The same with at most `overlap` rows before the fresh ones; it remembers in the same place."""
+        """The same with at most `overlap` rows before the fresh ones; it fills the same `new_state`."""
         return self if overlap >= self.fresh else self.span(self.fresh, self.rows, overlap)
 
     # --- raw ---
@@ -156,15 +155,15 @@ class Market:
         rows = series[len(series) - self.rows :]
         return rows[:, None] if rows.ndim == 1 else rows
 
-    # --- what is continued ---
+    # --- recursions, continued from the state ---
 
     def averaged(self, name: str, x: Matrix, alpha: float, first: int) -> Matrix:
-        """Exponential average of a panel, continued from what is remembered under `name`."""
+        """Exponential average of a panel, continued from the state under `name`."""
         values, self.new_state[name] = exponential(x, alpha, first, self.state.get(name), self.fresh)
         return values
 
     def history(self, name: str, rows: Matrix) -> Matrix:
-        """`[S, G]` values as a series `[T, G]`: those remembered under `name`, then the fresh ones."""
+        """`[S, G]` values as a series `[T, G]`: those of the state under `name`, then the fresh ones."""
         if is_trace(rows):
             return cast(Trace, rows).kept()  # type: ignore[return-value]
         before = self.state.get(name)
@@ -236,7 +235,7 @@ class Market:
 
     @shared
     def mkt_ema(self, span: int) -> Matrix:
-        return averages.ema(self.index_close, span)
+        return series_ema(self.index_close, span)
 
     @shared
     def mkt_ma_gap(self) -> Matrix:
@@ -307,7 +306,7 @@ class Market:
 
     def in_force(self, values: Matrix, kind: str = "results") -> Matrix:
         """`[E]` values as known at each close, `[S, N]`; null once the results, forecast or document expired."""
-        return events.in_force(
+        return document_in_force(
             values, _day_numbers(self.documents.disclosed[kind]), self.documents.latest, self._days, EXPIRY_DAYS
         )
 

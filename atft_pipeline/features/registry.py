@@ -3,8 +3,8 @@
 A row is: name, family, norm, window, columns, formula, expression, lag. It is held to its own expression when this
 module is imported (`validated`). `window_sessions` counts the sessions that the expression looks back over, the current
 one included, before normalisation; `ts` adds 252. An exponential average never forgets: its window is five spans,
-after which the start weighs e^-10 and moves the value by less than `WARM_UP_TOLERANCE` of the feature's own standard
-deviation. It steps over nulls, so for it the window counts the sessions in which the stock traded.
+after which the start weighs e^-10. It steps over nulls, so for it the window counts the sessions in which the stock
+traded.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from atft_pipeline.features.inputs import (
     traced_market,
 )
 from atft_pipeline.features.trace import Trace
-from atft_pipeline.features.vocabulary.averages import EMA_SPANS_TO_FORGET, ema
+from atft_pipeline.features.vocabulary.averages import EMA_SPANS_TO_FORGET, series_ema
 from atft_pipeline.features.vocabulary.cross_section import share_of
 from atft_pipeline.features.vocabulary.elementwise import (
     above,
@@ -61,7 +61,6 @@ from atft_pipeline.storage.artifact import sha256_of
 
 NORMS: tuple[str, ...] = ("cs", "ts", "raw")
 FEATURE_COUNT = 82
-WARM_UP_TOLERANCE = 0.01
 
 
 @dataclass(frozen=True)
@@ -264,7 +263,7 @@ REGISTRY: tuple[Feature, ...] = (
             lambda m: m.of_sector(ts_zscore(rolling_std(m.sector_ret(1), 20)))),
     Feature("sec_gap_5_20", "sector", "cs", _emas(20) + _STEP, _SECTOR,
             "EMA_5 / EMA_20 − 1 of the sector's chained median R_1",
-            lambda m: m.of_sector(change(ema(m.sector_index(), 5), ema(m.sector_index(), 20)))),
+            lambda m: m.of_sector(change(series_ema(m.sector_index(), 5), series_ema(m.sector_index(), 20)))),
     Feature("alpha_vs_sec_1d", "sector", "cs", 59 + _STEP, _SECTOR, "R_1 − β_sector · sector median R_1, 60 sessions",
             lambda m: m.sector_alpha()),
 
@@ -427,7 +426,7 @@ def _definition(feature: Feature) -> list[Any]:
 
 
 def markdown_table() -> str:
-    """The registry as the README shows it."""
+    """The registry as docs/features.md shows it."""
     header = ["#", "name", "family", "formula", "window", "tables", "norm"]
     lines = [header, ["---"] * len(header)]
     for number, row in enumerate(REGISTRY, start=1):

@@ -1,7 +1,7 @@
-"""What a feature's expression reads, found by evaluating the expression itself on traces instead of panels.
+"""What a feature's expression reads, found by evaluating the expression itself on traces instead of numbers.
 
-The words of `expressions` compute on panels and, given a `Trace`, say what they would have read: which raw columns, and
-how many sessions back. So a registry row is checked where it is declared, and the lineage that the UI shows is derived.
+The functions of vocabulary/ compute on matrices. Given a `Trace`, they say what they would read: which raw columns,
+and how many sessions back. So a registry row is checked where it is declared, and the lineage in the UI is derived.
 """
 
 from __future__ import annotations
@@ -71,10 +71,10 @@ def joined(values: Iterable[Any]) -> Trace:
 def word(
     reach: Callable[..., int] | int = 0, *, results: int = 1, remembers: bool = False
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Makes a function of panels a word of the vocabulary: on traces it returns what it reads.
+    """Makes a function of matrices a word of the vocabulary: on traces it returns what it reads.
 
     reach: further sessions it looks back, as a number or a function of those of its arguments that it names. results:
-    how many panels it returns. remembers: whether it continues from state, so that looking back needs no earlier rows.
+    how many matrices it returns. remembers: whether it continues from state, so that looking back needs no earlier rows.
     """
 
     def decorate(compute: Callable[..., Any]) -> Callable[..., Any]:

@@ -16,8 +16,7 @@ Definition, at a refresh session t:
   message would say the opposite of what the same edge says elsewhere.
 
 Everything is known at the close of t. A refresh is a function of its window's rows alone, to the last bit: whatever
-else is computed, on however many threads (`graph_kernels`). On disk: a parquet table of edges, one file or one part per
-month, and a manifest beside it. The parts of an earlier graph are taken over where what they depend on is unchanged.
+else is computed, on however many threads (kernels.py). store.py writes the graph to disk.
 """
 
 from __future__ import annotations
@@ -30,11 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from atft_pipeline.config.schema import GraphConfig
-from atft_pipeline.graph.membership import (
-    Membership,
-    Window,
-    windows,
-)
+from atft_pipeline.graph.membership import Membership, Window
 
 if TYPE_CHECKING:
     from atft_pipeline.graph.kernels import Edges
@@ -60,56 +55,33 @@ class StockGraph:
     edge_attr: NDArray[np.float32]
 
 
-def build_graph(
-    returns: NDArray[np.floating],
-    member: NDArray[np.bool_],
-    sector: NDArray[np.integer],
-    market: NDArray[np.integer],
-    sessions: NDArray[np.datetime64],
-    codes: NDArray[np.str_],
-    config: GraphConfig,
-    threads: int | None = None,
-) -> StockGraph:
-    """The graph of every refresh session (see the module's definition).
-
-    returns, member, sector, market: `[T, N]`; NaN is a missing return, a negative sector or market is unknown and the
-    same as no other. codes: `[N]` ascending. threads: all of the machine's unless given; they change no bit.
-    """
-    membership = Membership(
-        sessions=sessions,
-        codes=codes,
-        returns=np.asarray(returns, dtype=np.float32),
-        member=member,
-        sector=np.asarray(sector, dtype=np.int32),
-        market=np.asarray(market, dtype=np.int32),
-    )
-    return graph_at(membership, windows(len(sessions), config), config, threads)
-
-
 def graph_at(
     membership: Membership, inside: Sequence[Window], config: GraphConfig, threads: int | None = None
 ) -> StockGraph:
-    """The graph of the refreshes of `inside`, windows as positions in the membership's sessions, ascending."""
+    """The graph of the refreshes of `inside`, windows as positions in the membership's sessions, ascending.
+
+    threads: all of the machine's unless given; they change no bit.
+    """
     from atft_pipeline.graph.kernels import Search  # numba, which training need not have
 
     start, stop = (inside[0][0], inside[-1][1] + 1) if inside else (0, 0)
     residual, member = membership.returns[start:stop], membership.member[start:stop]
-    found = []
+    refreshes = []
     with Search.open(threads) as search:
         if config.sector_demeaned:
             residual = search.demeaned(residual, member, membership.sector[start:stop], MINIMUM_SECTOR_MEMBERS)
         for first, t in inside:
             window, nodes = residual[first - start : t + 1 - start], np.flatnonzero(member[t - start])
-            found.append(search.nearest(window, nodes, config.neighbours, CLIP))
+            refreshes.append(search.nearest(window, nodes, config.neighbours, CLIP))
     return StockGraph(
         refreshes=membership.sessions[np.array([t for _, t in inside], dtype=np.int64)],
         codes=membership.codes,
-        offsets=np.cumsum([0, *(len(edges.source) for edges in found)], dtype=np.int64),
-        source=np.concatenate([np.empty(0, np.int32), *(edges.source for edges in found)]),
-        target=np.concatenate([np.empty(0, np.int32), *(edges.target for edges in found)]),
+        offsets=np.cumsum([0, *(len(edges.source) for edges in refreshes)], dtype=np.int64),
+        source=np.concatenate([np.empty(0, np.int32), *(edges.source for edges in refreshes)]),
+        target=np.concatenate([np.empty(0, np.int32), *(edges.target for edges in refreshes)]),
         edge_attr=np.concatenate(
             [np.empty((0, 3), np.float32)]
-            + [_attributes(edges, membership, t, config) for edges, (_, t) in zip(found, inside, strict=True)]
+            + [_attributes(edges, membership, t, config) for edges, (_, t) in zip(refreshes, inside, strict=True)]
         ),
     )
 

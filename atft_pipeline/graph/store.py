@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import date
 from itertools import pairwise, takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +20,7 @@ from atft_pipeline.config.overrides import to_dict
 from atft_pipeline.config.schema import GraphConfig
 from atft_pipeline.config.slices import SLICES
 from atft_pipeline.errors import InputError
+from atft_pipeline.graph.build import StockGraph, graph_at
 from atft_pipeline.graph.membership import (
     MINIMUM_SESSIONS,
     Membership,
@@ -38,18 +39,11 @@ from atft_pipeline.storage.artifact import (
 )
 from atft_pipeline.storage.atomic import link
 
-if TYPE_CHECKING:
-    pass
-from atft_pipeline.graph.build import StockGraph, graph_at
-
 SCHEMA: pa.Schema = pa.schema(
     {"Date": pa.date32(), "source": pa.string(), "target": pa.string()}
     | dict.fromkeys(("corr", "same_sector", "same_market"), pa.float32())
 )
 COUNTS: tuple[str, ...] = ("refresh_dates", "edges", "targets")
-
-
-# --- on disk ------------------------------------------------------------------------------------------------
 
 
 def write_graph(path: Path, graph: StockGraph) -> None:

@@ -1,8 +1,10 @@
-"""Session after session through the raw quotes: what is masked, what each factor is worth, who is a member.
+"""One pass through the raw quotes: which rows are masked, what each adjustment factor is worth, who is a member.
 
-One compiled pass, in the order of time, with what it remembers of each stock in `StockState`: nothing that it decides
-at a session can depend on a later one, and a later call continues where an earlier one stopped. The rules themselves
-and what they mean are in universe.py.
+The pass is compiled and goes through the sessions in the order of time. What it needs of earlier sessions stands in
+`StockState`. So nothing decided at a session depends on a later one, and a later call continues where an earlier one
+stopped. quarantine.py says what each rule means and what it decides.
+
+Shapes: T sessions, N stocks, H hits. The kernels take the arrays in named tuples, which numba unpacks for free.
 """
 
 from __future__ import annotations
@@ -10,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -52,7 +53,7 @@ RULES: tuple[str, ...] = (
 
 
 class Hit(NamedTuple):
-    """Columns of a hit, as floats: where, which rule, and the figures that its detail is made of."""
+    """Columns of a hit, all floats: the cell, the rule, and the figures of its evidence."""
 
     session: int = 0
     stock: int = 1
@@ -74,9 +75,19 @@ HIT = Hit()
 _JUMP_ROW = (HIT.open, HIT.close, HIT.factor, HIT.last_close, HIT.correction)
 
 
-@dataclass(frozen=True)
-class StockState:
-    """What is remembered of each stock after a session, `[N]` unless stated."""
+class Listings(NamedTuple):
+    """Snapshots of `listed` by stock: those of stock n are `start[n]:start[n + 1]`, ascending in time."""
+
+    start: NDArray[np.int64]
+    known_from: NDArray[np.int64]
+    """First session of the pass at or after the snapshot, 0 for earlier ones."""
+    is_fund: Flags
+    share_class: Flags
+    """[N] whether the code itself is that of a preferred share or the like."""
+
+
+class StockState(NamedTuple):
+    """What the pass keeps of each stock after a session, `[N]` unless stated."""
 
     published: Matrix
     """Product of the published factors so far."""
@@ -95,13 +106,13 @@ class StockState:
     last_useless: Flags
     """Whether the last trade's factor was read as 1 for want of a jump."""
     turnovers: Matrix
-    """[N, QUIET_ROWS] of the last traded rows, a ring."""
+    """[N, QUIET_ROWS] turnover of the last traded rows, a ring."""
     reported: Flags
     """[N, 2] whether a hit already says that the stock is not listed, or not common."""
 
     @staticmethod
     def of(stocks: int) -> StockState:
-        """Nothing seen yet."""
+        """The state before the first session."""
         return StockState(
             published=np.ones(stocks),
             correction=np.ones(stocks),
@@ -116,31 +127,19 @@ class StockState:
         )
 
     def aligned(self, codes: Sequence[str], to: Sequence[str]) -> StockState:
-        """The state of `codes` as that of `to`, which contains them; the further ones have not been seen."""
-        place = np.searchsorted(np.array(to), np.array(codes)) if len(codes) else np.empty(0, np.int64)
+        """The state of `codes` as that of `to`, which contains them; the other stocks are new."""
+        columns = np.searchsorted(np.array(to), np.array(codes)) if len(codes) else np.empty(0, np.int64)
         wider = StockState.of(len(to))
-        for column in fields(self):
-            getattr(wider, column.name)[place] = getattr(self, column.name)
+        for values, all_values in zip(self, wider, strict=True):
+            all_values[columns] = values
         return wider
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        return {column.name: getattr(self, column.name) for column in fields(self)}
+        """By the names that the files of a state use."""
+        return self._asdict()
 
 
-@dataclass(frozen=True)
-class Listings:
-    """Snapshots of `listed` by stock: those of stock n are `start[n]:start[n + 1]`, ascending in time."""
-
-    start: NDArray[np.int64]
-    known_from: NDArray[np.int64]
-    """First session of the pass at or after the snapshot, 0 for earlier ones."""
-    is_fund: Flags
-    share_class: Flags
-    """[N] whether the code itself is that of a preferred share or the like."""
-
-
-@dataclass(frozen=True)
-class Passed:
+class Passed(NamedTuple):
     """What the pass says of every cell, `[T, N]`."""
 
     cumulative_factor: Matrix
@@ -150,8 +149,61 @@ class Passed:
     is_backfilled: Flags
     listing: NDArray[np.int32]
     """Position among the listings of the attributes in force, −1 where the stock is in no snapshot."""
-    hits: Matrix
-    """[H, len(Hit)]"""
+
+    @staticmethod
+    def of(shape: tuple[int, int]) -> Passed:
+        """Arrays to be filled."""
+        return Passed(
+            cumulative_factor=np.empty(shape),
+            is_traded=np.empty(shape, np.bool_),
+            is_investable=np.empty(shape, np.bool_),
+            has_row=np.empty(shape, np.bool_),
+            is_backfilled=np.empty(shape, np.bool_),
+            listing=np.empty(shape, np.int32),
+        )
+
+
+class Quotes(NamedTuple):
+    """Quotes and published factors: `[T, N]` arrays of the pass, or the numbers of one row."""
+
+    open: Any
+    high: Any
+    low: Any
+    close: Any
+    volume: Any
+    turnover: Any
+    factor: Any
+
+
+_NO_QUOTE = Quotes(*(7 * [math.nan]))
+
+
+class Jump(NamedTuple):
+    """What a trade's move was judged to be; without a jump nothing is corrected."""
+
+    log_move: float
+    log_correction: float
+    is_useless: bool
+    """Whether the published factor is read as 1 for want of a jump."""
+    applied: float
+    """What the correction is multiplied by."""
+
+
+_NO_JUMP = Jump(0.0, 0.0, False, 1.0)
+
+
+class Rules(NamedTuple):
+    """Settings of a pass. A constant of another module is among them: numba caches compiled code by this file alone."""
+
+    first_session: int
+    """Number of the first row, counted from the first session of the data."""
+    factors_from: int
+    """First row by which anybody has stated a factor; before it a missing one is no fault."""
+    price_floor: float
+    min_history_sessions: int
+    stale_sessions: int
+    log_ratios: Matrix
+    """Logs of `SPLIT_RATIOS`."""
 
 
 def pass_through(
@@ -164,60 +216,124 @@ def pass_through(
     factors_from: int,
     price_floor: float,
     min_history_sessions: int,
-) -> Passed:
-    """Goes through the sessions of `raw` and adjusts its quotes in place; `state` is brought up to date in place.
+) -> tuple[Passed, Matrix]:
+    """Adjusts the quotes of `raw` in place and brings `state` up to date in place; the cells and the hits `[H, Hit]`.
 
-    raw: Open, High, Low, Close, Volume, TurnoverValue, AdjustmentFactor as published; present: where there is a row.
-    first_session: number of the first row, counted from the first of the data. factors_from: first row by which anybody
-    has stated a factor; before it a missing one is no fault.
+    raw: Open, High, Low, Close, Volume, TurnoverValue, AdjustmentFactor as published. present: where there is a row.
+    first_session, factors_from: see `Rules`.
     """
-    T, N = present.shape
-    passed = Passed(
-        cumulative_factor=np.empty((T, N)),
-        is_traded=np.empty((T, N), np.bool_),
-        is_investable=np.empty((T, N), np.bool_),
-        has_row=np.empty((T, N), np.bool_),
-        is_backfilled=np.empty((T, N), np.bool_),
-        listing=np.empty((T, N), np.int32),
-        hits=np.empty((0, len(Hit()))),
-    )
-    quotes = [raw[name] for name in ("Open", "High", "Low", "Close", "Volume", "TurnoverValue", "AdjustmentFactor")]
-    cells = [getattr(passed, f.name) for f in fields(passed) if f.name != "hits"]
+    N = present.shape[1]
+    passed = Passed.of(present.shape)
+    columns = ("Open", "High", "Low", "Close", "Volume", "TurnoverValue", "AdjustmentFactor")
+    quotes = Quotes(*(raw[name] for name in columns))
+    rules = Rules(first_session, factors_from, price_floor, min_history_sessions, STALE_SESSIONS, np.log(SPLIT_RATIOS))
 
-    def of_stocks(columns: slice) -> Matrix:
-        pass_: Any = _pass  # numba's stub of a dispatcher takes no star arguments
-        return pass_(
-            columns.start,
-            columns.stop,
-            present,
-            *quotes,
-            *(getattr(listings, f.name) for f in fields(listings)),
-            *state.arrays().values(),
-            *cells,
-            np.log(SPLIT_RATIOS),
-            (first_session, factors_from, min_history_sessions, STALE_SESSIONS),
-            price_floor,
-        )
+    def of_stocks(stocks: slice) -> Matrix:
+        return _pass(stocks.start, stocks.stop, present, quotes, listings, state, passed, rules)
 
     halves = [slice(0, N // 2), slice(N // 2, N)]
     with ThreadPoolExecutor(len(halves)) as pool:
         hits = np.concatenate(list(pool.map(of_stocks, halves)))
-    return Passed(**{f.name: getattr(passed, f.name) for f in fields(passed) if f.name != "hits"}, hits=hits)
+    return passed, hits
 
 
-@njit(cache=True, nogil=True)
+_compiled = njit(cache=True, nogil=True, error_model="numpy")
+
+
+@_compiled
+def _pass(
+    first_stock: Any, last_stock: Any, present: Any, quotes: Any, listings: Any, state: Any, passed: Any, rules: Any
+) -> Any:
+    # Arrays are taken out of their tuples once: numba counts a reference at every access, 200 ns a row.
+    open_, high, low, close, volume, turnover, factor = quotes
+    start, known_from, is_fund, share_class = listings
+    published, correction, last_close, last_published, last_session, history, last_move, last_useless = state[:8]
+    cumulative, is_traded, is_investable, has_row, is_backfilled, listing = passed
+    hits, count = np.empty((64, len(HIT))), 0
+    newest = start[:-1].copy()
+    for t in range(len(present)):
+        now = rules.first_session + t
+        for n in range(first_stock, last_stock):
+            while newest[n] + 1 < start[n + 1] and known_from[newest[n] + 1] <= t:
+                newest[n] += 1
+            snapshot = newest[n] if start[n] < start[n + 1] else -1
+            is_stock = present[t, n]
+            if is_stock and (snapshot < 0 or share_class[n] or is_fund[snapshot]):
+                is_stock = False
+                hits, count = _note_unlisted(hits, count, t, n, snapshot, state.reported)
+
+            quote, traded, broken = _NO_QUOTE, False, -1
+            if is_stock:
+                quote = Quotes(
+                    _finite(open_[t, n]), _finite(high[t, n]), _finite(low[t, n]), _finite(close[t, n]),
+                    volume[t, n], turnover[t, n], factor[t, n],
+                )  # fmt: skip
+                traded = _has_traded(quote)
+                broken = _broken_rule(quote, rules.price_floor) if traded else -1
+                if broken >= 0:
+                    traded = False
+                    hits, count = _note_quote(hits, count, t, n, broken, quote)
+                if _is_usable(quote.factor, published[n]):
+                    published[n] *= quote.factor
+                elif quote.factor == quote.factor or (traded and t >= rules.factors_from):
+                    hits, count = _note_factor(hits, count, t, n, quote.factor)
+            paid = np.nan
+            if traded:
+                paid = quote.turnover if quote.turnover == quote.turnover else quote.close * quote.volume
+                step, last = published[n] / last_published[n], last_close[n]
+                jump = _NO_JUMP
+                if last == last and (_is_suspect(quote.close / last / step, step) or abs(last_move[n, 0]) > BREAK):
+                    hits, count, jump = _jump(hits, count, t, n, quote, paid, state, rules)
+                    correction[n] *= jump.applied
+                last_move[n, 0], last_move[n, 1], last_useless[n] = jump.log_move, jump.log_correction, jump.is_useless
+                last_move[n, 2], last_move[n, 3], last_move[n, 4] = quote.open, quote.close, step
+                last_move[n, 5], last_move[n, 6] = last, jump.applied
+                state.turnovers[n, history[n] % QUIET_ROWS] = paid
+                last_close[n], last_published[n], last_session[n] = quote.close, published[n], now
+                history[n] += 1
+
+            scale = published[n] * correction[n]
+            open_[t, n] = quote.open / scale if traded else np.nan
+            high[t, n] = quote.high / scale if traded else np.nan
+            low[t, n] = quote.low / scale if traded else np.nan
+            close[t, n] = quote.close / scale if traded else np.nan
+            turnover[t, n] = paid
+            volume[t, n] = quote.volume * scale if traded else np.nan
+            cumulative[t, n], is_traded[t, n] = scale, traded
+            has_row[t, n] = now - last_session[n] <= rules.stale_sessions
+            is_old_enough = history[n] >= rules.min_history_sessions
+            is_investable[t, n] = has_row[t, n] and is_old_enough and last_close[n] >= rules.price_floor
+            listing[t, n] = snapshot if has_row[t, n] else -1
+            is_backfilled[t, n] = has_row[t, n] and snapshot >= 0 and known_from[snapshot] > t
+    return hits[:count]
+
+
+# --- one row ----------------------------------------------------------------------------------------------------------
+
+
+@_compiled
 def _finite(x: Any) -> Any:
     return x if np.isfinite(x) else np.nan
 
 
-@njit(cache=True, nogil=True)
-def _quote_rule(o: Any, h: Any, lo: Any, c: Any, v: Any, paid: Any, price_floor: Any) -> Any:
+@_compiled
+def _has_traded(quote: Any) -> Any:
+    """Whether there is volume; where none is stated, whether there is any price."""
+    if quote.volume == quote.volume:
+        return quote.volume != 0.0
+    is_priced = quote.open == quote.open or quote.high == quote.high
+    return is_priced or quote.low == quote.low or quote.close == quote.close
+
+
+@_compiled
+def _broken_rule(quote: Any, price_floor: Any) -> Any:
     """The first rule that a traded row's quote breaks, −1 for none."""
+    o, h, lo, c = quote.open, quote.high, quote.low, quote.close
     if not (o > 0.0 and h > 0.0 and lo > 0.0 and c > 0.0):
         return _NOT_POSITIVE
-    if v < 0.0 or v == np.inf:
+    if quote.volume < 0.0 or quote.volume == np.inf:
         return _NEGATIVE_VOLUME
-    if paid < 0.0 or paid == np.inf:
+    if quote.turnover < 0.0 or quote.turnover == np.inf:
         return _NEGATIVE_TURNOVER
     if h < lo * (1.0 - SLACK):
         return _HIGH_BELOW_LOW
@@ -229,48 +345,89 @@ def _quote_rule(o: Any, h: Any, lo: Any, c: Any, v: Any, paid: Any, price_floor:
     return -1
 
 
-@njit(cache=True, nogil=True)
+@_compiled
+def _is_usable(factor: Any, published: Any) -> Any:
+    """Whether a published factor, and the product of all so far, are in a believable range."""
+    return (
+        1.0 / _FACTOR_LIMIT <= factor <= _FACTOR_LIMIT and 1.0 / _PRODUCT_LIMIT <= published * factor <= _PRODUCT_LIMIT
+    )
+
+
+# --- jumps ------------------------------------------------------------------------------------------------------------
+
+
+@_compiled
+def _is_suspect(move: Any, step: Any) -> Any:
+    """Whether the close's move or the published step is larger than a session's; both NaN-safe."""
+    return not (_FALL <= move <= _RISE and _FALL <= step <= _RISE)
+
+
+@_compiled
+def _jump(hits: Any, count: Any, t: Any, n: Any, quote: Any, paid: Any, state: Any, rules: Any) -> Any:
+    """Judges a suspect move, or the trade after one: the hits, and what the move was and is corrected by."""
+    step, last = state.published[n] / state.last_published[n], state.last_close[n]
+    opened, log_move = np.log(quote.open / last / step), np.log(quote.close / last / step)
+    gap = rules.first_session + t - state.last_session[n]
+    is_quiet = _is_quiet(paid, state.turnovers[n])
+    rule, log_correction = _judged(opened, log_move, np.log(step), last, is_quiet, gap, rules)
+    is_useless = rule == _USELESS_FACTOR
+    before = state.last_move[n]
+    has_returned = abs(before[0]) > BREAK and abs(before[0] + log_move) < RETURN_TOLERANCE
+    # The way back undoes exactly what the way out was given, so one bad quote leaves no step.
+    applied = np.exp(-before[1] if has_returned and not is_useless else log_correction)
+    if rule >= 0:
+        hits, count = _note_jump(hits, count, t, n, rule, t, (quote.open, quote.close, step, last, applied))
+    if has_returned and not state.last_useless[n]:
+        # The bad row is the one before: the session of the last trade.
+        bad = state.last_session[n] - rules.first_session
+        figures = (before[2], before[3], before[4], before[5], before[6])
+        hits, count = _note_jump(hits, count, bad, n, _REVERTS, t, figures)
+    return hits, count, Jump(log_move, log_correction, is_useless, applied)
+
+
+@_compiled
 def _is_quiet(turnover: Any, ring: Any) -> Any:
     """Whether the turnover is under QUIET_TURNOVER medians of the last traded rows."""
-    known = np.sort(ring[ring == ring])
-    n = len(known)
+    seen = np.sort(ring[ring == ring])
+    n = len(seen)
     if n < QUIET_LEAST:
         return False
-    return turnover < QUIET_TURNOVER * 0.5 * (known[(n - 1) // 2] + known[n // 2])
+    return turnover < QUIET_TURNOVER * 0.5 * (seen[(n - 1) // 2] + seen[n // 2])
 
 
-@njit(cache=True, nogil=True)
-def _split_ratio(opened: Any, closed: Any, ladder: Any) -> Any:
+@_compiled
+def _split_ratio(opened: Any, closed: Any, log_ratios: Any) -> Any:
     """Log of the split ratio that the open's or the close's move comes nearest to, NaN where none is near."""
     best, nearest = np.inf, np.nan
-    for step in ladder:
+    for step in log_ratios:
         distance = min(abs(abs(closed) - step), abs(abs(opened) - step))
         if distance < best:
             best, nearest = distance, step
     return nearest if best < RATIO_TOLERANCE else np.nan
 
 
-@njit(cache=True, nogil=True)
-def _judged(
-    opened: Any, closed: Any, factor: Any, last: Any, quiet: Any, gap: Any, ladder: Any, floor: Any, stale: Any
-) -> Any:
+@_compiled
+def _judged(opened: Any, closed: Any, factor: Any, last: Any, is_quiet: Any, gap: Any, rules: Any) -> Any:
     """Rule (−1 for none) and log correction of a traded row, from its log moves after the published factor's log."""
     if abs(factor) > JUMP and abs(closed + factor) < 0.25 * abs(factor):
         return _USELESS_FACTOR, -factor
-    jumped = opened * closed > 0.0 and min(abs(opened), abs(closed)) > JUMP and last >= floor
+    jumped = opened * closed > 0.0 and min(abs(opened), abs(closed)) > JUMP and last >= rules.price_floor
     if not jumped:
         return -1, 0.0
-    split = _split_ratio(opened, closed, ladder)
+    split = _split_ratio(opened, closed, rules.log_ratios)
     rebased = split * np.sign(closed)
     looks_split = split == split
-    if looks_split and quiet and gap <= stale:
+    if looks_split and is_quiet and gap <= rules.stale_sessions:
         return _SPLIT, rebased
     if min(opened, closed) > BREAK:
         return _LEVEL, rebased if looks_split else opened
     return (_JUMP, 0.0) if looks_split else (-1, 0.0)
 
 
-@njit(cache=True, nogil=True)
+# --- hits -------------------------------------------------------------------------------------------------------------
+
+
+@_compiled
 def _noted(hits: Any, count: Any, t: Any, n: Any, rule: Any) -> Any:
     """The hits with room for one more, filled in but for its figures."""
     if count == len(hits):
@@ -282,110 +439,43 @@ def _noted(hits: Any, count: Any, t: Any, n: Any, rule: Any) -> Any:
     return hits
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
-def _pass(
-    first_stock: Any, last_stock: Any, present: Any,
-    open_: Any, high: Any, low: Any, close: Any, volume: Any, turnover: Any, factor: Any,
-    start: Any, known_from: Any, is_fund: Any, share_class: Any,
-    published: Any, correction: Any, last_close: Any, last_published: Any, last_session: Any, history: Any,
-    last_move: Any, last_useless: Any, turnovers: Any, reported: Any,
-    cumulative: Any, is_traded: Any, is_investable: Any, has_row: Any, is_backfilled: Any, listing: Any,
-    ladder: Any, sessions: Any, price_floor: Any,
-) -> Any:  # fmt: skip
-    # A constant of another module is an argument: the compiled code is cached by this file alone.
-    first_session, factors_from, min_history, stale = sessions
-    hits, count = np.empty((64, len(HIT))), 0
-    newest = start[:-1].copy()
-    for t in range(len(present)):
-        now = first_session + t
-        for n in range(first_stock, last_stock):
-            in_listed = start[n] < start[n + 1]
-            while newest[n] + 1 < start[n + 1] and known_from[newest[n] + 1] <= t:
-                newest[n] += 1
-            listing[t, n] = newest[n] if in_listed else -1
-            is_backfilled[t, n] = in_listed and known_from[newest[n]] > t
+@_compiled
+def _note_unlisted(hits: Any, count: Any, t: Any, n: Any, listing: Any, reported: Any) -> Any:
+    """Once a stock: its rows are those of an unlisted code, or of no common stock."""
+    is_listed = listing >= 0
+    reason = 1 if is_listed else 0
+    if reported[n, reason]:
+        return hits, count
+    reported[n, reason] = True
+    hits = _noted(hits, count, t, n, _NOT_COMMON if is_listed else _NOT_LISTED)
+    hits[count, HIT.listing] = listing
+    return hits, count + 1
 
-            there = present[t, n]
-            if there and (not in_listed or share_class[n] or is_fund[newest[n]]):
-                there = False
-                reason = 1 if in_listed else 0
-                if not reported[n, reason]:
-                    reported[n, reason] = True
-                    hits = _noted(hits, count, t, n, _NOT_COMMON if in_listed else _NOT_LISTED)
-                    hits[count, HIT.listing] = listing[t, n]
-                    count += 1
-            traded = False
-            o, h, lo, c, paid = np.nan, np.nan, np.nan, np.nan, np.nan
-            if there:
-                o, h, lo, c = _finite(open_[t, n]), _finite(high[t, n]), _finite(low[t, n]), _finite(close[t, n])
-                v, paid, f = volume[t, n], turnover[t, n], factor[t, n]
-                traded = v != 0.0 if v == v else (o == o or h == h or lo == lo or c == c)
-                rule = _quote_rule(o, h, lo, c, v, paid, price_floor) if traded else -1
-                if rule >= 0:
-                    traded = False
-                    hits = _noted(hits, count, t, n, rule)
-                    hits[count, HIT.open], hits[count, HIT.high], hits[count, HIT.low] = o, h, lo
-                    hits[count, HIT.close], hits[count, HIT.volume], hits[count, HIT.turnover] = c, v, paid
-                    count += 1
-                usable = (
-                    1.0 / _FACTOR_LIMIT <= f <= _FACTOR_LIMIT
-                    and 1.0 / _PRODUCT_LIMIT <= published[n] * f <= _PRODUCT_LIMIT
-                )
-                if not usable and (f == f or (traded and t >= factors_from)):
-                    hits = _noted(hits, count, t, n, _BAD_FACTOR)
-                    hits[count, HIT.factor] = f
-                    count += 1
-                published[n] *= f if usable else 1.0
-            if traded:
-                money = paid if paid == paid else c * volume[t, n]
-                last = last_close[n]
-                step = published[n] / last_published[n]
-                moved = c / last / step
-                log_move, log_correction, useless = 0.0, 0.0, False
-                before = last_move[n, 0]
-                figures = (o, c, step, last, 1.0)
-                suspect = not (_FALL <= moved <= _RISE and _FALL <= step <= _RISE)
-                if last == last and (suspect or abs(before) > BREAK):
-                    opened, log_move, stated = np.log(o / last / step), np.log(moved), np.log(step)
-                    quiet = _is_quiet(money, turnovers[n])
-                    rule, log_correction = _judged(
-                        opened, log_move, stated, last, quiet, now - last_session[n], ladder, price_floor, stale
-                    )
-                    useless = rule == _USELESS_FACTOR
-                    returned = abs(before) > BREAK and abs(before + log_move) < RETURN_TOLERANCE
-                    # The way back undoes exactly what the way out was given, so one bad quote leaves no step.
-                    applied = np.exp(-last_move[n, 1] if returned and not useless else log_correction)
-                    correction[n] *= applied
-                    figures = (o, c, step, last, applied)
-                    if rule >= 0:
-                        hits = _noted(hits, count, t, n, rule)
-                        for k in range(5):
-                            hits[count, _JUMP_ROW[k]] = figures[k]
-                        count += 1
-                    if returned and not last_useless[n]:
-                        # The bad row is the one before: the session of the last trade.
-                        hits = _noted(hits, count, last_session[n] - first_session, n, _REVERTS)
-                        hits[count, HIT.known_from] = t
-                        for k in range(5):
-                            hits[count, _JUMP_ROW[k]] = last_move[n, 2 + k]
-                        count += 1
-                last_move[n, 0], last_move[n, 1], last_useless[n] = log_move, log_correction, useless
-                for k in range(5):
-                    last_move[n, 2 + k] = figures[k]
-                turnovers[n, history[n] % QUIET_ROWS] = money
-                last_close[n], last_published[n], last_session[n] = c, published[n], now
-                history[n] += 1
-            scale = published[n] * correction[n]
-            cumulative[t, n] = scale
-            is_traded[t, n] = traded
-            open_[t, n] = o / scale if traded else np.nan
-            high[t, n] = h / scale if traded else np.nan
-            low[t, n] = lo / scale if traded else np.nan
-            close[t, n] = c / scale if traded else np.nan
-            turnover[t, n] = money if traded else np.nan
-            volume[t, n] = volume[t, n] * scale if traded else np.nan
-            has_row[t, n] = now - last_session[n] <= stale
-            is_investable[t, n] = has_row[t, n] and history[n] >= min_history and last_close[n] >= price_floor
-            listing[t, n] = listing[t, n] if has_row[t, n] else -1
-            is_backfilled[t, n] = is_backfilled[t, n] and has_row[t, n]
-    return hits[:count]
+
+@_compiled
+def _note_quote(hits: Any, count: Any, t: Any, n: Any, rule: Any, quote: Any) -> Any:
+    """A quote that breaks `rule`."""
+    hits = _noted(hits, count, t, n, rule)
+    hits[count, HIT.open], hits[count, HIT.high], hits[count, HIT.low] = quote.open, quote.high, quote.low
+    hits[count, HIT.close], hits[count, HIT.volume], hits[count, HIT.turnover] = (
+        quote.close, quote.volume, quote.turnover,
+    )  # fmt: skip
+    return hits, count + 1
+
+
+@_compiled
+def _note_factor(hits: Any, count: Any, t: Any, n: Any, factor: Any) -> Any:
+    """A published factor that cannot be used."""
+    hits = _noted(hits, count, t, n, _BAD_FACTOR)
+    hits[count, HIT.factor] = factor
+    return hits, count + 1
+
+
+@_compiled
+def _note_jump(hits: Any, count: Any, t: Any, n: Any, rule: Any, known_from: Any, figures: Any) -> Any:
+    """A jump at t, decided at `known_from`; figures: those of `_JUMP_ROW`."""
+    hits = _noted(hits, count, t, n, rule)
+    hits[count, HIT.known_from] = known_from
+    for k in range(len(figures)):
+        hits[count, _JUMP_ROW[k]] = figures[k]
+    return hits, count + 1

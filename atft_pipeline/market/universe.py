@@ -125,7 +125,7 @@ def build_prices(
     stated = np.flatnonzero(np.isfinite(raw["AdjustmentFactor"]).any(axis=1))
     factors_from = 0 if state.factors_stated else int(stated[0]) if len(stated) else len(sessions)
     listed = Listed.of(tables["listed"], codes, sessions, config.market)
-    passed = pass_through(
+    passed, hits = pass_through(
         raw,
         present,
         listed.listings,
@@ -136,7 +136,7 @@ def build_prices(
         min_history_sessions=config.min_history_sessions,
     )
     known = np.concatenate([before.sessions, sessions])
-    quarantine = pl.concat([closed, *quarantine_rows(passed.hits, known, len(before.sessions), codes, listed)])
+    quarantine = pl.concat([closed, *quarantine_rows(hits, known, len(before.sessions), codes, listed)])
     traded = state.stocks.history > 0
     _require_stocks(np.array(codes)[traded], quarantine)
     turnover = np.concatenate([state.turnover, raw["TurnoverValue"]])

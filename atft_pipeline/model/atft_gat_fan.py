@@ -2,8 +2,8 @@
 
 Shapes: N stocks, S target sessions, R receptive field, C channels, F features, D width, H horizons.
 
-Two laws hold by construction (DESIGN.md, "encode each session once"): a stock's score for a session is the same
-whatever block it is computed in, and no later session changes it. Stocks meet nowhere but on the edges of the graph.
+Two laws hold by construction. A stock's score for a session is the same whatever block it is computed in. No later
+session changes it. Stocks meet nowhere but on the edges of the graph.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from atft_pipeline.batches.block import Block
 from atft_pipeline.config.schema import HORIZONS, ModelConfig
 from atft_pipeline.model.adaptive_norm import NORMALISATIONS
-from atft_pipeline.model.fusion import BackboneProjection, Fusion
+from atft_pipeline.model.fusion import Fusion
 from atft_pipeline.model.gat import GraphAttention
 from atft_pipeline.model.prediction_head import PredictionHead
-from atft_pipeline.model.temporal_encoder import TemporalEncoder
+from atft_pipeline.model.temporal_encoder import BackboneProjection, TemporalEncoder
 from atft_pipeline.model.variable_selection import VariableSelection
 
 ENCODED_AT_ONCE: dict[str, int] = {"cpu": 2**18, "cuda": 2**26}

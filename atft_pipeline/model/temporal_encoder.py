@@ -96,3 +96,14 @@ class TemporalEncoder(nn.Module):
         for layer in self.layers:
             h = layer(h, observed[:, -h.shape[1] :])
         return h
+
+
+class BackboneProjection(nn.Module):
+    """What the graph and the fusion read of the encoder: LayerNorm, linear map and GELU, `[N, S, D] -> [N, S, D]`."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.LayerNorm(hidden), nn.Linear(hidden, hidden), nn.GELU())
+
+    def forward(self, state: Tensor) -> Tensor:
+        return self.layers(state)

@@ -517,7 +517,7 @@ def _frozen(*components: str) -> Callable[[], None]:
 
 def encoder_bypassed() -> None:
     """What the temporal encoder says is multiplied by 0 before the graph and the fusion read it."""
-    from atft_pipeline.model.fusion import BackboneProjection
+    from atft_pipeline.model.temporal_encoder import BackboneProjection
 
     replace(BackboneProjection, "forward", lambda original: lambda self, state: 0.0 * original(self, state))
 

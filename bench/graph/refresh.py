@@ -29,8 +29,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from atft_pipeline.config.schema import GraphConfig
-from atft_pipeline.graph.build import CLIP, MINIMUM_SECTOR_MEMBERS, StockGraph, build_graph
+from atft_pipeline.graph.build import CLIP, MINIMUM_SECTOR_MEMBERS, StockGraph, graph_at
 from atft_pipeline.graph.kernels import Search
+from atft_pipeline.graph.membership import Membership, windows
 from atft_pipeline.graph.store import build_graph_file, content_sha256, load_graph
 from atft_pipeline.storage.artifact import write_manifest
 
@@ -80,6 +81,13 @@ def identical(graph: StockGraph, corr: np.ndarray, best: np.ndarray) -> bool:
         return bool(((found == expected) | (np.abs(found - expected) < 1e-6)).all())
 
 
+def build(rows: tuple[np.ndarray, ...], days: np.ndarray, codes: np.ndarray, config: GraphConfig) -> StockGraph:
+    """The graph of returns, members, sectors and markets `[T, N]` at every refresh."""
+    returns, member, sector, market = rows
+    inputs = (returns.astype(np.float32), member, sector.astype(np.int32), market.astype(np.int32))
+    return graph_at(Membership(days, codes, *inputs), windows(len(days), config), config)
+
+
 def case(stocks: int, window: int, neighbours: int) -> dict[str, Any]:
     step = window - 1
     config = GraphConfig(lookback_sessions=window, neighbours=neighbours, refresh_sessions=step)
@@ -89,13 +97,13 @@ def case(stocks: int, window: int, neighbours: int) -> dict[str, Any]:
 
     def refresh(g: int) -> StockGraph:
         inside = slice(g * step, g * step + window)
-        return build_graph(*(values[inside] for values in rows), days[inside], codes, config)
+        return build(tuple(values[inside] for values in rows), days[inside], codes, config)
 
     refresh(0)
     cpu = time.process_time()
     times = [milliseconds(lambda g=g: refresh(g)) for _ in range(REPETITIONS) for g in range(REFRESHES)]
     cpu_ms = 1e3 * (time.process_time() - cpu) / len(times)
-    long_build = [milliseconds(lambda: build_graph(*rows, days, codes, config)) for _ in range(REPETITIONS)]
+    long_build = [milliseconds(lambda: build(rows, days, codes, config)) for _ in range(REPETITIONS)]
     peak_rss_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
     with Search.open() as search:

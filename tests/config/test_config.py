@@ -31,7 +31,8 @@ from atft_pipeline.config.schema import (
 from atft_pipeline.dataset.rows import build_dataset
 from atft_pipeline.dataset.splits import make_split
 from atft_pipeline.errors import InputError
-from atft_pipeline.graph.build import StockGraph, build_graph
+from atft_pipeline.graph.build import graph_at
+from atft_pipeline.graph.membership import Membership, windows
 from atft_pipeline.market import calendar
 from atft_pipeline.market.universe import build_prices
 
@@ -275,16 +276,15 @@ def test_every_dataset_field_changes_the_dataset() -> None:
 def test_every_graph_field_changes_the_graph() -> None:
     rng = np.random.default_rng(0)
     T, N = 150, 24
-    sector = np.tile(np.arange(N) % 3, (T, 1))
+    sector = np.tile(np.arange(N, dtype=np.int32) % 3, (T, 1))
     returns = rng.normal(size=(T, 3))[:, sector[0]] + rng.normal(size=(T, N))
     member = {"all": np.ones((T, N), bool), "liquid": np.tile(np.arange(N) < 16, (T, 1))}
     sessions = np.datetime64("2020-01-06") + np.arange(T)
     codes = np.array([f"{n:04}" for n in range(N)])
 
     def fingerprint(config: GraphConfig) -> tuple[Any, ...]:
-        graph: StockGraph = build_graph(
-            returns, member[config.universe], sector, np.zeros_like(sector), sessions, codes, config
-        )
+        inputs = (returns.astype(np.float32), member[config.universe], sector, np.zeros_like(sector))
+        graph = graph_at(Membership(sessions, codes, *inputs), windows(T, config), config)
         return (len(graph.refreshes), len(graph.source), graph.edge_attr.sum(), int(graph.source.sum()))
 
     changed = {

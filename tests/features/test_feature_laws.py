@@ -44,7 +44,6 @@ from atft_pipeline.features.compute import build_features, normalised
 from atft_pipeline.features.registry import (
     FEATURE_NAMES,
     REGISTRY,
-    WARM_UP_TOLERANCE,
     Feature,
     markdown_table,
     registry_fingerprint,
@@ -54,6 +53,9 @@ from atft_pipeline.features.vocabulary.windows import lag
 from atft_pipeline.market.calendar import close_time
 from atft_pipeline.market.price_panel import PricePanel
 from atft_pipeline.market.universe import PricesResult, build_prices
+
+WARM_UP_TOLERANCE = 0.01
+"""Share of its standard deviation by which an exponential average may still depend on its start after its window."""
 
 
 def built() -> Built:

@@ -8,6 +8,7 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 import torch
+from torch_geometric.nn import GATv2Conv
 
 from atft_pipeline.batches.block import Block, NeighbourTable
 from atft_pipeline.config.schema import HORIZONS, LossConfig, ModelConfig
@@ -551,7 +552,12 @@ def test_attention_over_the_table_is_pygs_over_the_edges(at_once: int, monkeypat
     corr = (table.attributes[..., :1] - CORR_MIDDLE) / CORR_UNIT
     attributes = torch.cat((corr, table.attributes[..., 1:]), dim=-1)
     nodes = gat.norm(h).transpose(0, 1).reshape(-1, width)
-    messages = gat.attention(nodes, ends[:, known], attributes[known])
+    reference = GATv2Conv(width, width // 2, heads=2, edge_dim=3, add_self_loops=False, bias=False)
+    reference.load_state_dict(gat.attention.state_dict())
+    for name in ("att", "lin_l.weight", "lin_r.weight", "lin_edge.weight"):  # one graph of gradients for both
+        owner, _, leaf = name.rpartition(".")
+        setattr(reference.get_submodule(owner), leaf, gat.attention.get_parameter(name))
+    messages = reference(nodes, ends[:, known], attributes[known])
     expected = h + messages.view(days, stocks, width).transpose(0, 1)
     found = gat(h, table)
     torch.testing.assert_close(found, expected)

@@ -1,4 +1,4 @@
-"""Exponential averages that can be continued from where they stood, and counts of values seen."""
+"""Recursions over time that a later call continues: exponential averages, and counts of the values seen."""
 
 from __future__ import annotations
 
@@ -8,14 +8,11 @@ import numpy as np
 from numba import njit
 
 from atft_pipeline.features.trace import word
-from atft_pipeline.features.vocabulary.windows import as_panel
+from atft_pipeline.features.vocabulary.windows import as_matrix
 from atft_pipeline.market.price_panel import Matrix
 
 EMA_SPANS_TO_FORGET = 5
 """Spans after which an exponential average has forgotten its start: its weight is then e^-10."""
-
-
-# --- recursions, which continue from what they remember ---------------------------------------------------------------
 
 
 class Average(NamedTuple):
@@ -52,14 +49,14 @@ def exponential(x: Matrix, alpha: float, first: int, before: Average | None, fre
     It steps over nulls: a null session changes nothing and is null itself. before: where it stood after the session
     before row `fresh`, None at the start of the data; earlier rows are null.
     """
-    panel = as_panel(x)
+    panel = as_matrix(x)
     state, seen = (array.copy() for array in before or Average.unstarted(panel.shape[1]))
     out = np.empty_like(panel)
     _smooth(panel, alpha, first, fresh, state, seen, out)
     return out.reshape(x.shape), Average(state, seen)
 
 
-def ema(x: Matrix, span: int) -> Matrix:
+def series_ema(x: Matrix, span: int) -> Matrix:
     """`exponential` with alpha = 2 / (span + 1) of a series that is kept whole."""
     values, _ = exponential(x, 2.0 / (span + 1), span, None, 0)
     return values

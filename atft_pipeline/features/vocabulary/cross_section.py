@@ -1,4 +1,4 @@
-"""Functions of one session's stocks: group medians, shares, and the normalisation of the inputs."""
+"""Functions across the stocks of a session: group medians, shares, and the normalisation of the inputs."""
 
 from __future__ import annotations
 
@@ -12,17 +12,14 @@ from atft_pipeline.features.trace import word
 from atft_pipeline.features.vocabulary.elementwise import FLAT
 from atft_pipeline.market.price_panel import Matrix
 
-NORMALISE_LEAST = 10
+NORMALISE_MIN_VALUES = 10
 """Values that a session needs for a cross-sectional statistic."""
 CLIP_MAD = 5.0
 CLIP_STD = 5.0
 MAD_TO_STD = 1.4826
 """Ratio of standard deviation to median absolute deviation of a normal distribution."""
-GROUP_LEAST = 5
+GROUP_MIN_MEMBERS = 5
 """Members with a value that a sector needs."""
-
-
-# --- groups and cross-sections ----------------------------------------------------------------------------------------
 
 
 @njit(cache=True, nogil=True)
@@ -107,12 +104,12 @@ def _by_group(x: Any, member: Any, group: Any, groups: Any, least: Any, out: Any
 
 @word()
 def group_median(x: Matrix, member: NDArray[np.bool_], group: NDArray[np.int32], groups: int) -> Matrix:
-    """Median over the members of each group and session, `[T, G]`, null under `GROUP_LEAST` non-null members.
+    """Median over the members of each group and session, `[T, G]`, null under `GROUP_MIN_MEMBERS` non-null members.
 
     group: `[T, N]`, −1 where a stock has none.
     """
     out = np.empty((len(x), groups))
-    _by_group(np.ascontiguousarray(x), member, group, groups, GROUP_LEAST, out)
+    _by_group(np.ascontiguousarray(x), member, group, groups, GROUP_MIN_MEMBERS, out)
     return out
 
 
@@ -142,11 +139,11 @@ def chained(step: Matrix) -> Matrix:
 
 @word()
 def share_of(condition: Matrix, member: NDArray[np.bool_]) -> Matrix:
-    """Share of the members whose flag is 1, `[T]`, null under `NORMALISE_LEAST` members with a flag."""
+    """Share of the members whose flag is 1, `[T]`, null under `NORMALISE_MIN_VALUES` members with a flag."""
     there = member & ~np.isnan(condition)
     count = there.sum(axis=1)
     share = np.where(there, condition, 0.0).sum(axis=1) / np.maximum(count, 1)
-    return np.where(count >= NORMALISE_LEAST, share, np.nan)
+    return np.where(count >= NORMALISE_MIN_VALUES, share, np.nan)
 
 
 @njit(cache=True, nogil=True)
@@ -183,7 +180,7 @@ def _standardise(x: Any, member: Any, kept: Any, out: Any) -> None:
             rows += wanted[j]
         result = out[start : start + rows]
         start += rows
-        if n < NORMALISE_LEAST:
+        if n < NORMALISE_MIN_VALUES:
             result[:] = np.nan
             continue
         there, spread = values[:n], work[:n]

@@ -1,4 +1,4 @@
-"""Functions of numbers, applied to panels, series and constants alike: ratios, changes, comparisons, logarithms."""
+"""Functions of numbers, applied value by value to matrices, series and constants: ratios, changes, comparisons."""
 
 from __future__ import annotations
 
@@ -24,9 +24,6 @@ at one pace, so their ratio would remember for ever what was before; a tick is a
 def min_observations(window: int) -> int:
     """Observations that a window of `window` sessions needs: two thirds, rounded up."""
     return -(-2 * window // 3)
-
-
-# --- value by value ---------------------------------------------------------------------------------------------------
 
 
 def elementwise(scalar: Callable[..., Any]) -> Callable[..., Any]:

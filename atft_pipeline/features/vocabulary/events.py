@@ -1,4 +1,4 @@
-"""Functions of dated events: weekly histories, and documents in force at each close."""
+"""Functions of publications: the weekly history of a release, and the document in force at each close."""
 
 from __future__ import annotations
 
@@ -13,9 +13,6 @@ from atft_pipeline.features.vocabulary.elementwise import FLAT, min_observations
 from atft_pipeline.market.price_panel import Matrix
 
 SESSIONS_IN_WEEK = 5
-
-
-# --- weekly histories and documents -----------------------------------------------------------------------------------
 
 
 @word(lambda weeks: (weeks - 1) * SESSIONS_IN_WEEK)
@@ -59,7 +56,9 @@ def _in_force(values: Any, day: Any, latest: Any, sessions: Any, expiry: Any, ou
 
 
 @word()
-def in_force(values: Matrix, day: Matrix, latest: NDArray[np.int32], sessions: Matrix, expiry_days: int) -> Matrix:
+def document_in_force(
+    values: Matrix, day: Matrix, latest: NDArray[np.int32], sessions: Matrix, expiry_days: int
+) -> Matrix:
     """`[E]` values of the latest document known at each close, `[T, N]`, null once its `day` is over `expiry_days` ago.
 
     day: `[E]` and sessions: `[T]`, in days since 1970, NaN where a document says nothing of the kind.

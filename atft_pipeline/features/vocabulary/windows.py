@@ -1,4 +1,4 @@
-"""Functions of a trailing window of sessions: lags, carried values, moments, extremes, regressions."""
+"""Functions over time: lags, carried values, and the moments, extremes and regressions of trailing windows."""
 
 from __future__ import annotations
 
@@ -18,6 +18,11 @@ TS_WINDOW, TS_MIN_OBSERVATIONS = 252, 60
 
 _TILE = 64
 """Stocks per tile: the longest window, 252 sessions x 64 stocks x 8 bytes, stays in the second-level cache."""
+
+
+def as_matrix(x: Matrix) -> Matrix:
+    """`[T, N]` in C order; a series `[T]` becomes one column."""
+    return np.ascontiguousarray(x.reshape(len(x), -1))
 
 
 # --- earlier sessions -------------------------------------------------------------------------------------------------
@@ -49,7 +54,7 @@ def _carry(x: Any, longest: Any, out: Any) -> None:
 @word(CARRY_SESSIONS)
 def carry(x: Matrix) -> Matrix:
     """The last non-null value, at most `CARRY_SESSIONS` old."""
-    panel = as_panel(x)
+    panel = as_matrix(x)
     out = np.empty_like(panel)
     _carry(panel, CARRY_SESSIONS, out)
     return out.reshape(x.shape)
@@ -65,11 +70,6 @@ def returns(close: Matrix, carried: Matrix, sessions: int) -> Matrix:
 
 
 # --- windows ----------------------------------------------------------------------------------------------------------
-
-
-def as_panel(x: Matrix) -> Matrix:
-    """`[T, N]` in C order: a series is a panel of one."""
-    return np.ascontiguousarray(x.reshape(len(x), -1))
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -109,7 +109,7 @@ def _moments(x: Any, window: Any, least: Any, ddof: Any, two_pass: Any, mean: An
 
 
 def _rolling(x: Matrix, window: int, least: int, ddof: int, *, two_pass: bool) -> tuple[Matrix, Matrix]:
-    panel = as_panel(x)
+    panel = as_matrix(x)
     mean = np.empty_like(panel)
     std = np.empty_like(panel) if two_pass else np.empty((0, 0))
     _moments(panel, window, least, ddof, two_pass, mean, std)
@@ -162,7 +162,7 @@ def _count(x: Any, window: Any, out: Any) -> None:
 
 def _counted(x: Matrix, window: int) -> Matrix:
     """Non-null values in the window; whole numbers, which a running count adds exactly."""
-    panel = as_panel(x)
+    panel = as_matrix(x)
     out = np.empty_like(panel)
     _count(panel, window, out)
     return out.reshape(x.shape)
