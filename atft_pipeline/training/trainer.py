@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from atft_pipeline.batches.block import Block
 from atft_pipeline.batches.block_dataset import BlockDataset
@@ -284,11 +283,10 @@ class Trainer:
         first_step, clip_norm = self.step, settings.optimizer.clip_norm
         steps: list[StepFigures] = []
         waited = 0.0
-        quiet = None if self.processes.leads else True
         try:
             # Of the blocks with the most sessions, which alone tell the Sharpe term's pull, the last.
             measured = max(range(len(sessions)), key=lambda number: (len(sessions[number]), number))
-            for number in tqdm(range(len(sessions)), desc=f"epoch {epoch}", leave=False, disable=quiet):
+            for number in range(len(sessions)):
                 asked = time.perf_counter()
                 block = to_device(next(blocks), self.device)
                 waited += time.perf_counter() - asked
