@@ -88,7 +88,7 @@ def _show_in_colour(blocks: Sequence[Block], stream: TextIO) -> None:
 
     console = Console(file=stream, highlight=False)
     for number, block in enumerate(blocks):
-        if number and not isinstance(block, Sentences):
+        if number and not (isinstance(block, Sentences) and isinstance(blocks[number - 1], Sentences)):
             console.print()
         for renderable in drawn(block, console):
             console.print(renderable)
@@ -109,7 +109,14 @@ def drawn(block: Block, console: Console) -> list[RenderableType]:
             Text(block.title, style="bold"),
             *(Padding(Text(one_line(s), style=block.colour), (0, 0, 0, 2)) for s in block.sentences),
         ]
-    return [Text(block.title, style="bold"), *(_drawn_table(part) for part in fitting(block, console.width))]
+    return [
+        Text(block.title, style="bold"),
+        *(
+            renderable
+            for number, part in enumerate(fitting(block, console.width))
+            for renderable in ([Text(""), _drawn_table(part)] if number else [_drawn_table(part)])
+        ),
+    ]
 
 
 def _drawn_facts(block: Facts) -> RenderableType:
@@ -129,7 +136,10 @@ def _drawn_table(table: Table) -> RenderableType:
     from rich.table import Table as Grid
     from rich.text import Text
 
-    grid = Grid(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, len(GAP), 0, 0), header_style="bold", show_edge=False)
+    # The box puts a space between two columns; with the padding that is the gap.
+    grid = Grid(
+        box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, len(GAP) - 1, 0, 0), header_style="bold", show_edge=False
+    )
     for number, name in enumerate(table.header):
         is_left = number == 0 or name in table.words
         grid.add_column(Text(name), justify="left" if is_left else "right", no_wrap=True)
@@ -144,7 +154,7 @@ def fitting(table: Table, width: int) -> list[Table]:
     A single column that is wider stays whole; the terminal wraps it.
     """
     columns = list(zip(table.header, *([one_line(cell.text) for cell in row] for row in table.rows), strict=True))
-    widths = [max(map(len, column)) + len(GAP) + 1 for column in columns]
+    widths = [max(map(len, column)) + len(GAP) for column in columns]
     parts: list[list[int]] = [[]]
     used = widths[0]
     for number in range(1, len(columns)):

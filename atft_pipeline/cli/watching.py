@@ -15,6 +15,8 @@ from atft_pipeline.monitoring.figures import colour, count, duration, gibibytes,
 
 RUNS = Path("output/runs")
 ABSENT = "-"
+MINUTE = len("2026-11-30T18:55")
+"""Characters of a time up to its minute."""
 
 
 def register(add: AddCommand) -> None:
@@ -65,7 +67,7 @@ def _status_row(row: Mapping[str, Any]) -> list[Cell]:
         *map(Cell, figures),
         Cell(ABSENT if speed is None else f"{speed:,.0f}"),
         Cell(ABSENT if memory is None else gibibytes(memory)),
-        Cell(str(row["started"] or ABSENT)),
+        Cell(str(row["started"] or ABSENT)[:MINUTE].replace("T", " ")),
     ]
 
 

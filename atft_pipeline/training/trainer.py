@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from atft_pipeline.batches.block import Block
 from atft_pipeline.batches.block_dataset import BlockDataset
@@ -201,11 +200,10 @@ class Trainer:
         first_step, clip_norm = self.step, settings.optimizer.clip_norm
         steps: list[StepFigures] = []
         waited_s = 0.0
-        hides_bar = None if self.processes.is_leader else True
         # Measure on the last of the largest blocks: only they hold enough sessions for the Sharpe term.
         measured = max(range(len(sessions)), key=lambda number: (len(sessions[number]), number))
         try:
-            for number in tqdm(range(len(sessions)), desc=f"epoch {epoch}", leave=False, disable=hides_bar):
+            for number in range(len(sessions)):
                 asked = time.perf_counter()
                 block = to_device(next(blocks), self.device)
                 waited_s += time.perf_counter() - asked
