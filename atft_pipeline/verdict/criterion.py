@@ -86,21 +86,10 @@ def judge(
     return {
         "status": status,
         "summary": _summary(status, why, config, evidence),
-        "criterion": {
-            "metric": "sharpe_daily",
-            "threshold": config.criterion_sharpe,
-            "epoch": config.criterion_epoch,
-            "value": finite_or_none(evidence.value) if evidence else None,
-            "se": finite_or_none(evidence.se) if evidence else None,
-            "psr_0": finite_or_none(evidence.psr_0) if evidence else None,
-            "split": "validation",
-            "slice": config.universe,
-            "sessions": evidence.sessions if evidence else None,
-            "gross": True,
-        },
+        "criterion": _criterion_section(config, evidence),
         "final": plain_json(final),
         "warnings": [
-            *([f"not the success criterion as defined: {changed}"] if (changed := changed_criterion(config)) else []),
+            *_changed_warning(config),
             *_evidence_warnings(status, evidence),
             *_reversal_warning(evidence, reversal_sharpe),
             *(f"training health: {item.name}: {item.explanation}" for item in health if item.passed is not True),
@@ -112,6 +101,22 @@ def judge(
         "milestones": [plain_json(asdict(item)) for item in milestones],
         "reversal_sharpe": finite_or_none(reversal_sharpe),
         **identifiers,
+    }
+
+
+def _criterion_section(config: EvaluationConfig, evidence: CriterionEvidence | None) -> dict[str, Any]:
+    """What was asked of the run, and what was measured at the criterion epoch."""
+    return {
+        "metric": "sharpe_daily",
+        "threshold": config.criterion_sharpe,
+        "epoch": config.criterion_epoch,
+        "value": finite_or_none(evidence.value) if evidence else None,
+        "se": finite_or_none(evidence.se) if evidence else None,
+        "psr_0": finite_or_none(evidence.psr_0) if evidence else None,
+        "split": "validation",
+        "slice": config.universe,
+        "sessions": evidence.sessions if evidence else None,
+        "gross": True,
     }
 
 
@@ -173,6 +178,11 @@ def _distinguishable(value: float, threshold: float) -> tuple[str, str]:
 def _sufficient(evidence: CriterionEvidence) -> bool:
     psr = finite_or_none(evidence.psr_0)
     return psr is not None and psr >= SUFFICIENT_PSR
+
+
+def _changed_warning(config: EvaluationConfig) -> list[str]:
+    changed = changed_criterion(config)
+    return [] if changed is None else [f"not the success criterion as defined: {changed}"]
 
 
 def _evidence_warnings(status: Status, evidence: CriterionEvidence | None) -> list[str]:
