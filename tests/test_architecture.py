@@ -143,6 +143,16 @@ def test_the_library_never_imports_dagster() -> None:
         assert not roots & {"dagster", "assets", "resources"}, module
 
 
+PACKAGES_WITHOUT_A_WORD_OF_DAGSTER = ("runs", "verdict", "training")
+"""They are used by the command line too: what a run is started with comes from the caller."""
+
+
+def test_what_runs_and_judges_a_training_does_not_name_dagster() -> None:
+    for name in PACKAGES_WITHOUT_A_WORD_OF_DAGSTER:
+        for file in (REPO / "atft_pipeline" / name).rglob("*.py"):
+            assert "dagster" not in file.read_text(encoding="utf-8").lower(), file
+
+
 def environment_readers(tree: ast.Module) -> set[str]:
     names = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     names |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}

@@ -1,6 +1,7 @@
-"""One run directory as it lies on disk, half-written ones included: tables in DuckDB, run.json, verdict.json.
+"""A whole run directory for the diagnosis: run.json, verdict.json, predictions, and the tables in DuckDB.
 
-What cannot be read is named in `missing` instead of raised: a killed run leaves torn files, and needs a diagnosis most.
+A file that cannot be read raises nothing and is named in `missing`: a killed run leaves torn files, and it needs a
+diagnosis most.
 """
 
 from __future__ import annotations
@@ -29,11 +30,12 @@ KEYS: dict[str, str] = {
     "evals": "epoch, split, slice, metric",
     "daily": "epoch, split, slice, date",
 }
-"""What names a row: of two rows with the same key (an epoch repeated after a restart) the later part counts."""
+"""Columns that identify a row. Of two rows with the same key (an epoch repeated after a restart) the one in the later
+partition counts."""
 
 EpochRows = dict[tuple[str, str], list[tuple[str, str, int, float]]]
-"""(metric, term) -> (split, component, epoch, value) of the rows of whole epochs whose value is finite: nearly all rows
-are of steps, and nearly all questions about epochs."""
+"""(metric, term) -> (split, component, epoch, value) of the per-epoch rows whose value is finite. They are kept apart
+because nearly all rows are of steps, and nearly all questions are about epochs."""
 
 Curve = dict[int, float]
 """Epoch -> value, ascending, NaN and null left out."""
@@ -41,9 +43,9 @@ Curve = dict[int, float]
 
 @dataclass(frozen=True)
 class Record:
-    """A run's own record. `missing` names every file that was expected and could not be used, and why.
+    """The record of one run. `missing` names every file that was expected and could not be used, and why.
 
-    `is_past`: the record as it stood at an earlier epoch, after which the run went on.
+    `is_past`: the record as it stood at the end of an earlier epoch.
     """
 
     run_dir: Path
@@ -63,39 +65,39 @@ class Record:
         return None if not rows or rows[0][0] is None else float(rows[0][0])
 
     def config(self, dotted: str) -> Any:
-        """The field of the run's configuration, or None where run.json does not have it."""
+        """A field of the run's configuration; None where run.json does not have it."""
         value: Any = self.run.get("config")
         for name in dotted.split("."):
             value = value.get(name) if isinstance(value, dict) else None
         return value
 
     def number(self, dotted: str, default: float) -> float:
-        """A number of the configuration; `default` where it is absent or something else (a run of another version)."""
+        """A number of the configuration; `default` where it is absent or no number, as in a run of another version."""
         return as_number(self.config(dotted), default)
 
     @property
     def phases(self) -> list[dict[str, Any]]:
-        """Loss phases of the configuration that have weights."""
+        """The loss phases of the configuration that have weights."""
         phases = self.config("train.loss.phases")
         return [p for p in phases if _section(p, "weights")] if isinstance(phases, list) else []
 
     @property
     def criterion(self) -> dict[str, Any]:
-        """The verdict's criterion; empty before there is one."""
+        """The criterion in the verdict; empty before there is one."""
         return _section(self.verdict, "criterion")
 
     def curve(self, metric: str, *, split: str | None = None, component: str | None = None, term: str = "") -> Curve:
         """A per-epoch series; `split` and `component` None accept any."""
-        found = {
+        by_epoch = {
             epoch: value
             for its_split, its_component, epoch, value in self.epoch_rows.get((metric, term), ())
             if split in (None, its_split) and component in (None, its_component)
         }
-        return dict(sorted(found.items()))
+        return dict(sorted(by_epoch.items()))
 
     def components(self, metric: str) -> list[str]:
-        found = {row[1] for (name, _), rows in self.epoch_rows.items() if name == metric for row in rows}
-        return sorted(str(component) for component in found if component)
+        components = {row[1] for (name, _), rows in self.epoch_rows.items() if name == metric for row in rows}
+        return sorted(str(component) for component in components if component)
 
     def evaluation(self, metric: str, split: str = "validation") -> dict[int, tuple[float, float | None]]:
         """Epoch -> (value, standard error or None) of a statistic in the criterion's slice."""
@@ -110,7 +112,7 @@ class Record:
 
     @property
     def slice(self) -> str:
-        """The slice the criterion is held against, by verdict, then configuration."""
+        """The slice that the criterion reads, as the verdict says, else the configuration."""
         recorded = self.criterion.get("slice") or self.config("evaluation.universe")
         return str(recorded) if recorded else "liquid"
 
@@ -136,7 +138,7 @@ class Record:
 
     @property
     def epochs_done(self) -> int:
-        """Epochs with a record; run.json may lag behind the tables of a killed run."""
+        """The newest epoch with a record. The run.json of a killed run may lag behind its tables."""
         recorded = self.scalar("SELECT max(epoch) FROM series WHERE step IS NULL")
         evaluated = self.scalar("SELECT max(epoch) FROM evals")
         return int(max(recorded or 0, evaluated or 0, as_number(self.run.get("epochs_done"), 0)))
@@ -148,10 +150,10 @@ class Record:
 
 
 def open_record(run_dir: Path, until_epoch: int | None = None) -> Record:
-    """Everything of `run_dir` that can be read, and no number from outside it.
+    """Everything in `run_dir` that can be read, and no number from outside it.
 
-    With `until_epoch` as it stood at the end of that epoch: rows and predictions of later epochs are left out, and
-    where the run has gone on since, so is the verdict, and run.json says `running`.
+    With `until_epoch`, the record as it stood at the end of that epoch: rows and predictions of later epochs are left
+    out. Where the run has gone on since, the verdict is left out too, and run.json says `running`.
 
     Raises InputError where the folder does not exist or holds nothing readable of a run.
     """
@@ -180,14 +182,14 @@ def open_record(run_dir: Path, until_epoch: int | None = None) -> Record:
 
 
 def _epoch_rows(connection: duckdb.DuckDBPyConnection) -> EpochRows:
-    found: EpochRows = {}
+    by_curve: EpochRows = {}
     rows = connection.execute(
         """SELECT metric, coalesce(term, ''), split, component, epoch, value FROM series
            WHERE step IS NULL AND epoch IS NOT NULL AND isfinite(value)"""
     ).fetchall()
     for metric, term, split, component, epoch, value in rows:
-        found.setdefault((metric, term), []).append((split, component, int(epoch), float(value)))
-    return found
+        by_curve.setdefault((metric, term), []).append((split, component, int(epoch), float(value)))
+    return by_curve
 
 
 def _newest_epoch(run_dir: Path, run: dict[str, Any]) -> float:
@@ -271,9 +273,9 @@ def _find_predictions(run_dir: Path, until_epoch: int | None, missing: list[str]
 
 
 def read_scores(path: Path, horizons: Sequence[int]) -> pa.Table | None:
-    """Scores and targets of a predictions file as float64 beside Date, Code, split and is_liquid.
+    """Scores and targets of a predictions file as float64, beside Date, Code, split and is_liquid.
 
-    None where it cannot be read, or a column is missing or holds something else than its name says.
+    None where the file cannot be read, or a column is missing or of another type than its name says.
     """
     fields: list[tuple[str, pa.DataType]] = [("Date", pa.date32()), ("Code", pa.string()), ("split", pa.string())]
     fields += [("is_liquid", pa.bool_())]

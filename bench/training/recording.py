@@ -28,8 +28,8 @@ from atft_pipeline.training.train import train
 
 RECORDING: tuple[tuple[Any, str], ...] = (
     (training.Trainer, "_log_gradient_contributions"),
-    (Activations, "see_states"),
-    (Activations, "see_attention"),
+    (Activations, "observe_states"),
+    (Activations, "observe_attention"),
     (Activations, "figures"),
     (training, "log_update"),
     (training, "log_steps"),

@@ -244,7 +244,7 @@ def test_a_dying_process_fails_the_run_with_its_own_error(
 WITHIN_A_LINE = """
 import time
 import process_work
-from atft_pipeline.launch import Layout, RunFailure, launch
+from atft_pipeline.training.launcher import Layout, RunFailure, launch
 said = []
 def log(line):
     said.append(line)

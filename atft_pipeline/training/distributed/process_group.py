@@ -1,8 +1,8 @@
 """Several processes train one run: each computes a part of every block's sessions, and all take the same step.
 
-The loss is that of the whole block, in every process: the others' scores arrive without gradient, and the gradients of
-the parts add up to the whole batch's, the Sharpe term over its sessions included. So the number of processes changes
-no figure but by the order of float32 sums, and by dropout, of which each process draws its own.
+Every process computes the loss of the whole block: the scores of the others arrive without gradient, and the gradients
+of the parts add up to that of the block, also for the Sharpe term. So the number of processes changes figures only by
+the order of float32 sums, and by dropout, which each process draws for itself.
 
 Shapes: n stocks and S sessions of a block, H horizons.
 """
@@ -26,33 +26,33 @@ from atft_pipeline.config.schema import HORIZONS
 from atft_pipeline.errors import RunFailure
 
 COLLECTIVE_TIMEOUT = timedelta(hours=2)
-"""The others wait while the leading process judges an epoch; torch's own limit on CUDA is ten minutes."""
+"""The others wait while the leader judges an epoch, for which the ten minutes of torch on CUDA are too short."""
 
 NAMING_S = 20.0
-"""How long a process that lost another waits to be ended: whoever ends first is taken for the cause."""
+"""How long a process that lost another waits to be ended: the launcher takes the one that ends first for the cause."""
 
 T = TypeVar("T")
 
 
 class PeerLost(RunFailure):
-    """Another process of the run ended, or is about to; whoever launched them knows which and why."""
+    """Another process of the run has ended, or is about to. The launcher knows which one, and why."""
 
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """This process's place among those that train one run; the first leads and alone writes its directory."""
+    """This process among those that train one run. The first one is the leader and alone writes the run directory."""
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
-    """Place among those of this machine."""
+    """Rank among the processes of this machine."""
 
     @property
     def is_leader(self) -> bool:
         return self.rank == 0
 
     def share(self, sessions: int) -> slice:
-        """This process's contiguous part of so many sessions; empty where there are fewer than processes."""
+        """This process's contiguous part of so many sessions. It may be empty where there are fewer than processes."""
         each, left = divmod(sessions, self.size)
         start = self.rank * each + min(self.rank, left)
         return slice(start, start + each + (self.rank < left))
@@ -65,11 +65,11 @@ class ProcessGroup:
         return block.part(part.start, part.stop) if part.start < part.stop else None
 
     def sharded(self, model: nn.Module) -> nn.Module:
-        """`model`, whose blocks are scored by all processes together."""
+        """A module with the scores of `model`, which all processes compute together."""
         return model if self.size == 1 else _Sharded(model, self)
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Gradients over all processes; one that no process has stays None, for the optimizer leaves it alone then."""
+        """Sums the gradients over all processes. One that no process has stays None: the optimizer then skips it."""
         if self.size == 1:
             return
         present = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
@@ -81,7 +81,7 @@ class ProcessGroup:
             parameter.grad = piece.view_as(parameter) if having else None
 
     def from_leader(self, value: T) -> T:
-        """The leading process's `value`, in every process; what the others pass is not looked at."""
+        """The leader's `value`, in every process. What the others pass is ignored."""
         if self.size == 1:
             return value
         values: list[Any] = [value if self.is_leader else None]
@@ -95,9 +95,9 @@ SINGLE_PROCESS = ProcessGroup()
 
 @contextmanager
 def joined() -> Iterator[ProcessGroup]:
-    """This process among those that torchrun started with it; alone where torchrun did not start it.
+    """The group of the processes that torchrun started; a single process where torchrun started none.
 
-    A process that lost another waits before it fails, so that the launcher sees the other's end first.
+    A process that lost another waits before it fails, so that the launcher sees the end of the other one first.
     """
     if not dist.is_torchelastic_launched():
         yield SINGLE_PROCESS
@@ -108,15 +108,15 @@ def joined() -> Iterator[ProcessGroup]:
     except PeerLost:
         time.sleep(NAMING_S)
         raise
-    # Only after success: taking a group apart waits for processes that may be gone.
+    # Only after success: to destroy a group waits for processes that may be gone.
     dist.destroy_process_group()
 
 
 class _Sharded(nn.Module):
-    """Scores `[n, S, H]` of a block: each process computes those of its sessions and receives the others'.
+    """Scores `[n, S, H]` of a block: each process computes those of its own sessions and receives the others.
 
-    Only its own carry gradient. A process without a session has a tensor that asks for gradient all the same: the loss
-    keeps its memory of training by that.
+    Only its own scores carry gradient. A process without a session returns a tensor that requires gradient all the
+    same: the loss tells training from evaluation by that.
     """
 
     def __init__(self, model: nn.Module, processes: ProcessGroup) -> None:
@@ -132,7 +132,7 @@ class _Sharded(nn.Module):
             return scores.requires_grad_(torch.is_grad_enabled())
         computed = self.model(own_block)  # [n, S of the part, H]
         scores[:, part] = computed.detach()
-        _all_reduce(scores)  # zeros elsewhere: the sum is each one's own
+        _all_reduce(scores)  # zeros elsewhere: the sum holds each process's own scores
         return torch.cat([scores[:, : part.start], computed, scores[:, part.stop :]], dim=1)
 
 
@@ -146,6 +146,6 @@ def _lost_peers_explained() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        # Without the place in gloo's source before it and the address after it.
+        # Gloo puts its source file before the reason and the address after it.
         reason = re.split(r"[.\[\n]", re.sub(r"^\[[^]]*\] ", "", str(error)))[0].strip()
         raise PeerLost(f"another process of the run ended ({reason}); what it said is the cause") from error

@@ -1,4 +1,4 @@
-"""Scores of a model over sessions, their hashes, and the rows they leave in a run's record.
+"""Scores of a model over sessions, their hashes, and the rows that they leave in a run's record.
 
 Shapes: T sessions, N stocks in panel order, H horizons.
 """
@@ -41,7 +41,7 @@ class Scores:
     values: NDArray[np.float32]
     """[T, N, H]; NaN for stocks outside the training universe at that session."""
     loss_raw: dict[str, float]
-    """Mean over sessions of each loss term, of the total too; empty when no loss was asked for."""
+    """Mean over sessions of each loss term, and of the total; empty when no loss was asked for."""
     loss_weighted: dict[str, float]
 
 
@@ -58,11 +58,13 @@ def score_sessions(
     workers: int = 0,
     around: Callable[[Block], AbstractContextManager[object]] = nullcontext,
 ) -> Scores:
-    """The model's scores in evaluation mode; the model's mode is restored.
+    """The model's scores in evaluation mode; the mode of the model is restored.
 
-    A stock's score does not depend on the block it is computed in, so `batch_size` only decides speed and memory, and
-    `workers` threads make blocks ahead; `around` is entered with every block while the model scores it. In float32
-    whatever the training precision: rounded to bf16, two partitions differ by 5 % of the scores' spread.
+    The score of a stock does not depend on the block that it is computed in, so `batch_size` only decides speed and
+    memory. `workers` threads make blocks ahead. `around` is entered with every block while the model scores it.
+
+    Scores are computed in float32 whatever the precision of training: rounded to bf16, the scores of two block
+    partitions differ by 5 % of their spread.
     """
     panel = data.panel
     values = np.full((len(sessions), len(panel.codes), len(HORIZONS)), np.nan, dtype=np.float32)
@@ -103,7 +105,7 @@ def to_device(block: Block, device: torch.device) -> Block:
 
 
 def weights_hash(model: nn.Module) -> str:
-    """Hash of every parameter and buffer, names included."""
+    """Hash of every parameter and buffer, with their names."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
@@ -134,7 +136,7 @@ def evaluation_rows(
     weights: str,
     predictions: str,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Rows of `evals` and of `daily` for one evaluation. An invalid one leaves `valid` = 0 and no figures."""
+    """Rows of `evals` and of `daily` for one evaluation. An invalid one has `valid` = 0 and no figures."""
     row = {"epoch": epoch, "split": split, "slice": universe}
     figures: dict[str, tuple[float | None, str, float | None]] = {}
     if evaluation.valid:
@@ -152,7 +154,7 @@ def evaluation_rows(
 
 
 def write_predictions(path: Path, panel: Panel, scores_by_split: dict[str, Scores]) -> None:
-    """`predictions/epoch_NNN.parquet`: Date, Code, split, is_liquid, score and target per horizon, scored rows only."""
+    """Writes Date, Code, split, is_liquid, and score and target per horizon, of the scored cells."""
     write_parquet(path, pa.concat_tables([_prediction_table(panel, s, split) for split, s in scores_by_split.items()]))
 
 

@@ -1,4 +1,4 @@
-"""Runs the validity checks on one epoch's validation scores and keeps them for the verdict."""
+"""Runs the validity checks on the validation scores of one epoch, and keeps the results for the verdict."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class ValidityChecks:
 
     @cached_property
     def _prices(self) -> dict[str, NDArray[np.float64]]:
-        """Adjusted Open, Close and one-session return of the panel's stocks, [T, N] each, NaN where missing."""
+        """Adjusted Open, Close and one-session return of the panel's stocks, each [T, N], NaN where missing."""
         names = ["Open", "Close", "return_1d"]
         table = read_membership(self.dataset, ["Date", "Code", *names])
         code = table["Code"].combine_chunks().dictionary_encode()
@@ -65,7 +65,7 @@ class ValidityChecks:
         on_gpu: bool,
         train_sessions: NDArray[np.int64],
     ) -> None:
-        """`again` scores the same weights in other blocks; `learning_rate` is the largest of the epoch."""
+        """`again` are scores of the same weights in other blocks; `learning_rate` is the largest of the epoch."""
         panel, config, universe = self.panel, self.config.evaluation, self.config.evaluation.universe
         sessions = trained.sessions
         in_slice = slice_mask(panel, universe)[sessions]
@@ -102,9 +102,9 @@ class ValidityChecks:
         write_json(run_dir / "validity" / f"epoch_{epoch:03d}.json", content)
 
     def _reversal_sharpe(self, sessions: NDArray[np.int64], train_sessions: NDArray[np.int64]) -> float | None:
-        """What the best one-factor reversal of the training sessions earns on these, under the same evaluation.
+        """Sharpe of the best one-factor reversal of the training sessions, on `sessions` and under the same evaluation.
 
-        None where the dataset has neither return that it is made of.
+        None where the dataset has no return that a reversal is made of.
         """
         panel, config = self.panel, self.config.evaluation
         if not set(REVERSAL_FEATURES) & set(panel.feature_names):
