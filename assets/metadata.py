@@ -1,4 +1,4 @@
-"""How library errors and figures appear in Dagster: one sentence on failure, numbers as numbers."""
+"""How errors, checks and figures of the library appear in Dagster: one sentence on failure, numbers as numbers."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,7 +31,7 @@ def check_result(
 ) -> dg.AssetCheckResult:
     """A check that fails with `problems` as its description, or passes with `otherwise`.
 
-    The problems are logged too: for a failed blocking check Dagster's own error names the check and not the reason.
+    The problems are logged too: Dagster's own error of a failed blocking check names the check and not the reason.
     """
     for problem in problems:
         context.log.error(problem)
@@ -44,7 +44,7 @@ def check_result(
 
 
 def numeric_metadata(figures: Mapping[str, float | int | None]) -> dict[str, dg.MetadataValue]:
-    """Figures as metadata the UI plots; a missing one is left out rather than shown as zero."""
+    """Figures as metadata that the UI plots; a missing one is left out, as zero would be a figure."""
     metadata: dict[str, dg.MetadataValue] = {}
     for name, value in figures.items():
         if isinstance(value, bool) or value is None or not math.isfinite(value):

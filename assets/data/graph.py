@@ -22,7 +22,7 @@ class GraphOverrides(dg.Config):
     group_name="features",
     deps=["ml_dataset"],
     kinds={"numpy"},
-    description="k nearest neighbours by trailing correlation, as of each refresh session, nothing from later ones.",
+    description="k nearest neighbours by trailing correlation at each refresh session; nothing later is read.",
     check_specs=[
         dg.AssetCheckSpec(
             "belongs_to_dataset",
@@ -65,7 +65,7 @@ def stock_graph(
 
 
 def graph_problems(graph: dict[str, Any], dataset: dict[str, Any]) -> list[str]:
-    """Why this graph must not be trained on; empty when nothing speaks against it."""
+    """Why this graph must not be trained on; empty where it may be."""
     problems = []
     if graph["dataset_fingerprint"] != dataset["fingerprint"]:
         problems.append("the graph was built on another dataset; materialize stock_graph again")

@@ -1,4 +1,4 @@
-"""Raw tables of the source folder, each held against its contract before anything reads it."""
+"""Raw tables of the source folder, each checked against its contract before anything reads it."""
 
 import dagster as dg
 
@@ -65,7 +65,7 @@ def raw_asset(table: str) -> dg.AssetsDefinition:
 
 
 def _absent(table: str, folder: str) -> dg.MaterializeResult:
-    """An optional table that the source does not have: said, and counted again by the dataset's live features."""
+    """The result for an optional table that the source lacks: a warning, which the dataset's live features repeat."""
     sentence = f"{table}: the source {folder} has no such table; its features stay null and are counted as not live"
     return dg.MaterializeResult(
         metadata={"source": folder, "present": False},

@@ -1,4 +1,4 @@
-"""All run lengths and the baselines in one table, with an alarm where two figures are too equal."""
+"""All run lengths and the baselines in one table, with an alarm where different weights have identical figures."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +20,7 @@ CHECK = "no_identical_figures"
 
 @dg.asset(
     group_name="evaluation",
-    # Not the gated run: while its gate is shut it fails, and the table of the others is wanted most then.
+    # Without the gated run: it fails while its gate is shut, which is when the table of the others is wanted most.
     deps=[*(run_asset_key(epochs) for epochs in RUN_LENGTHS if epochs != GATED_LENGTH), "baselines"],
     kinds={"duckdb"},
     description="The last run of every length and the baselines side by side: Sharpe, runtime, resets, warnings,"
@@ -68,13 +68,14 @@ def _length(epochs: int) -> str:
 
 
 def _run(context: dg.AssetExecutionContext, epochs: int) -> Path | str:
-    """Directory of the last run of this length, or why there is none to read."""
+    """Directory of the last run of this length, or why none can be read."""
     try:
         run_dir = recorded_run(context, epochs)
     except InputError as error:
         return str(error)
     trained = {model_key(epochs), run_asset_key(epochs)} & set(context.job_def.asset_layer.selected_asset_keys)
-    made = last_materialization(context.instance, run_asset_key(epochs))
-    if trained and epochs == GATED_LENGTH and made is not None and made["run_id"] != context.run_id:
+    materialization = last_materialization(context.instance, run_asset_key(epochs))
+    is_earlier = materialization is not None and materialization["run_id"] != context.run_id
+    if trained and epochs == GATED_LENGTH and is_earlier:
         return f"{_length(epochs)}: in training in this very run; materialize comparison again afterwards"
     return run_dir

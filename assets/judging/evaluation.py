@@ -19,7 +19,7 @@ from atft_pipeline.runs.tables import read_table
 from atft_pipeline.storage.artifact import read_artifact as read_parquet
 
 RECORD_TOLERANCE = 1e-4
-"""The record was computed on float32 scores in memory, the file holds the same float32: only sums may be reordered."""
+"""Record and file hold the same float32 scores: figures differ only by the order of sums."""
 
 
 def evaluation_asset(epochs: int) -> dg.AssetsDefinition:

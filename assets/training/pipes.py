@@ -1,4 +1,4 @@
-"""The step's side of a training in several processes, which `assets.training.process` launches."""
+"""A training in several processes, as its Dagster step sees it: `assets.training.process` launches the processes."""
 
 import sys
 from pathlib import Path
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from atft_pipeline.training.train import TrainingResult
 
 TERMINATION_S = 60.0
-"""From an interrupt to giving up on the launcher, which itself kills what has not ended after 20 s."""
+"""Wait for the launcher after an interrupt; it kills its own processes after 20 s."""
 
 ERRORS: dict[str, type[InputError | RunFailure]] = {"InputError": InputError, "RunFailure": RunFailure}
 
@@ -26,7 +26,7 @@ def train_through_pipes(
     threads: int,
     options: dict[str, Any],
 ) -> "TrainingResult":
-    """What `train` returns and raises, of a run that other processes train; an interrupt ends them first."""
+    """The result of a run that other processes train; raises what `train` raises. An interrupt ends them first."""
     from atft_pipeline.config.overrides import to_dict
     from atft_pipeline.runs.documents import read_verdict
     from atft_pipeline.training.train import TrainingResult
