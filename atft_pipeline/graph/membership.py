@@ -1,6 +1,6 @@
 """What a stock graph is computed from: windows of a dataset's membership table, read and digested by calendar month.
 
-A dataset by month has the parts `PATH.membership/YYYY-MM.parquet`; its manifest carries `session_dates` and, in
+A dataset by month has the partitions `PATH.membership/YYYY-MM.parquet`; its manifest carries `session_dates` and, in
 `parts`, each month's `membership_sha256`. So what a refresh depends on is known before anything is read. Shapes: T
 sessions, N stocks.
 """
@@ -29,7 +29,7 @@ MINIMUM_SESSIONS: int = 60
 """History before the first graph. A shorter one finds chance, a longer one leaves the first year without a graph."""
 
 DEFINITION: int = 2
-"""Raise it when the same membership gives other edges: it enters every digest, so parts of before are not reused."""
+"""Raise it when the same membership gives other edges: it enters every digest, so earlier partitions are not reused."""
 
 
 Window = tuple[int, int]
@@ -210,7 +210,7 @@ def read_members(dataset: Path, config: GraphConfig, only: Sequence[str] | None 
 def read_membership_months(dataset: Path, only: Sequence[str], columns: Sequence[str]) -> pa.Table:
     """Rows of the months `only` (`YYYY-MM`, ascending) of a dataset that has its membership by month.
 
-    Raises InputError when a part or a column is missing.
+    Raises InputError when a partition or a column is missing.
     """
     folder = resolved(dataset).with_name(f"{resolved(dataset).name}.membership")
     return pa.concat_tables([read_artifact(folder / f"{month}.parquet", columns) for month in only])

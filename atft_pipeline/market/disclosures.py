@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from atft_pipeline.errors import InputError
 from atft_pipeline.market.calendar import closes
+from atft_pipeline.market.facts import SECTION_OF_MARKET
 from atft_pipeline.market.sources import to_date
 from atft_pipeline.storage.monthly import Days
 
@@ -27,19 +28,6 @@ EXPIRY_DAYS = 400
 HISTORY_WEEKS = 55
 """Weeks kept with each release: a 52-week statistic of each of the last 4."""
 
-SECTION_OF_MARKET: dict[str, str] = {
-    "0101": "TSE1st",
-    "0102": "TSE2nd",
-    "0104": "TSEMothers",
-    "0106": "TSEJASDAQ",
-    "0107": "TSEJASDAQ",
-    "0111": "TSEPrime",
-    "0112": "TSEStandard",
-    "0113": "TSEGrowth",
-}
-"""`MarketCode` of the listed table to `Section` of investor_flows: the first five until 2022-04-01, the others from the
-reform of 2022-04-04 on. A stock has the flows of the section it is in at that session, so the first release of the new
-sections finds no history of theirs. Source: JPX J-Quants API, listed/info and markets/trades_spec."""
 AGGREGATES: tuple[str, ...] = ("Total", "Proprietary", "Brokerage")
 """Prefixes of investor_flows that sum over others or are the exchange members' own book: no investor types."""
 
