@@ -130,8 +130,7 @@ def update_dataset(
     Raises: InputError as `features.compute.build_market` does.
     """
     made_from = _Prices.open(prices)
-    # Drift is measured against the earlier dataset even where that cannot be continued. `out` may replace it, so read it
-    # now.
+    # Drift is measured against the earlier dataset even where that cannot be continued; `out` may soon replace it.
     has_before = previous is not None and manifest_path(previous).is_file()
     before = dict(read_manifest(previous, KIND)) if has_before and previous is not None else None
     earlier = Earlier.of(previous, KIND, config=to_dict(config), code=code_revision("dataset"))

@@ -11,7 +11,7 @@ import numpy as np
 import polars as pl
 import pyarrow.parquet as pq
 import pytest
-from eventful_market import eventful_tables
+from markets.eventful_market import eventful_tables
 
 from atft_pipeline.cli.command import main
 from atft_pipeline.config.schema import DatasetConfig
