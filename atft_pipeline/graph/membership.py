@@ -79,7 +79,7 @@ def months_of(sessions: NDArray[np.datetime64]) -> NDArray[np.str_]:
 
 @dataclass(frozen=True)
 class Rows:
-    """What is known of a dataset's membership before a month of it is read."""
+    """What a manifest says of a dataset's membership, before any month is read."""
 
     dataset: Path
     config: GraphConfig
@@ -143,15 +143,15 @@ class Rows:
         """
         if not self.digests:
             return {}
-        month_at, found = months_of(self.sessions), {}
-        own, refreshes = hashlib.sha256(), {window[1]: window for window in month.windows}
+        month_at, by_refresh = months_of(self.sessions), {}
+        rows_so_far, refreshes = hashlib.sha256(), {window[1]: window for window in month.windows}
         for t in np.flatnonzero(month_at == month.name).tolist():
-            _update(own, membership, int(np.searchsorted(membership.sessions, self.sessions[t])))
+            _update(rows_so_far, membership, int(np.searchsorted(membership.sessions, self.sessions[t])))
             if t in refreshes:
                 earlier = np.unique(month_at[refreshes[t][0] : t + 1])[:-1].tolist()
-                rows = {name: self.digests[name] for name in earlier} | {month.name: own.hexdigest()}
-                found[str(self.sessions[t])] = self._digest([refreshes[t]], rows)
-        return found
+                rows = {name: self.digests[name] for name in earlier} | {month.name: rows_so_far.hexdigest()}
+                by_refresh[str(self.sessions[t])] = self._digest([refreshes[t]], rows)
+        return by_refresh
 
     def _digest(self, inside: list[Window], rows: Mapping[str, str]) -> str:
         first, last = inside[0][0], inside[-1][1]

@@ -1,4 +1,4 @@
-"""What was public at a session's close, of the tables that are not published with the session itself.
+"""What was public at each close, of the two tables with publication dates of their own: investor flows and statements.
 
 Shapes: T sessions, N stocks, S market sections, E publications. A publication is an event; the grids `[T, N]` and
 `[T, S]` name the latest event known at each close, −1 where there is none. Nothing published later changes an earlier
@@ -71,11 +71,11 @@ class FlowReleases:
 
 
 def flow_releases(flows: pl.DataFrame | None, sessions: Days, first: int = 0) -> FlowReleases:
-    """investor_flows as its readers knew it: usable from the session after `PublishedDate`, revisions included.
+    """investor_flows as known at each session: a release counts from the session after `PublishedDate`, revisions too.
 
-    The grids are those of `sessions[first:]`. Weeks are calendar weeks: one still unpublished is a null in the history,
-    not a gap that its later publication would reveal. A revision counts from its own publication on and is no new
-    release; several weeks published at once are one release of the newest. Sections that no market code of
+    The grids are those of `sessions[first:]`. Weeks are calendar weeks: an unpublished week is a null in the history, so
+    its later publication changes no earlier row. A revision counts from its own publication on and is no new release;
+    several weeks published at once are one release of the newest. Sections that no market code of
     `SECTION_OF_MARKET` names, such as the total of all, are ignored.
 
     Raises: InputError when a column that the features read is missing.
@@ -115,7 +115,7 @@ def _weekly_rows(flows: pl.DataFrame) -> pl.DataFrame:
     _require_columns("investor_flows", flows, needed)
     numbers = {*(f"{name}Balance" for name in investors), "ForeignersTotal", "IndividualsTotal", "TotalTotal"}
     balances = [pl.col(f"{name}Balance") for name in investors]
-    known = pl.sum_horizontal(balance.is_not_null() for balance in balances)
+    reporting = pl.sum_horizontal(balance.is_not_null() for balance in balances)
     monday = (pl.col("EndDate") - dt.date(1970, 1, 5)).dt.total_days() // 7
     return (
         flows.select(
@@ -131,7 +131,7 @@ def _weekly_rows(flows: pl.DataFrame) -> pl.DataFrame:
             foreign_net=pl.col("ForeignersBalance") / _unless_zero("ForeignersTotal"),
             individual_net=pl.col("IndividualsBalance") / _unless_zero("IndividualsTotal"),
             total="TotalTotal",
-            buying=pl.when(known > 0).then(pl.sum_horizontal(balance > 0.0 for balance in balances) / known),
+            buying=pl.when(reporting > 0).then(pl.sum_horizontal(balance > 0.0 for balance in balances) / reporting),
         )
         .drop_nulls(["published", "week"])
         .sort("section", "published", maintain_order=True)
