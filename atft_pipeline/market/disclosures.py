@@ -73,7 +73,7 @@ class FlowReleases:
 def flow_releases(flows: pl.DataFrame | None, sessions: Days, first: int = 0) -> FlowReleases:
     """investor_flows as known at each session: a release counts from the session after `PublishedDate`, revisions too.
 
-    The grids are those of `sessions[first:]`. Weeks are calendar weeks: an unpublished week is a null in the history, so
+    The grids are those of `sessions[first:]`. Weeks are calendar weeks. An unpublished week is a null in the history:
     its later publication changes no earlier row. A revision counts from its own publication on and is no new release;
     several weeks published at once are one release of the newest. Sections that no market code of
     `SECTION_OF_MARKET` names, such as the total of all, are ignored.

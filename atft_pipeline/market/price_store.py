@@ -185,7 +185,7 @@ class _RawFiles:
     def of(source: Source, earlier: Earlier) -> _RawFiles:
         known = {name: _File(**record) for name, record in earlier.manifest.get("raw", {}).items()}
         files = {}
-        for name, sha256 in source.part_fingerprints("prices").items():
+        for name, sha256 in source.file_fingerprints("prices").items():
             if name in known and known[name].sha256 == sha256:
                 files[name] = known[name]
             else:
