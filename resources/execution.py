@@ -21,7 +21,7 @@ PRELOADED = [
     "pandera",
     "atft_pipeline.diagnostics.report.attribution_plots",
     "matplotlib.backends.backend_agg",
-    "torch_geometric.nn",
+    "torch",
 ]
 """What costs seconds to import and starts no thread that a fork would lose; polars does, so it is not among them."""
 

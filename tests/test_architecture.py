@@ -31,12 +31,12 @@ PACKAGES: tuple[str, ...] = (
 MOST_MODULES = 13
 """Of one folder: what a reader still takes in at a glance."""
 
-THIRD_PARTY_OF_TRAINING = {"numpy", "pyarrow", "torch", "torch_geometric"}
+THIRD_PARTY_OF_TRAINING = {"numpy", "pyarrow", "torch"}
 """What a GPU machine has."""
 
 BLOCKED = (
     "polars", "duckdb", "pandera", "dagster", "sklearn", "lightgbm", "arch", "matplotlib", "exchange_calendars",
-    "skfolio", "threadpoolctl", "rich",
+    "skfolio", "threadpoolctl", "rich", "torch_geometric",
 )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""A block: contiguous target sessions of their stocks, the sessions before them, and whose state each stock reads."""
+"""A block, the unit that training reads: contiguous target sessions, the warm-up before them, and their graph."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class NeighbourTable:
-    """Edges as a padded table: whose state each stock reads. `known` is False where a stock has fewer than K."""
+    """Edges as a padded table: the K neighbours whose states each stock reads."""
 
     source: Tensor
-    """[..., n, K] integer position of the neighbour among the n stocks."""
+    """[..., n, K] integer position of the neighbour among the n stocks, 0 where there is no edge."""
     is_edge: Tensor
-    """[..., n, K] bool."""
+    """[..., n, K] bool, False where a stock has fewer than K neighbours."""
     attributes: Tensor
-    """[..., n, K, 3] float32 corr, same_sector, same_market."""
+    """[..., n, K, 3] float32 corr, same_sector, same_market, 0 where there is no edge."""
 
     def to(self, device: torch.device, *, non_blocking: bool = False) -> NeighbourTable:
         """The table on `device`."""
@@ -44,7 +44,7 @@ class Block:
     target: Tensor
     """[n, S, H] float32 raw forward returns, NaN where missing."""
     neighbours: NeighbourTable
-    """[S, n, K]; place and attributes are 0 where not known."""
+    """[S, n, K]"""
 
     def part(self, start: int, stop: int) -> Block:
         """The block of its target sessions `start` to `stop`, exclusive, with all its stocks."""

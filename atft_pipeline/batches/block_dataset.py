@@ -79,20 +79,20 @@ class BlockDataset:
         return block
 
     def _block_neighbours(self, first: int, last: int, stocks: Tensor) -> NeighbourTable:
-        """Of each session the edges between its members."""
+        """The edges between the members of each session."""
         refresh = self._refresh_at[first : last + 1]  # [S]
         cells = (refresh[:, None], stocks)
-        places = self._neighbours.source[cells].long()  # [S, n, K] in the panel
+        source = self._neighbours.source[cells].long()  # [S, n, K] in the panel
         member = self._member[first : last + 1]
         session = torch.arange(len(refresh), device=self.device)[:, None, None]
-        known = self._neighbours.is_edge[cells] & (refresh >= 0)[:, None, None]
-        known &= member[session, places] & member[:, stocks, None]
+        is_edge = self._neighbours.is_edge[cells] & (refresh >= 0)[:, None, None]
+        is_edge &= member[session, source] & member[:, stocks, None]
         in_block = torch.zeros(len(self.panel.codes), dtype=torch.int64, device=self.device)
         in_block[stocks] = torch.arange(len(stocks), device=self.device)
         return NeighbourTable(
-            source=in_block[places].masked_fill(~known, 0),
-            is_edge=known,
-            attributes=self._neighbours.attributes[cells].masked_fill(~known[..., None], 0.0),
+            source=in_block[source].masked_fill(~is_edge, 0),
+            is_edge=is_edge,
+            attributes=self._neighbours.attributes[cells].masked_fill(~is_edge[..., None], 0.0),
         )
 
 
@@ -104,19 +104,19 @@ def neighbour_table(graph: StockGraph | None, codes: NDArray[np.str_]) -> Neighb
     if graph is None or len(graph.refreshes) == 0:
         shape = (1, len(codes), 0)
         return NeighbourTable(torch.zeros(shape, dtype=torch.int32), torch.zeros(shape).bool(), torch.zeros(*shape, 3))
-    place = np.searchsorted(codes, graph.codes).clip(max=len(codes) - 1)
-    place = np.where(codes[place] == graph.codes, place, -1)
+    position = np.searchsorted(codes, graph.codes).clip(max=len(codes) - 1)
+    position = np.where(codes[position] == graph.codes, position, -1)
     refresh = np.repeat(np.arange(len(graph.refreshes)), np.diff(graph.offsets))
-    kept = (place[graph.source] >= 0) & (place[graph.target] >= 0)
-    row = (refresh * len(codes) + place[graph.target])[kept]
+    kept = (position[graph.source] >= 0) & (position[graph.target] >= 0)
+    row = (refresh * len(codes) + position[graph.target])[kept]
     order = np.argsort(row, kind="stable")
     row = row[order]
     rank = np.arange(len(row)) - np.searchsorted(row, row)
     shape = (len(graph.refreshes), len(codes), int(rank.max(initial=-1)) + 1)
-    table, known = np.zeros(shape, np.int32), np.zeros(shape, bool)
+    source, is_edge = np.zeros(shape, np.int32), np.zeros(shape, bool)
     attributes = np.zeros((*shape, 3), np.float32)
     rows = shape[0] * shape[1]
-    table.reshape(rows, shape[2])[row, rank] = place[graph.source][kept][order]
-    known.reshape(rows, shape[2])[row, rank] = True
+    source.reshape(rows, shape[2])[row, rank] = position[graph.source][kept][order]
+    is_edge.reshape(rows, shape[2])[row, rank] = True
     attributes.reshape(rows, shape[2], 3)[row, rank] = graph.edge_attr[kept][order]
-    return NeighbourTable(torch.from_numpy(table), torch.from_numpy(known), torch.from_numpy(attributes))
+    return NeighbourTable(torch.from_numpy(source), torch.from_numpy(is_edge), torch.from_numpy(attributes))

@@ -49,9 +49,9 @@ class Panel:
 
 
 def load_panel(dataset: Path, universe: Slice, allocate: Allocate = in_memory) -> Panel:
-    """The dataset at `dataset`, a parquet file or a folder of parts, for the stocks of `universe`.
+    """The dataset at `dataset`, a parquet file or a folder of partitions, for the stocks of `universe`.
 
-    Read part by part, so that the peak is the panel itself plus one read. `allocate` decides where the cells lie.
+    It is read in batches, so the peak is the panel plus one batch. `allocate` decides where the cells lie.
 
     Raises InputError when a column is not where the manifest's registry has it, when the membership table has other
     rows than the features, when no feature is live, and when the universe is empty.
@@ -128,10 +128,10 @@ def _read_rows(
     expected = [*ROW_KEYS, *manifest["features"], *TARGETS]
     start = 0
     for file in sorted(data.glob("*.parquet")) if data.is_dir() else [data]:
-        with readable(file), pq.ParquetFile(file) as part:
-            if part.schema_arrow.names != expected:
-                raise InputError(_column_difference(file, expected, part.schema_arrow.names))
-            for batch in part.iter_batches(batch_size=ROWS_PER_READ, columns=[*ROW_KEYS, *names]):
+        with readable(file), pq.ParquetFile(file) as parquet:
+            if parquet.schema_arrow.names != expected:
+                raise InputError(_column_difference(file, expected, parquet.schema_arrow.names))
+            for batch in parquet.iter_batches(batch_size=ROWS_PER_READ, columns=[*ROW_KEYS, *names]):
                 keys = membership.select(list(ROW_KEYS)).slice(start, batch.num_rows)
                 if not pa.Table.from_batches([batch]).select(list(ROW_KEYS)).cast(keys.schema).equals(keys):
                     raise InputError(f"{file}: its Date and Code are not the membership table's; build both again")

@@ -1,6 +1,6 @@
-"""Where the cells of a panel lie: on the device and in memory where they fit, else in a memory map on the disk.
+"""Where a panel lies: on the device and in memory where it fits, else in a memory map on the disk.
 
-The values are the same in each place; only the time that a block takes differs.
+The place changes no value, only the time that a block takes.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def in_memory(shape: tuple[int, ...]) -> NDArray[np.float32]:
 
 
 def in_map(shape: tuple[int, ...], folder: Path) -> NDArray[np.float32]:
-    """An array over a file in `folder` that has no name: its room returns with the process, however that ends.
+    """An array over an unnamed file in `folder`: its space is freed when the process ends, however it ends.
 
     Raises OSError where there is no room for all of it. Without the reservation a full disk would show when a page is
     written back, as a signal that kills the process.
@@ -59,7 +59,7 @@ def reserve(file: IO[bytes], size: int) -> None:
 
 
 def left_to_the_cache(array: NDArray[np.float32]) -> None:
-    """Lets go of what was read of a mapped array: it stays in the file's cache, and no longer counts as this process's.
+    """Releases the pages of a mapped array: they stay in the file's cache and no longer count as this process's memory.
 
     Nothing happens to an array in memory. Other threads may read meanwhile.
     """
@@ -72,7 +72,7 @@ def left_to_the_cache(array: NDArray[np.float32]) -> None:
 
 @dataclass(frozen=True)
 class PanelStorage:
-    """One decision for the array that is filled and for the device that blocks are cut on, by the panel's bytes."""
+    """Decides by the panel's bytes where its array lies and on which device blocks are cut."""
 
     asked: PanelPlace
     device: torch.device
@@ -84,7 +84,7 @@ class PanelStorage:
 
     @classmethod
     def now(cls, asked: PanelPlace, device: torch.device, folder: Path, processes: int = 1) -> PanelStorage:
-        """By the memory that is free at this moment; of the host's each of several processes has its share."""
+        """With the memory that is free now; several processes share the host's equally."""
         free_device = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
         return cls(asked, device, folder, free_host_bytes() // processes, free_device)
 
@@ -93,7 +93,7 @@ class PanelStorage:
         return self.asked != "map" and panel_bytes < SHARE_OF_FREE_DEVICE * self.free_device
 
     def is_mapped(self, panel_bytes: int) -> bool:
-        """Whether the host's array is a memory map: also on the way to a device that has more room than the host."""
+        """Whether the host's array is a memory map; it can be one even where the device holds the panel."""
         if self.asked != "auto":
             return self.asked == "map"
         too_large_for_device = self.device.type != "cpu" and not self.on_device(panel_bytes)
@@ -113,7 +113,7 @@ class PanelStorage:
         return self.device if self.on_device(panel_bytes) else torch.device("cpu")
 
     def workers(self, panel_bytes: int, asked: int) -> int:
-        """Threads that make blocks: one at least where they come from the disk, so that a step waits for no page."""
+        """Threads that make blocks: at least one for a memory map, so that no step waits for the disk."""
         return max(asked, 1) if self.place(panel_bytes) == "map" else asked
 
 

@@ -55,7 +55,7 @@ def write_dataset(path: Path, features: pa.Table, membership: pa.Table, manifest
 
     features: `Date`, `Code`, the manifest's features float32 and the targets float32, sorted by Date, Code.
     membership: `MEMBERSHIP_COLUMNS`, same rows, same order. An earlier dataset at `path` is replaced only once
-    everything new is written. A dataset in parts is written by dataset_parts.py.
+    everything new is written. A dataset by month is written by store.py.
 
     Raises: InputError when the two tables differ in their keys, or the columns are not the manifest's.
     """

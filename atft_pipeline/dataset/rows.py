@@ -138,7 +138,7 @@ def build_dataset(
     config: DatasetConfig,
     source: Mapping[str, Any],
 ) -> tuple[pa.Table, pa.Table, dict[str, Any]]:
-    """Features with targets, membership, and the manifest, in memory, ready for `dataset.write_dataset`.
+    """Features with targets, membership, and the manifest, in memory, ready for `layout.write_dataset`.
 
     quarantine: `rule, decision, Date, Code`; a row decided `mask_target` nulls the targets that would enter or leave
     there. source: `path`, and by table its rows, dates and sha256, recorded as given.

@@ -1,9 +1,9 @@
-"""Calendar split into train, validation and test whose labels share no session.
+"""Split of the sessions into train, validation and test; no label of one reads a session of another.
 
 The label of session t is the return from the entry after t to `horizon` sessions later, so with the longest horizon of
 20 sessions and an entry one session late it reads prices up to t + 21. Training sessions closer than that to the first
-validation session would be fitted to returns the validation measures; the purge leaves them out, the embargo adds
-sessions on top (Lopez de Prado, Advances in Financial Machine Learning, 2018, section 7.4).
+validation session would be fitted to returns that validation measures. The purge leaves them out; the embargo leaves
+out more (Lopez de Prado, Advances in Financial Machine Learning, 2018, section 7.4).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""`ml_dataset` on disk from the adjusted prices on disk, month by month: a span in memory at a time, and continued
-where something is new.
+"""Builds `ml_dataset` on disk from the adjusted prices on disk, a span of months in memory at a time; an earlier
+dataset is continued where something is new.
 
-A product at PATH: `PATH/YYYY-MM.parquet` and `PATH.membership/YYYY-MM.parquet` as dataset.py reads them,
+An artifact at PATH: `PATH/YYYY-MM.parquet` and `PATH.membership/YYYY-MM.parquet` as layout.py reads them,
 `PATH.statistics/YYYY-MM.npz` of each month's values, `PATH.memory/YYYY-MM.npz` after the months from which the features
 can be continued, and the manifest. A month's features stand while the prices and tables up to it are the same; its
 targets while the prices of the sessions in which they leave are.
@@ -76,7 +76,7 @@ THREADS = 2
 
 @dataclass(frozen=True)
 class _Prices:
-    """The product that a dataset is made from."""
+    """The prices that a dataset is made from."""
 
     path: Path
     manifest: Mapping[str, Any]
@@ -124,16 +124,16 @@ def update_dataset(
     *,
     advance: Callable[[str, int, int], None] = lambda *_: None,
 ) -> tuple[dict[str, Any], ContractReport]:
-    """The dataset of the prices at `prices` in the product at `out`; its manifest, and the report on what was written.
+    """Builds the dataset of the prices at `prices` at `out`; its manifest, and the report on what was written.
 
-    tables: `index`, and `investor_flows` and `statements` where there are. With `previous`, an earlier product of the
+    tables: `index`, and `investor_flows` and `statements` where there are. With `previous`, an earlier dataset of the
     same configuration and code, months that stand are taken over; `changes` in the manifest says what differed.
     `advance` hears how many months are done.
 
-    Raises: InputError as `features.panel.build_market` does.
+    Raises: InputError as `features.compute.build_market` does.
     """
     made_from = _Prices.open(prices)
-    # A dataset may have drifted whether or not its parts can be continued; `out` may take its place.
+    # Drift is measured against the earlier dataset even where that cannot be continued; `out` may soon replace it.
     has_before = previous is not None and manifest_path(previous).is_file()
     before = dict(read_manifest(previous, KIND)) if has_before and previous is not None else None
     earlier = Earlier.of(previous, KIND, config=to_dict(config), code=code_revision("dataset"))
@@ -200,7 +200,7 @@ def _spans_of_rows(
     state: FeatureState | None,
     advance: Callable[[str, int, int], None],
 ) -> Iterator[DatasetRows]:
-    """The rows of a span of months after the other, after what `state` remembers."""
+    """The rows of one span of months after the other, from `state` on."""
     passed = 0 if state is None else len(state.sessions)
     months = {month: rows for month, rows in prices.months.items() if rows.start >= passed}
     at_a_time = max(1, CELLS_AT_A_TIME // max(prices.manifest["stocks"], 1))
@@ -245,7 +245,7 @@ def _save_state(writer: PartitionWriter, month: str, state: FeatureState) -> Non
 
 
 def _load_state(path: Path, month: str, prices: _Prices) -> FeatureState:
-    """What was remembered after `month`; its last panels are read again from the prices."""
+    """The state after `month`; its last prices are read again from the prices on disk."""
     arrays = load_arrays(partition_path(beside(path, STATE), month, "npz"))
     values: dict[str, Any] = {}
     for key, array in arrays.items():

@@ -1,1 +1,1 @@
-"""The 82 features: a vocabulary (expressions), the market they look at (market), one row each (registry), the panel."""
+"""The 82 features: the words they are written in (vocabulary), what they read (inputs), one row each (registry)."""

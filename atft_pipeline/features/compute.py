@@ -1,8 +1,8 @@
-"""Prices and the other tables in, 82 normalised features out: compute, normalise, keep the rows.
+"""Computes the features: prices and the other tables in, 82 normalised features of the dataset's rows out.
 
 Shapes: T sessions of the whole history, S sessions at hand, N stocks, F features, R rows of the dataset (session-major,
-then code). Features are computed side by side in threads, a span of sessions at a time: a span's panels stay in the
-cache, and the recursions are continued from span to span by the same state that continues them from day to day.
+then code). Features are computed side by side in threads, a span of sessions at a time: a span's matrices stay in the
+cache. The state that continues the recursions from day to day also continues them from span to span.
 """
 
 from __future__ import annotations
@@ -23,29 +23,25 @@ from atft_pipeline.features.registry import FEATURE_NAMES, REGISTRY, Feature
 from atft_pipeline.features.vocabulary.averages import Average
 from atft_pipeline.features.vocabulary.cross_section import cs_normalise
 from atft_pipeline.features.vocabulary.windows import carry, returns, ts_zscore
-from atft_pipeline.market.disclosures import SECTION_OF_MARKET, disclosures, flow_releases
-from atft_pipeline.market.facts import market_facts
+from atft_pipeline.market.disclosures import disclosures, flow_releases
+from atft_pipeline.market.facts import INDEX_CODE, NO_SECTOR, SECTION_OF_MARKET, market_facts
 from atft_pipeline.market.price_panel import Matrix, PricePanel, day_array
 from atft_pipeline.storage.monthly import Days
 
 RECENT_SESSIONS = 5
 """A stock has a row while it traded within this many sessions, the current one included."""
-NO_SECTOR: tuple[str, ...] = ("9999", "-", "")
-"""Sector33Code of funds and of stocks that were delisted before the snapshot: no industry, so no sector to share."""
-INDEX_CODE = "0000"
-"""TOPIX in the J-Quants columns."""
 OVERLAP_SESSIONS = max(feature.trace.overlap_sessions + feature.lag_sessions for feature in REGISTRY)
 """Rows before the fresh ones that any feature looks back on."""
 OVERLAPS: tuple[int, ...] = (7, 26, 66, 125, OVERLAP_SESSIONS)
 """Features share their intermediates within a class of overlap: one more session then costs few rows for most."""
 CELLS_AT_A_TIME = 1_500_000
-"""Cells of a span's panels, 12 MB each: larger ones leave the cache, and the allocator maps fresh pages for each."""
+"""Cells of a span's matrices, 12 MB each: larger ones leave the cache, and each gets fresh pages."""
 THREADS = 2
 
 
 @dataclass(frozen=True)
 class FeatureState:
-    """What the features remember after a session: the last panels, and where each recursion stands."""
+    """State of the features after a session: the last prices, and where each recursion stands."""
 
     tail: PricePanel
     """At most `OVERLAP_SESSIONS` sessions."""
@@ -56,18 +52,18 @@ class FeatureState:
     """`Market.state` of the stocks of `tail` and of `sectors`."""
 
     def values_of(self, codes: Sequence[str], sectors: Sequence[str]) -> dict[str, Any]:
-        """The values for codes and sectors that contain these: what is new has not been seen."""
+        """The values for codes and sectors that contain these; what is new starts as never seen."""
         stock = np.searchsorted(np.array(codes), np.array(self.tail.codes))
         sector = np.searchsorted(np.array(sectors), np.array(self.sectors))
 
         def wider(value: Any) -> Any:
             if isinstance(value, Average):
                 return Average(*(wider(part) for part in value))
-            shape, place, absent = (
-                ((len(codes),), stock, 0.0) if value.ndim == 1 else ((len(value), len(sectors)), sector, np.nan)
-            )
-            out = np.full(shape, absent)
-            out[..., place] = value
+            if value.ndim == 1:
+                out, columns = np.zeros(len(codes)), stock
+            else:
+                out, columns = np.full((len(value), len(sectors)), np.nan), sector
+            out[..., columns] = value
             return out
 
         return {name: wider(value) for name, value in self.values.items()}
@@ -105,7 +101,7 @@ def build_market(
     """The prices and the other tables as dense panels over the exchange's sessions.
 
     tables: `index`, and `investor_flows` and `statements` where there are. With `before`, the prices are those after
-    its last session; its panels are put before them, and what it remembers is continued.
+    its last session; its last prices are put before them, and its state is continued.
 
     Raises: InputError when there is no row, no index, or an index table with several codes and none of TOPIX's.
     """
@@ -207,7 +203,7 @@ def _compute(span: Market, kept: NDArray[np.bool_], values: NDArray[np.float32],
         out[:] = fresh[session] if fresh.ndim == 1 else fresh[kept]
         out[np.isnan(out)] = np.nan  # one bit pattern for missing: values are hashed
 
-    # The longest first: they are the ones that a thread would otherwise be left alone with at the end.
+    # The longest first: one of them alone at the end would leave the other thread idle.
     order = sorted(range(len(REGISTRY)), key=lambda number: -REGISTRY[number].trace.overlap_sessions)
     list(pool.map(fill, order))
 
@@ -227,7 +223,7 @@ def _index_close(tables: Mapping[str, pl.DataFrame]) -> pl.DataFrame:
 def _on_sessions(index: pl.DataFrame, sessions: Days) -> Matrix:
     series = np.full(len(sessions), np.nan)
     days = day_array(index["Date"])
-    at = np.searchsorted(sessions, days)
-    there = (at < len(sessions)) & (sessions[np.minimum(at, len(sessions) - 1)] == days)
-    series[at[there]] = index["Close"].to_numpy()[there]
+    row = np.searchsorted(sessions, days)
+    is_session = (row < len(sessions)) & (sessions[np.minimum(row, len(sessions) - 1)] == days)
+    series[row[is_session]] = index["Close"].to_numpy()[is_session]
     return series

@@ -1,6 +1,6 @@
 """What a stock graph is computed from: windows of a dataset's membership table, read and digested by calendar month.
 
-A dataset by month has the parts `PATH.membership/YYYY-MM.parquet`; its manifest carries `session_dates` and, in
+A dataset by month has the partitions `PATH.membership/YYYY-MM.parquet`; its manifest carries `session_dates` and, in
 `parts`, each month's `membership_sha256`. So what a refresh depends on is known before anything is read. Shapes: T
 sessions, N stocks.
 """
@@ -29,7 +29,7 @@ MINIMUM_SESSIONS: int = 60
 """History before the first graph. A shorter one finds chance, a longer one leaves the first year without a graph."""
 
 DEFINITION: int = 2
-"""Raise it when the same membership gives other edges: it enters every digest, so parts of before are not reused."""
+"""Raise it when the same membership gives other edges: it enters every digest, so earlier partitions are not reused."""
 
 
 Window = tuple[int, int]
@@ -79,7 +79,7 @@ def months_of(sessions: NDArray[np.datetime64]) -> NDArray[np.str_]:
 
 @dataclass(frozen=True)
 class Rows:
-    """What is known of a dataset's membership before a month of it is read."""
+    """What a manifest says of a dataset's membership, before any month is read."""
 
     dataset: Path
     config: GraphConfig
@@ -143,15 +143,15 @@ class Rows:
         """
         if not self.digests:
             return {}
-        month_at, found = months_of(self.sessions), {}
-        own, refreshes = hashlib.sha256(), {window[1]: window for window in month.windows}
+        month_at, by_refresh = months_of(self.sessions), {}
+        rows_so_far, refreshes = hashlib.sha256(), {window[1]: window for window in month.windows}
         for t in np.flatnonzero(month_at == month.name).tolist():
-            _update(own, membership, int(np.searchsorted(membership.sessions, self.sessions[t])))
+            _update(rows_so_far, membership, int(np.searchsorted(membership.sessions, self.sessions[t])))
             if t in refreshes:
                 earlier = np.unique(month_at[refreshes[t][0] : t + 1])[:-1].tolist()
-                rows = {name: self.digests[name] for name in earlier} | {month.name: own.hexdigest()}
-                found[str(self.sessions[t])] = self._digest([refreshes[t]], rows)
-        return found
+                rows = {name: self.digests[name] for name in earlier} | {month.name: rows_so_far.hexdigest()}
+                by_refresh[str(self.sessions[t])] = self._digest([refreshes[t]], rows)
+        return by_refresh
 
     def _digest(self, inside: list[Window], rows: Mapping[str, str]) -> str:
         first, last = inside[0][0], inside[-1][1]
@@ -210,7 +210,7 @@ def read_members(dataset: Path, config: GraphConfig, only: Sequence[str] | None 
 def read_membership_months(dataset: Path, only: Sequence[str], columns: Sequence[str]) -> pa.Table:
     """Rows of the months `only` (`YYYY-MM`, ascending) of a dataset that has its membership by month.
 
-    Raises InputError when a part or a column is missing.
+    Raises InputError when a partition or a column is missing.
     """
     folder = resolved(dataset).with_name(f"{resolved(dataset).name}.membership")
     return pa.concat_tables([read_artifact(folder / f"{month}.parquet", columns) for month in only])

@@ -60,7 +60,7 @@ def write_graph(path: Path, graph: StockGraph) -> None:
 
 
 def load_graph(path: Path) -> StockGraph:
-    """The graph at `path`, a file or a folder of parts. Raises InputError when a file or a column is missing."""
+    """The graph at `path`, a file or a folder of partitions. Raises InputError when a file or a column is missing."""
     return _graph_of(read_artifact(path, SCHEMA.names))
 
 
@@ -173,7 +173,7 @@ def build_graph_file(
             folder.mkdir()
             parts = {month.name: earlier.link(month, folder) for month in reused}
             for done, month in enumerate(computed, start=1):
-                parts[month.name] = _compute_part(rows, membership, month, earlier, folder)
+                parts[month.name] = _compute_partition(rows, membership, month, earlier, folder)
                 advance("graph", done, len(computed))
         counts = [parts[month.name] for month in planned]
     else:
@@ -201,7 +201,7 @@ def build_graph_file(
 
 @dataclass(frozen=True)
 class _Earlier:
-    """An earlier graph whose parts may be taken over; without `parts` there is nothing to take."""
+    """An earlier graph whose partitions may be taken over; without any, there is nothing to take."""
 
     folder: Path
     parts: Mapping[str, Mapping[str, Any]]
@@ -214,12 +214,12 @@ class _Earlier:
         return cls(resolved(path), read_manifest(path, "stock_graph").get("parts", {}))
 
     def has(self, month: Month) -> bool:
-        """Whether the month's part was made from the same inputs."""
+        """Whether the month's partition was made from the same inputs."""
         same = month.inputs is not None and self.parts.get(month.name, {}).get("inputs") == month.inputs
         return same and self._file(month).is_file()
 
     def link(self, month: Month, folder: Path) -> dict[str, Any]:
-        """Puts the month's part into `folder` and returns its entry in the manifest."""
+        """Links the month's partition into `folder` and returns its entry in the manifest."""
         link(self._file(month), folder / self._file(month).name)
         return dict(self.parts[month.name])
 
@@ -237,8 +237,10 @@ class _Earlier:
         return self.folder / f"{month.name}.parquet"
 
 
-def _compute_part(rows: Rows, membership: Membership, month: Month, earlier: _Earlier, folder: Path) -> dict[str, Any]:
-    """Writes the month's part to `folder` and returns its entry in the manifest."""
+def _compute_partition(
+    rows: Rows, membership: Membership, month: Month, earlier: _Earlier, folder: Path
+) -> dict[str, Any]:
+    """Writes the month's partition to `folder` and returns its entry in the manifest."""
     digests = rows.refresh_digests(membership, month)
     kept, tables = earlier.first_refreshes(month, digests)
     new = graph_at(membership, [rows.local(membership, window) for window in month.windows[kept:]], rows.config)

@@ -1,6 +1,6 @@
-"""What is true of each market (sessions, close times, days per year, currency floors) and what follows from it.
+"""Sessions and closing times of each market.
 
-The table overrides the calendar library where they differ: the library starts late unless told, omits 2020-10-01 in
+facts.py overrides the calendar library where they differ: the library starts late unless told, omits 2020-10-01 in
 Tokyo (a session of the exchange in which a system failure let nothing trade) and knows none of Tokyo's half days.
 """
 

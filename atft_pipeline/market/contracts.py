@@ -306,7 +306,7 @@ def _report(name: str, frame: pl.DataFrame, failures: list[str]) -> ContractRepo
 
 
 def joined_report(table: str, reports: Sequence[ContractReport], failures: Sequence[str] = ()) -> ContractReport:
-    """The report on a table from those on its consecutive parts, with what only the whole can break."""
+    """The report on a table from those on its consecutive pieces, with what only the whole can break."""
     days = [day for report in reports for day in (report.first_date, report.last_date) if day is not None]
     return ContractReport(
         table,

@@ -1,4 +1,4 @@
-"""What was public at a session's close, of the tables that are not published with the session itself.
+"""What was public at each close, of the two tables with publication dates of their own: investor flows and statements.
 
 Shapes: T sessions, N stocks, S market sections, E publications. A publication is an event; the grids `[T, N]` and
 `[T, S]` name the latest event known at each close, −1 where there is none. Nothing published later changes an earlier
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from atft_pipeline.errors import InputError
 from atft_pipeline.market.calendar import closes
+from atft_pipeline.market.facts import SECTION_OF_MARKET
 from atft_pipeline.market.sources import to_date
 from atft_pipeline.storage.monthly import Days
 
@@ -27,19 +28,6 @@ EXPIRY_DAYS = 400
 HISTORY_WEEKS = 55
 """Weeks kept with each release: a 52-week statistic of each of the last 4."""
 
-SECTION_OF_MARKET: dict[str, str] = {
-    "0101": "TSE1st",
-    "0102": "TSE2nd",
-    "0104": "TSEMothers",
-    "0106": "TSEJASDAQ",
-    "0107": "TSEJASDAQ",
-    "0111": "TSEPrime",
-    "0112": "TSEStandard",
-    "0113": "TSEGrowth",
-}
-"""`MarketCode` of the listed table to `Section` of investor_flows: the first five until 2022-04-01, the others from the
-reform of 2022-04-04 on. A stock has the flows of the section it is in at that session, so the first release of the new
-sections finds no history of theirs. Source: JPX J-Quants API, listed/info and markets/trades_spec."""
 AGGREGATES: tuple[str, ...] = ("Total", "Proprietary", "Brokerage")
 """Prefixes of investor_flows that sum over others or are the exchange members' own book: no investor types."""
 
@@ -83,11 +71,11 @@ class FlowReleases:
 
 
 def flow_releases(flows: pl.DataFrame | None, sessions: Days, first: int = 0) -> FlowReleases:
-    """investor_flows as its readers knew it: usable from the session after `PublishedDate`, revisions included.
+    """investor_flows as known at each session: a release counts from the session after `PublishedDate`, revisions too.
 
-    The grids are those of `sessions[first:]`. Weeks are calendar weeks: one still unpublished is a null in the history,
-    not a gap that its later publication would reveal. A revision counts from its own publication on and is no new
-    release; several weeks published at once are one release of the newest. Sections that no market code of
+    The grids are those of `sessions[first:]`. Weeks are calendar weeks. An unpublished week is a null in the history:
+    its later publication changes no earlier row. A revision counts from its own publication on and is no new release;
+    several weeks published at once are one release of the newest. Sections that no market code of
     `SECTION_OF_MARKET` names, such as the total of all, are ignored.
 
     Raises: InputError when a column that the features read is missing.
@@ -127,7 +115,7 @@ def _weekly_rows(flows: pl.DataFrame) -> pl.DataFrame:
     _require_columns("investor_flows", flows, needed)
     numbers = {*(f"{name}Balance" for name in investors), "ForeignersTotal", "IndividualsTotal", "TotalTotal"}
     balances = [pl.col(f"{name}Balance") for name in investors]
-    known = pl.sum_horizontal(balance.is_not_null() for balance in balances)
+    reporting = pl.sum_horizontal(balance.is_not_null() for balance in balances)
     monday = (pl.col("EndDate") - dt.date(1970, 1, 5)).dt.total_days() // 7
     return (
         flows.select(
@@ -143,7 +131,7 @@ def _weekly_rows(flows: pl.DataFrame) -> pl.DataFrame:
             foreign_net=pl.col("ForeignersBalance") / _unless_zero("ForeignersTotal"),
             individual_net=pl.col("IndividualsBalance") / _unless_zero("IndividualsTotal"),
             total="TotalTotal",
-            buying=pl.when(known > 0).then(pl.sum_horizontal(balance > 0.0 for balance in balances) / known),
+            buying=pl.when(reporting > 0).then(pl.sum_horizontal(balance > 0.0 for balance in balances) / reporting),
         )
         .drop_nulls(["published", "week"])
         .sort("section", "published", maintain_order=True)

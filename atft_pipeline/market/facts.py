@@ -1,4 +1,7 @@
-"""What is true of each market: calendar, close times, days per year, currency floors. One row per market."""
+"""What is true of each market: calendar, close times, days per year, currency floors. One row per market.
+
+The codes below the table are those of the J-Quants columns, which every source has to use.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +29,11 @@ class MarketFacts:
     price_floor: float
     """Currency units, unadjusted close: below it a tick is a return."""
     turnover_floor: float
-    """Currency units a session, trailing median: at or above it a stock is liquid."""
+    """Currency units a session, trailing median: at or above it a stock is liquid (computed in liquidity.py)."""
     turnover_window_sessions: int
+    """Sessions of that median."""
+    share_class: str | None
+    """Pattern of the codes of preferred shares and the like, None where the code does not tell."""
     benchmark: str
 
 
@@ -45,6 +51,8 @@ MARKETS: dict[str, MarketFacts] = {
         price_floor=50.0,
         turnover_floor=100e6,
         turnover_window_sessions=20,
+        # The fifth character of an ordinary share's code is 0.
+        share_class=r"^\d[0-9A-Z]\d[0-9A-Z][1-9]$",
         benchmark="TOPIX",
     ),
     "us": MarketFacts(
@@ -58,9 +66,32 @@ MARKETS: dict[str, MarketFacts] = {
         price_floor=1.0,
         turnover_floor=20e6,
         turnover_window_sessions=20,
+        share_class=None,
         benchmark="S&P 500",
     ),
 }
+
+FUND_MARKET = "0109"
+"""MarketCode of funds and other listings that are no stocks."""
+NO_INDUSTRY = "9999"
+"""Sector33Code of funds, and of stocks that were delisted before the snapshot."""
+NO_SECTOR: tuple[str, ...] = (NO_INDUSTRY, "-", "")
+"""Sector33Codes that name no industry, so no sector to share."""
+INDEX_CODE = "0000"
+"""Code of TOPIX in a table of several indices."""
+SECTION_OF_MARKET: dict[str, str] = {
+    "0101": "TSE1st",
+    "0102": "TSE2nd",
+    "0104": "TSEMothers",
+    "0106": "TSEJASDAQ",
+    "0107": "TSEJASDAQ",
+    "0111": "TSEPrime",
+    "0112": "TSEStandard",
+    "0113": "TSEGrowth",
+}
+"""MarketCode of the listed table to Section of investor_flows: the first five until 2022-04-01, the others from the
+reform of 2022-04-04 on. A stock has the flows of the section it is in at that session, so the first release of the new
+sections finds no history of theirs. Source: JPX J-Quants API, listed/info and markets/trades_spec."""
 
 
 def market_facts(market: str) -> MarketFacts:

@@ -1,4 +1,8 @@
-"""What makes a stock liquid: the trailing median of its turnover value reaches the market's floor."""
+"""What makes a stock liquid: the trailing median of its turnover value reaches the market's floor.
+
+The floor and the window of each market stand in facts.py. config/slices.py names the slice and the column that this
+decides, `is_liquid`. universe.py also asks for what makes a stock investable.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +13,7 @@ import numpy as np
 from numba import njit
 
 from atft_pipeline.market.facts import MarketFacts
-from atft_pipeline.market.price_panel import (
-    Flags,
-    Matrix,
-)
+from atft_pipeline.market.price_panel import Flags, Matrix
 
 
 def liquid_rows(turnover: Matrix, first: int, facts: MarketFacts) -> Flags:

@@ -10,15 +10,9 @@ import polars as pl
 from numpy.typing import NDArray
 
 from atft_pipeline.market.adjustment import Listings
-from atft_pipeline.market.price_panel import (
-    Categories,
-    day_array,
-    positions,
-)
+from atft_pipeline.market.facts import FUND_MARKET, NO_INDUSTRY, market_facts
+from atft_pipeline.market.price_panel import Categories, day_array, positions
 from atft_pipeline.storage.monthly import Days
-
-SHARE_CLASS = r"^\d[0-9A-Z]\d[0-9A-Z][1-9]$"
-"""Tokyo's codes of preferred shares and the like: the fifth character is not 0."""
 
 
 @dataclass(frozen=True)
@@ -50,19 +44,25 @@ class Listed:
 
     @staticmethod
     def of(listed: pl.DataFrame, codes: Sequence[str], sessions: Days, market: str) -> Listed:
-        """A fund is told by its market; sector 9999 under a stock's own market is a stock that has been delisted since:
-        kept, its sector unknown."""
+        """The snapshots of `codes`.
+
+        A fund is known by its market. Sector 9999 under a stock's own market is a stock that has been delisted since:
+        the stock is kept and its sector is unknown.
+        """
         texts = [pl.col(name).str.strip_chars().replace("", None) for name in ("Sector33Code", "MarketCode")]
         stock = pl.Series("n", positions(listed["Code"], codes))
         rows = listed.select("Date", *texts).with_columns(stock).filter(pl.col("n") >= 0).sort("n", "Date")
         sector, section = pl.col("Sector33Code"), pl.col("MarketCode")
-        is_fund = (section == "0109") | ((sector == "9999") & section.is_null())
-        share_class = pl.Series(codes, dtype=pl.String).str.contains(SHARE_CLASS).to_numpy()
+        is_fund = (section == FUND_MARKET) | ((sector == NO_INDUSTRY) & section.is_null())
+        pattern = market_facts(market).share_class
+        share_class = np.zeros(len(codes), np.bool_)
+        if pattern is not None:
+            share_class = pl.Series(codes, dtype=pl.String).str.contains(pattern).to_numpy()
         listings = Listings(
             start=np.searchsorted(rows["n"].to_numpy(), np.arange(len(codes) + 1)),
             known_from=np.searchsorted(sessions, day_array(rows["Date"])),
             is_fund=rows.select(is_fund.fill_null(value=False)).to_series().to_numpy(),
-            share_class=share_class if market == "tokyo" else np.zeros(len(codes), np.bool_),
+            share_class=share_class,
         )
-        industry = rows.select(pl.when(sector != "9999").then(sector)).to_series()
+        industry = rows.select(pl.when(sector != NO_INDUSTRY).then(sector)).to_series()
         return Listed(listings, _Attribute.of(industry), _Attribute.of(rows["MarketCode"]), rows)

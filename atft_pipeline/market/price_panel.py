@@ -1,7 +1,7 @@
-"""Adjusted prices and memberships as dense panels, and as the long table that crosses to disk.
+"""Adjusted prices and memberships: dense in memory, and as the long table that is written to disk.
 
 Shapes: T sessions, N stocks, R rows of the long table (session-major, then code). A stock has a row at a session while
-it has traded within the last `STALE_SESSIONS` sessions; the panels hold NaN, False or −1 elsewhere.
+it has traded within the last `STALE_SESSIONS` sessions; elsewhere the arrays hold NaN, False or −1.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ class Categories:
     def series(self, name: str, cells: NDArray[np.int64]) -> pl.Series:
         """Text of the flat positions `cells`, null where there is none."""
         number = self.number.reshape(-1)[cells]
-        known = pl.Series(name, self.names, dtype=pl.String)
-        return known.gather(pl.Series(number).cast(pl.UInt32, strict=False))
+        texts = pl.Series(name, self.names, dtype=pl.String)
+        return texts.gather(pl.Series(number).cast(pl.UInt32, strict=False))
 
 
 @dataclass(frozen=True)
@@ -83,11 +83,11 @@ class PricePanel:
         """The same for `codes`, which contain these; what a new column holds is absent."""
         if tuple(codes) == self.codes:
             return self
-        place = np.searchsorted(np.array(codes), np.array(self.codes))
+        columns = np.searchsorted(np.array(codes), np.array(self.codes))
 
         def wider(cells: NDArray[Any], absent: Any) -> NDArray[Any]:
             out = np.full((len(self.sessions), len(codes)), absent, dtype=cells.dtype)
-            out[:, place] = cells
+            out[:, columns] = cells
             return out
 
         flags: dict[str, Any] = {name: wider(getattr(self, name), False) for name in (*FLAGS, "has_row")}
@@ -183,8 +183,8 @@ def day_array(dates: pl.Series) -> Days:
 
 def positions(texts: pl.Series, names: Sequence[str]) -> NDArray[np.int32]:
     """Position of each text among `names`, −1 for null and for what is not among them."""
-    found = texts.cast(pl.Enum(names), strict=False).to_physical()
-    return found.cast(pl.Int32).fill_null(-1).to_numpy()
+    number = texts.cast(pl.Enum(names), strict=False).to_physical()
+    return number.cast(pl.Int32).fill_null(-1).to_numpy()
 
 
 def scattered(values: NDArray[Any], cells: NDArray[np.integer], shape: tuple[int, int], absent: Any) -> NDArray[Any]:

@@ -1,8 +1,8 @@
-"""The adjusted prices of a source on disk, month by month: passed once, and continued where something is new.
+"""The adjusted prices of a source on disk, by month: the quotes are passed once, and continued where something is new.
 
-A product at PATH: `PATH/YYYY-MM.parquet` in `PRICES_COLUMNS`, `PATH.memory/YYYY-MM.npz` after the months from which the
-pass can be continued, `PATH.quarantine.parquet`, and a manifest. What a changed source changes is found by digests of
-the raw rows by month; the pass is taken up at the newest state before the first month that differs.
+An artifact at PATH: `PATH/YYYY-MM.parquet` in `PRICES_COLUMNS`; `PATH.memory/YYYY-MM.npz`, the states after the months
+from which the pass can be continued; `PATH.quarantine.parquet`; and a manifest. Digests of the raw rows by month tell
+what has changed in a source. The pass continues from the newest state before the first month that differs.
 """
 
 from __future__ import annotations
@@ -66,9 +66,9 @@ def update_prices(
     *,
     advance: Callable[[str, int, int], None] = lambda *_: None,
 ) -> tuple[dict[str, Any], ContractReport]:
-    """Passes the source's prices into the product at `out`; its manifest, and the report on what was written.
+    """Builds the adjusted prices of the source at `out`; their manifest, and the report on what was written.
 
-    others: the source's other tables. With `previous`, an earlier product of the same configuration and code, months
+    others: the source's other tables. With `previous`, an earlier artifact of the same configuration and code, months
     before the first whose raw rows differ are taken over, and the pass is continued from there; `changes` in the
     manifest says which input differed first in which month. `advance` hears how many months of all are done.
 
@@ -141,7 +141,7 @@ def table_digests(source: Source, others: CheckedTables) -> dict[str, str]:
 
 
 def read_months(path: Path, months: Sequence[str], sessions: Days) -> PricePanel:
-    """The panel of some consecutive months over their `sessions`. Raises InputError when a part is missing."""
+    """The panel of some consecutive months over their `sessions`. Raises InputError when a partition is missing."""
     return PricePanel.from_frame(read_frame(path, months), sessions)
 
 
@@ -150,7 +150,7 @@ def read_frame(path: Path, months: Sequence[str]) -> pl.DataFrame:
     files = [partition_path(path, month) for month in months]
     missing = next((file for file in files if not file.is_file()), None)
     if missing is not None:
-        raise InputError(f"{path}: part {missing.name} is missing; build the prices again")
+        raise InputError(f"{path}: partition {missing.name} is missing; build the prices again")
     return pl.concat([pl.read_parquet(file, glob=False) for file in files])
 
 
@@ -191,12 +191,12 @@ class _RawFiles:
     def of(source: Source, earlier: Earlier) -> _RawFiles:
         known = {name: _File(**record) for name, record in earlier.manifest.get("raw", {}).items()}
         files = {}
-        for name, sha256 in source.part_fingerprints("prices").items():
+        for name, sha256 in source.file_fingerprints("prices").items():
             if name in known and known[name].sha256 == sha256:
                 files[name] = known[name]
             else:
                 days = _alone(source, name).dates("prices")
-                # An empty part of many is no fault, and has no days.
+                # One empty file of several is no fault; it has no days.
                 first, last = (str(days[0]), str(days[-1])) if len(days) else ("9999-12-31", "0001-01-01")
                 files[name] = _File(sha256, first, last)
         raw = _RawFiles(source, files, digested=bool(earlier.parts))
@@ -306,7 +306,7 @@ def _passes(
     state: UniverseState | None,
     advance: Callable[[str, int, int], None],
 ) -> Iterator[PricesResult]:
-    """The universe of a span of months after the other, after what `state` remembers."""
+    """The universe of one span of months after the other, from `state` on."""
     after = None if state is None else state.sessions[-1]
     # The index tells of sessions after the last quote.
     known_to = np.datetime64(str(others["index"]["Date"].max()), "D")
@@ -330,7 +330,7 @@ def _passes(
 
 
 def _write(writer: PartitionWriter, result: PricesResult) -> dict[str, dict[str, Any]]:
-    """Writes the months of a pass and what is remembered after it; returns what the manifest says of them."""
+    """Writes the months of a pass and the state after it; returns what the manifest says of each month."""
     starts = np.append(0, np.cumsum(result.panel.has_row.sum(axis=1)))
     parts = {}
     for month, rows in sessions_by_month(result.panel.sessions).items():

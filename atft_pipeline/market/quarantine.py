@@ -10,10 +10,7 @@ import polars as pl
 
 from atft_pipeline.market.adjustment import HIT, RULES
 from atft_pipeline.market.listed import Listed
-from atft_pipeline.market.price_panel import (
-    Matrix,
-    dates_of,
-)
+from atft_pipeline.market.price_panel import Matrix, dates_of
 from atft_pipeline.storage.monthly import Days
 
 
@@ -50,9 +47,8 @@ QUARANTINE_RULES: dict[str, QuarantineRule] = {
 `flag` changes nothing; `mask_target` nulls forward returns whose execution or exit price is of that row."""
 
 
-# --- quarantine -------------------------------------------------------------------------------------------------------
+# --- rows of the table ------------------------------------------------------------------------------------------------
 
-_NUMBER = pl.Float64
 _QUOTE = ("open", "high", "low", "close", "volume")
 
 
@@ -95,7 +91,9 @@ def quarantine_rows(hits: Matrix, known: Days, passed: int, codes: Sequence[str]
             "Date": dates_of(known[session]),
             "known_from": dates_of(known[hits[:, HIT.known_from].astype(np.int64) + passed]),
             "Code": pl.Series(codes, dtype=pl.String).gather(hits[:, HIT.stock].astype(np.int64)),
-            **{name: pl.Series(hits[:, column], dtype=_NUMBER).fill_nan(None) for name, column in _figures().items()},
+            **{
+                name: pl.Series(hits[:, column], dtype=pl.Float64).fill_nan(None) for name, column in _figures().items()
+            },
             "listing": pl.Series(np.where(listing.is_null(), -1, listing.fill_null(-1))),
         }
     )

@@ -145,11 +145,11 @@ class Source:
         Raises: InputError for an absent table, an unreadable file, a missing column, a wrong type, or a table without
         rows; a period without rows is an empty frame.
         """
-        parts = [_read_part(table, file, self.folder, first, last) for file in self._files(table)]
-        frame = pl.concat(in_time([part.frame for part in parts], self._spec(table).date), how="diagonal")
+        reads = [_read_file(table, file, self.folder, first, last) for file in self._files(table)]
+        frame = pl.concat(in_time([read.frame for read in reads], self._spec(table).date), how="diagonal")
         if frame.is_empty() and first is None and last is None:
             raise InputError(f"{table}: no rows in {self.where(table)}; provide a table with data")
-        counts = sum((Counter(part.null_texts) for part in parts), Counter[str]())
+        counts = sum((Counter(read.null_texts) for read in reads), Counter[str]())
         return TableRead(frame, dict(sorted(counts.items())))
 
     def dates(self, table: str) -> NDArray[np.datetime64]:
@@ -172,10 +172,10 @@ class Source:
 
     def fingerprint(self, table: str) -> str:
         """sha256 over the files of the table in name order: what a data version is made of."""
-        digests = self.part_fingerprints(table).values()
+        digests = self.file_fingerprints(table).values()
         return hashlib.sha256(b"".join(bytes.fromhex(digest) for digest in digests)).hexdigest()
 
-    def part_fingerprints(self, table: str) -> dict[str, str]:
+    def file_fingerprints(self, table: str) -> dict[str, str]:
         """sha256 of each file of the table in name order, by its path within the source."""
         files = self._files(table)
         with ThreadPoolExecutor(HASH_THREADS) as pool:
@@ -266,7 +266,7 @@ def _opened(table: str, file: Path, folder: Path) -> Iterator[tuple[RawTable, pl
         raise InputError(f"{table}: {file} cannot be read as parquet ({reason}); write it again") from error
 
 
-def _read_part(table: str, file: Path, folder: Path, first: dt.date | None, last: dt.date | None) -> TableRead:
+def _read_file(table: str, file: Path, folder: Path, first: dt.date | None, last: dt.date | None) -> TableRead:
     is_bounded = first is not None or last is not None
     with _opened(table, file, folder) as (spec, scan):
         schema = scan.collect_schema()

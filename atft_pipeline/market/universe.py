@@ -43,7 +43,7 @@ RAW_QUOTES = (*QUOTES, "AdjustmentFactor")
 
 @dataclass(frozen=True)
 class UniverseState:
-    """What the universe remembers after a session: with it, later ones continue as if all had been passed at once."""
+    """State after a session: with it, later sessions continue as if all had been passed at once."""
 
     sessions: Days
     """All sessions so far."""
@@ -108,9 +108,8 @@ def build_prices(
     above the market's price floor, traded within 5 sessions. Liquid: investable, and the median turnover of the
     trailing 20 sessions at or above the market's floor, untraded sessions left out and two thirds of them needed.
 
-    With `before`, the prices are those after its last session, and what it remembers is continued. `until`: the day up
-    to which the exchange's sessions count, unless given the last one of prices or index: the index tells of a session
-    in which no stock traded.
+    With `before`, the prices are those after its last session, and its state is continued. `until`: the last day whose
+    sessions count, by default the last one of prices or index: the index has sessions in which no stock traded.
 
     Raises: InputError when fewer than two common stocks trade.
     """
@@ -228,12 +227,12 @@ def _on_exchange_days(
     traded = days[by_day["traded"].to_numpy()]
     calendar.require_sessions(market, traded)
     sessions = np.union1d(traded, known)
-    place = np.searchsorted(sessions, days)
+    row = np.searchsorted(sessions, days)
     is_session = np.isin(days, sessions)
     closed = by_day.filter(~pl.Series(is_session)).with_columns(Code=pl.lit(""), known_from=pl.col("Date"))
     hits = as_quarantine_rows("no_trade_date", closed, pl.format("{} rows", "rows"))
-    runs = np.searchsorted(days, day_array(prices["Date"]))
-    return sessions, np.where(is_session, place, -1)[runs], hits
+    day_of_row = np.searchsorted(days, day_array(prices["Date"]))
+    return sessions, np.where(is_session, row, -1)[day_of_row], hits
 
 
 def _dense(

@@ -7,10 +7,10 @@ Temporal Slice Perspective (SAN, NeurIPS 2023); Ye, Deng, Zou and Gui, Frequency
 Non-stationary Time Series Forecasting (FAN, NeurIPS 2024, arXiv 2409.20371); Kim, Kim, Tae, Park, Choi and Choo,
 Reversible Instance Normalization for Accurate Time-Series Forecasting against Distribution Shift (RevIN, ICLR 2022).
 
-All of them here: the statistics of a session are those of the stock's last W sessions, that session included, so that
-a session's value depends on no block and no later session. Missing values are excluded from the statistics and are 0
-afterwards. The first W - 1 sessions are consumed. The raw values stay beside the normalised ones: replacing them cost
-half the IC (DESIGN.md).
+In all of them the statistics of a session are those of the stock's last W sessions, that session included. So a
+session's value depends on no block and no later session. Missing values are excluded from the statistics and are 0
+afterwards. The first W - 1 sessions are consumed. The raw values stay beside the normalised ones: without
+them the IC on the synthetic market falls from 0.059 to 0.032.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ def resolved(path: Path) -> Path:
 
 
 def manifest_path(path: Path) -> Path:
-    """Where the manifest of the product at `path` lies."""
+    """Where the manifest of the artifact at `path` lies."""
     data = resolved(path)
     return data.with_name(f"{data.name}.manifest.json")
 
@@ -42,7 +42,7 @@ def sha256_of(value: Any) -> str:
 
 
 class Manifest(dict[str, Any]):
-    """A manifest as read from `file`; an entry that it lacks is refused by name wherever it is first needed."""
+    """A manifest as read from `file`; reading an entry that it lacks raises an InputError that names the entry."""
 
     def __init__(self, entries: dict[str, Any], file: Path, path: Path) -> None:
         super().__init__(entries)
@@ -53,7 +53,7 @@ class Manifest(dict[str, Any]):
 
 
 def read_manifest(path: Path, kind: str | None = None) -> Manifest:
-    """The manifest of the product at `path`.
+    """The manifest of the artifact at `path`.
 
     Raises: InputError when there is none, when it is not a JSON object, or when its `kind` is not the one asked for.
     """
@@ -72,11 +72,11 @@ def read_manifest(path: Path, kind: str | None = None) -> Manifest:
 
 
 def require_replaceable(path: Path, kind: str, sidecars: Sequence[str] = ()) -> None:
-    """Refuses an output that would replace something else: a source table, another product, a folder of files.
+    """Refuses an output that would replace something else: a source table, another artifact, a folder of files.
 
     sidecars: names of what is written beside it, as `PATH.<name>`.
 
-    Raises: InputError when something lies at `path` and has no manifest of `kind`, or beside it without a product.
+    Raises: InputError when something lies at `path` and has no manifest of `kind`, or beside it without an artifact.
     """
     data = resolved(path)
     if not data.exists():
@@ -94,15 +94,15 @@ def require_replaceable(path: Path, kind: str, sidecars: Sequence[str] = ()) -> 
 
 
 def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
-    """Writes the manifest of the product at `path`, whole or not at all."""
+    """Writes the manifest of the artifact at `path`, whole or not at all."""
     write_json(manifest_path(path), manifest)
 
 
 @contextmanager
 def replacing_artifact(path: Path) -> Iterator[Path]:
-    """`files.replacing` for the data of a product, file or folder; the earlier manifest goes with its data.
+    """`atomic.replacing` for the data of an artifact, file or folder; the earlier manifest goes with its data.
 
-    Without its manifest a product does not exist: no kill in between pairs new data with an old one.
+    Without its manifest an artifact does not exist: no kill in between pairs new data with an old one.
     """
     data = resolved(path)
     with replacing(data) as temporary:
@@ -113,28 +113,28 @@ def replacing_artifact(path: Path) -> Iterator[Path]:
 
 
 def read_artifact(path: Path, columns: Sequence[str] | None = None, period: Period | None = None) -> pa.Table:
-    """Rows of the product at `path` (a file, or a folder of parts in name order), `columns` in the order asked for.
+    """Rows of the artifact at `path` (a file, or a folder of partitions in name order), with `columns` in that order.
 
-    With `period` those of its days; what holds none of them is hardly read.
+    With `period`, only the rows of its days; row groups without such days are skipped.
 
     Raises: InputError when it is missing, not parquet, or lacks a column.
     """
     data = resolved(path)
     files = sorted(data.glob("*.parquet")) if data.is_dir() else [data]
     if not files or not files[0].exists():
-        raise InputError(f"{path}: no such parquet file or folder of parquet parts; build it first")
-    wanted = None if columns is None else list(columns)
-    tables = [read_partition(file, wanted, period) for file in files]
-    odd = next((n for n, table in enumerate(tables) if not table.schema.equals(tables[0].schema)), None)
-    if odd is not None:
-        raise InputError(f"{path}: {files[odd].name} has other columns or types than {files[0].name}; make them alike")
+        raise InputError(f"{path}: no such parquet file or folder of parquet partitions; build it first")
+    names = None if columns is None else list(columns)
+    tables = [read_partition(file, names, period) for file in files]
+    for file, table in zip(files, tables, strict=True):
+        if not table.schema.equals(tables[0].schema):
+            raise InputError(f"{path}: {file.name} has other columns or types than {files[0].name}; make them alike")
     return pa.concat_tables(tables)
 
 
 def write_partition(path: Path, table: pa.Table) -> None:
     """Writes rows to one parquet file."""
-    # Float columns are close to incompressible noise: dictionaries only cost time, Date and Code shrink a lot. zstd
-    # saved 8 % of lz4's size at three times its time.
+    # Floats are close to incompressible, so dictionaries only cost time; Date and Code shrink a lot. zstd saves 8 % of
+    # lz4's size at three times its time.
     pq.write_table(table, path, compression="lz4", use_dictionary=_repetitive(table))
 
 

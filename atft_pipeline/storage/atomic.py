@@ -41,7 +41,7 @@ def replacing(path: Path) -> Iterator[Path]:
 def remove_remnants(folder: Path, names: str = "*") -> None:
     """Removes what killed writers of files in `folder` whose names match `names` left under their temporary names.
 
-    Only for who knows that nobody writes there now.
+    Call it only where no other process writes.
     """
     for scratch in folder.glob(f".{names}.*"):
         if scratch.is_dir():

@@ -6,8 +6,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-# Plain JSON -------------------------------------------------------------------------------------------------------
-
 
 def finite_or_none(value: float | None) -> float | None:
     return float(value) if value is not None and math.isfinite(value) else None

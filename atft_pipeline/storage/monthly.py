@@ -1,6 +1,6 @@
-"""Products kept as one part per month: what did not change stays, what did is written again.
+"""Artifacts of one partition per month: unchanged months are kept, changed months are written again.
 
-A product at PATH is a folder of `YYYY-MM.parquet`; further folders beside it, `PATH.<name>/`, hold one file per month
+An artifact at PATH is a folder of `YYYY-MM.parquet`; further folders beside it, `PATH.<name>/`, hold one file per month
 too. A new version is written under temporary names, takes unchanged months over as hard links, and replaces the old one
 only when it is whole; its manifest comes last.
 """
@@ -42,7 +42,7 @@ def sessions_by_month(sessions: Days) -> dict[str, slice]:
 def spans(months: Mapping[str, slice], first: str, sessions_at_a_time: int) -> Iterator[list[str]]:
     """Consecutive months from `first` on, in spans of about `sessions_at_a_time` sessions, one month at least.
 
-    The last month is a span of its own: what is remembered before it is where the next session continues.
+    The last month is a span of its own: the next session continues from the state before it.
     """
     names = [month for month in months if month >= first]
     span: list[str] = []
@@ -57,18 +57,19 @@ def spans(months: Mapping[str, slice], first: str, sessions_at_a_time: int) -> I
 
 
 def partition_path(folder: Path, month: str, suffix: str = "parquet") -> Path:
+    """The file of a month in one of an artifact's folders."""
     return folder / f"{month}.{suffix}"
 
 
 def beside(path: Path, name: str) -> Path:
-    """The further folder or file `name` of the product at `path`; the product itself where there is no name."""
+    """The further folder or file `name` of the artifact at `path`; the artifact itself where there is no name."""
     data = resolved(path)
     return data.with_name(f"{data.name}.{name}") if name else data
 
 
 @dataclass(frozen=True)
 class PartitionWriter:
-    """Temporary folders of a new version, by name; the product's own is ''."""
+    """Temporary folders of a new version, by name; the artifact's own is ''."""
 
     folders: Mapping[str, Path]
     previous: Mapping[str, Path]
@@ -85,7 +86,7 @@ def writing_partitions(path: Path, folders: Iterable[str], earlier: Earlier) -> 
     """Temporary folders that take the place of those at `path` when the block ends well; the manifest is then gone."""
     data, names = resolved(path), [*folders, ""]
     with ExitStack() as stack:
-        # The product's own folder is entered last and so replaced first: with it goes the manifest.
+        # The artifact's own folder is entered last and so replaced first: with it goes the manifest.
         temporary = {
             name: stack.enter_context(replacing(beside(data, name)) if name else replacing_artifact(data))
             for name in names
@@ -109,16 +110,16 @@ def month_digests(frame: pl.DataFrame, date: str) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Earlier:
-    """An earlier version of a product in parts, as far as it can be continued; without one, nothing."""
+    """An earlier version of a monthly artifact that can be continued; without one, empty."""
 
     path: Path
     parts: Mapping[str, dict[str, Any]]
-    """By month, what its manifest says of them."""
+    """By month, what its manifest says of the partition."""
     manifest: Mapping[str, Any]
 
     @staticmethod
     def of(previous: Path | None, kind: str, **same: Any) -> Earlier:
-        """The version at `previous` where it is of this kind, and the `same` in what is named."""
+        """The version at `previous`, where it is of this kind and its manifest has the entries `same`."""
         if previous is not None and manifest_path(previous).is_file() and resolved(previous).is_dir():
             manifest = read_manifest(previous, kind)
             if "inputs" in manifest and all(manifest.get(name) == value for name, value in same.items()):
@@ -126,13 +127,16 @@ class Earlier:
         return Earlier(Path(), {}, {})
 
     def changes(self, inputs: Mapping[str, Mapping[str, Any]], state: str, folders: Sequence[str]) -> Changes:
-        """inputs: by name, a digest by month. state: the folder of what is remembered after a month. folders: those
-        that hold a file of every month; a month that is not whole there has changed, as the input `damaged parts`."""
+        """What differs from this version.
+
+        inputs: by name, a digest by month. state: the folder of the states after a month. folders: those that hold a
+        file of every month; a month whose file is damaged counts as changed, by the input `damaged parts`.
+        """
         first = {}
-        known = self.manifest.get("inputs", inputs)
-        for name in sorted({*inputs, *known}):
-            one, two = inputs.get(name, {}), known.get(name, {})
-            differing = [month for month in {*one, *two} if one.get(month) != two.get(month)]
+        before = self.manifest.get("inputs", inputs)
+        for name in sorted({*inputs, *before}):
+            new, old = inputs.get(name, {}), before.get(name, {})
+            differing = [month for month in {*new, *old} if new.get(month) != old.get(month)]
             if differing:
                 first[name] = min(differing)
         files = {name: {file.stem: file for file in beside(self.path, name).glob("*")} for name in folders}
@@ -151,26 +155,26 @@ class Earlier:
 
 
 def is_whole(file: Path, rows: int | None = None) -> bool:
-    """Whether a product's file is there and can be opened; a table must have `rows` rows where they are given."""
+    """Whether an artifact's file is there and can be opened; a table must have `rows` rows where they are given."""
     if not file.is_file():
         return False
     if file.suffix != ".parquet":
         return zipfile.is_zipfile(file)
     try:
-        found: int = pq.read_metadata(file).num_rows
+        rows_in_file: int = pq.read_metadata(file).num_rows
     except pa.ArrowInvalid:
         return False
-    return rows is None or found == rows
+    return rows is None or rows_in_file == rows
 
 
 @dataclass(frozen=True)
 class Changes:
-    """Against an earlier version: what differs, and what stands."""
+    """What differs from an earlier version, and which months are kept of it."""
 
     first_by_input: Mapping[str, str]
     """The first month in which each input differs."""
     kept: Sequence[str]
-    """Earlier months that stand: up to the newest with a state before the first that differs."""
+    """Earlier months that are kept: up to the newest one that has a state and comes before the first that differs."""
 
     def record(self, months: Iterable[str]) -> dict[str, Any]:
         """What the manifest says of it, `months` being all there are now."""
@@ -182,7 +186,7 @@ class Changes:
 
 
 def remove_artifact(path: Path) -> None:
-    """Deletes the product at `path` with all that lies beside it; there may be none."""
+    """Deletes the artifact at `path` with all that lies beside it; there may be none."""
     for file in _files_of(resolved(path)):
         if file.is_dir():
             shutil.rmtree(file)
@@ -191,17 +195,17 @@ def remove_artifact(path: Path) -> None:
 
 
 def move_artifact(path: Path, to: Path) -> None:
-    """Gives the product at `path`, with all that lies beside it, the name `to`; what was there is replaced."""
+    """Gives the artifact at `path`, with all that lies beside it, the name `to`; what was there is replaced."""
     old, new = resolved(path), resolved(to)
     manifest_path(new).unlink(missing_ok=True)
-    # The manifest comes last: without it the others are no product.
+    # The manifest comes last: without it the others are no artifact.
     for file in sorted(_files_of(old), key=lambda file: file.suffix == ".json"):
-        place = new.with_name(new.name + file.name.removeprefix(old.name))
-        if place.is_dir():
-            shutil.rmtree(place)
-        file.replace(place)
+        target = new.with_name(new.name + file.name.removeprefix(old.name))
+        if target.is_dir():
+            shutil.rmtree(target)
+        file.replace(target)
 
 
 def _files_of(data: Path) -> list[Path]:
-    """The product's own folder or file and all that lies beside it, by exact name: `d2` is no part of `d`."""
+    """The artifact's own folder or file and all that lies beside it, by exact name: `d2` does not belong to `d`."""
     return [file for file in data.parent.glob("*") if file.name == data.name or file.name.startswith(f"{data.name}.")]

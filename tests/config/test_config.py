@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
-from market_factory import raw_tables
+from markets.market_factory import raw_tables
 
 from atft_pipeline.config import schema
 from atft_pipeline.config.overrides import from_dict, parse_assignments, report_overrides, to_dict, with_overrides

@@ -13,8 +13,8 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 import pytest
-from eventful_market import PERIODS, eventful_tables, events
-from market_factory import (
+from markets.eventful_market import PERIODS, eventful_tables, events
+from markets.market_factory import (
     CONFIG,
     LONG,
     QUIET,

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from eventful_market import PERIODS, events
-from market_factory import CONFIG, QUIET, panels_of, prices_of, sample_market, sessions_of, tables_of
+from markets.eventful_market import PERIODS, events
+from markets.market_factory import CONFIG, QUIET, panels_of, prices_of, sample_market, sessions_of, tables_of
 
 from atft_pipeline.features.compute import normalised
 from atft_pipeline.features.registry import REGISTRY, Feature

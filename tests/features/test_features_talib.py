@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 import talib
-from eventful_market import events
-from market_factory import QUIET, panels_of
+from markets.eventful_market import events
+from markets.market_factory import QUIET, panels_of
 
 from atft_pipeline.features.registry import FEATURE_NAMES, REGISTRY
 

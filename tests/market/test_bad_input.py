@@ -447,7 +447,7 @@ def predictions(**columns: object) -> pa.Table:
 BAD_PREDICTIONS: dict[str, tuple[Callable[[Path], object], list[str], tuple[str, ...]]] = {
     "no file": (lambda _: None, [], ("p.parquet: no such parquet file",)),
     "no parquet": (lambda p: p.write_text("Date,Code\n"), [], ("p.parquet: not a readable parquet file",)),
-    "empty folder": (lambda p: p.mkdir(), [], ("p.parquet: no such parquet file or folder of parquet parts",)),
+    "empty folder": (lambda p: p.mkdir(), [], ("p.parquet: no such parquet file or folder of parquet partitions",)),
     "missing column": (lambda p: pq.write_table(predictions(score=None), p), [], ("column score is missing",)),
     "column twice": (
         lambda p: pq.write_table(predictions().append_column("score", pa.array(np.ones(300))), p), [],

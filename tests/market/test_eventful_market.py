@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import polars as pl
 import pytest
-from eventful_market import HOLIDAY, PERIODS, Event, Tables, eventful_tables, events
-from market_factory import prices_of, sessions_of
+from markets.eventful_market import HOLIDAY, PERIODS, Event, Tables, eventful_tables, events
+from markets.market_factory import prices_of, sessions_of
 
 ALL = [(period, event) for period in PERIODS for event in events(period)]
 Present = Callable[["View"], bool]

@@ -185,7 +185,7 @@ def test_distinct_codes_are_those_of_each_table(folder: Path) -> None:
     assert source.codes("prices") == source.read("prices")["Code"].unique().sort().to_list()
     assert source.codes("statements") == source.read("statements")["LocalCode"].unique().sort().to_list()
     assert source.codes("investor_flows") == ["TSEGrowth", "TSEPrime", "TSEStandard"]
-    for question in (source.dates, source.codes, source.part_fingerprints):
+    for question in (source.dates, source.codes, source.file_fingerprints):
         with pytest.raises(InputError, match="expected one of prices, listed"):
             question("quotes")
 
@@ -252,13 +252,13 @@ def test_fingerprint_is_the_hash_over_the_hashes_of_its_parts(folder: Path) -> N
     (folder / "index").mkdir()
     for name, part in {"a": rows[:9], "b": rows[9:]}.items():
         part.write_parquet(folder / "index" / f"{name}.parquet")
-    before = open_source(folder).part_fingerprints("index")
+    before = open_source(folder).file_fingerprints("index")
     digests = [hashlib.sha256((folder / name).read_bytes()) for name in ("index/a.parquet", "index/b.parquet")]
     assert before == {f"index/{name}.parquet": d.hexdigest() for name, d in zip("ab", digests, strict=True)}
     whole = hashlib.sha256(b"".join(digest.digest() for digest in digests)).hexdigest()
     assert open_source(folder).fingerprint("index") == whole
     rows[9:12].write_parquet(folder / "index" / "b.parquet")
-    after = open_source(folder).part_fingerprints("index")
+    after = open_source(folder).file_fingerprints("index")
     assert [name for name in before if before[name] != after[name]] == ["index/b.parquet"]
 
 

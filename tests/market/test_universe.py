@@ -9,8 +9,8 @@ from collections.abc import Mapping
 import numpy as np
 import polars as pl
 import pytest
-from eventful_market import SEGMENT_CHANGE, SILENT_SESSION, Event, eventful_tables, events
-from market_factory import build, built_of, panels, prices_of, sessions_of
+from markets.eventful_market import SEGMENT_CHANGE, SILENT_SESSION, Event, eventful_tables, events
+from markets.market_factory import build, built_of, panels, prices_of, sessions_of
 from polars.testing import assert_frame_equal
 
 from atft_pipeline.config.schema import DatasetConfig

@@ -1,1 +1,1 @@
-"""The words that features are written in, by what they look at: one value, a window, a session, an event."""
+"""The functions that features are written in, by what they look at: a value, a window, a session, a publication."""

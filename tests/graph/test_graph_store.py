@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from graph_market import CONFIG, Market, all_edges, build, days, market, write_months
+from markets.graph_market import CONFIG, Market, all_edges, build, days, market, write_months
 
 from atft_pipeline.config.schema import GraphConfig
 from atft_pipeline.errors import InputError

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
-from market_factory import days
-from slow_point_in_time import known_documents, known_weeks
+from markets.market_factory import days
+from slow_disclosures import known_documents, known_weeks
 
 from atft_pipeline.config.schema import DatasetConfig
 from atft_pipeline.errors import InputError

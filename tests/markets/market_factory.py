@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pyarrow as pa
-from eventful_market import eventful_tables
 
 from atft_pipeline.config.schema import DatasetConfig
 from atft_pipeline.dataset.rows import build_dataset
@@ -19,6 +18,7 @@ from atft_pipeline.features.inputs import Market
 from atft_pipeline.market.price_panel import PricePanel
 from atft_pipeline.market.synthetic import generate_market
 from atft_pipeline.market.universe import PricesResult, build_prices
+from markets.eventful_market import eventful_tables
 
 Tables = dict[str, pl.DataFrame]
 CONFIG = DatasetConfig()

@@ -11,7 +11,7 @@ import numpy as np
 import polars as pl
 import pyarrow.parquet as pq
 import pytest
-from eventful_market import eventful_tables
+from markets.eventful_market import eventful_tables
 
 from atft_pipeline.cli import main
 from atft_pipeline.config.schema import DatasetConfig
@@ -288,7 +288,7 @@ def test_a_missing_month_of_prices_is_one_sentence(tmp_path: Path) -> None:
     made(source, tmp_path / "d")
     next(iter(sorted((tmp_path / "d.prices").glob("*.parquet")))).unlink()
     others = read_checked(open_source(source), but=["prices"])
-    with pytest.raises(InputError, match=r"part 2022-04\.parquet is missing"):
+    with pytest.raises(InputError, match=r"partition 2022-04\.parquet is missing"):
         update_dataset(tmp_path / "d.prices", others.tables, tmp_path / "e", CONFIG)
 
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from atft_process import REPO, environment
-from graph_market import (
+from markets.graph_market import (
     CODES,
     CONFIG,
     Market,
@@ -157,7 +157,7 @@ def test_a_refresh_is_the_same_to_the_last_bit_alone_and_in_a_long_build_on_any_
 
 DIGEST_OF_A_BUILD = """
 from dataclasses import replace
-from graph_market import CONFIG, build, large_market
+from markets.graph_market import CONFIG, build, large_market
 from atft_pipeline.graph.store import content_sha256
 print(content_sha256(build(large_market(300, 250), replace(CONFIG, lookback_sessions=250, refresh_sessions=249))))
 """
