@@ -59,7 +59,7 @@ def delivery_asset(epochs: int) -> dg.AssetsDefinition:
             if delivered.problems:
                 raise InputError(f"{name}: the score cannot be ranked in {'; '.join(delivered.problems)}")
             manifest = delivered.manifest
-            path = store.deliveries / f"{name}-{manifest['fingerprint'][:12]}.parquet"
+            path = store.exports / f"{name}-{manifest['fingerprint'][:12]}.parquet"
             write_delivery(delivered, path)
         context.log.info(f"{name}: {manifest['definition']}")
         figures = {
