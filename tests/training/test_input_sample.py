@@ -168,4 +168,4 @@ def test_what_recording_costs_is_measured_on_parts_that_exist(monkeypatch: pytes
     from recording import RECORDING
 
     assert all(callable(getattr(owner, name)) for owner, name in RECORDING)
-    assert {(InputSample, "see"), (InputSample, "write")} <= set(RECORDING)
+    assert {(InputSample, "observe"), (InputSample, "write")} <= set(RECORDING)
