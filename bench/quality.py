@@ -1,7 +1,7 @@
 """What the network learns of a market whose answer is known: `python bench/quality.py WORK_DIR [--readme README.md]`.
 
-The market: `atft synthesize --hard`, 1,000 stocks x 1,250 sessions, every stock that is investable. The figure:
-correlation across stocks of the score with the true expected return of `target_1d`, mean over the test sessions. Every model has
+The market: `atft synthesize --hard`, 1,000 stocks x 1,250 sessions, all investable stocks. The figure: correlation
+across stocks of the score with the true expected return of `target_1d`, mean over the test sessions. Every model has
 one configuration, the same for all its seeds, whose last epoch counts. LightGBM and ridge are the pipeline's own
 baselines; `with neighbours` adds to each feature its mean over the session's graph. Below them the ablations: the
 network with one part left out or one loss term changed, the first seed alone.
