@@ -131,16 +131,6 @@ class Comparison:
         """A row per run and baseline in words and rounded figures; no cell is empty."""
         return [_cells(row) for row in self.rows]
 
-    def lines(self) -> list[str]:
-        """The same for a terminal: a column per run, a line per figure, then why a column has none."""
-        columns = [list(row) for row in (self.table()[0], *(row.values() for row in self.table()))]
-        for column, row in zip(columns[1:], self.rows, strict=True):
-            column[1] = row.state
-        widths = [max(map(len, column)) for column in columns]
-        shown = zip(*([cell.ljust(width) for cell in c] for c, width in zip(columns, widths, strict=True)), strict=True)
-        reasons = [f"{row.name}: {row.reason}" for row in self.rows if row.reason]
-        return [*("  ".join(cells).rstrip() for cells in shown), *reasons]
-
     def missed(self) -> list[dict[str, str]]:
         """What the validation report expected and a run did not show, or did not measure."""
         return [
@@ -177,8 +167,8 @@ class _Run:
 
     @property
     def fingerprint(self) -> str | None:
-        found = self.record.run.get("dataset_fingerprint") if self.record else None
-        return str(found) if found else None
+        recorded = self.record.run.get("dataset_fingerprint") if self.record else None
+        return str(recorded) if recorded else None
 
     @property
     def setting(self) -> dict[str, Any] | None:
@@ -236,13 +226,13 @@ def read_baselines(path: Path) -> dict[str, Any]:
 # Runs ------------------------------------------------------------------------------------------------------------
 
 
-def _read(name: str, place: Path | str) -> _Run:
-    if isinstance(place, str):
-        return _Run(name, None, "missing", place)
-    if not place.is_dir():
-        return _Run(name, None, "missing", f"{place}: no such run directory")
+def _read(name: str, location: Path | str) -> _Run:
+    if isinstance(location, str):
+        return _Run(name, None, "missing", location)
+    if not location.is_dir():
+        return _Run(name, None, "missing", f"{location}: no such run directory")
     try:
-        record = open_record(place)
+        record = open_record(location)
     except InputError as error:
         return _Run(name, None, "unreadable", str(error))
     state, reason = _state(record)
@@ -302,14 +292,14 @@ def _row(run: _Run, fingerprint: str | None, common: Mapping[str, Any] | None) -
     return _measured(run, record, planned)
 
 
-def _setting_difference(found: Mapping[str, Any] | None, common: Mapping[str, Any] | None) -> str:
-    if found is None or common is None:
+def _setting_difference(actual: Mapping[str, Any] | None, expected: Mapping[str, Any] | None) -> str:
+    if actual is None or expected is None:
         return "its split is not recorded"
     differing = [
-        f"{section}.{name} {found[section].get(name)} instead of {common[section].get(name)}"
+        f"{section}.{name} {actual[section].get(name)} instead of {expected[section].get(name)}"
         for section in ("split", "evaluation")
-        for name in sorted({*found[section], *common[section]})
-        if found[section].get(name) != common[section].get(name)
+        for name in sorted({*actual[section], *expected[section]})
+        if actual[section].get(name) != expected[section].get(name)
     ]
     return ", ".join(differing)
 
@@ -398,9 +388,9 @@ def _baseline_rows(
 def _why_stale(stored: Mapping[str, Any], fingerprint: str | None, common: Mapping[str, Any] | None) -> str:
     if fingerprint is not None and stored["dataset_fingerprint"] != fingerprint:
         return f"fitted on dataset {stored['dataset_fingerprint'][:12]}, the runs on {fingerprint[:12]}"
-    found = {name: stored[name] for name in ("split", "evaluation")}
-    if common is not None and found != common:
-        return f"fitted with {_setting_difference(found, common)}"
+    fitted = {name: stored[name] for name in ("split", "evaluation")}
+    if common is not None and fitted != common:
+        return f"fitted with {_setting_difference(fitted, common)}"
     return ""
 
 
@@ -433,17 +423,19 @@ def _identities(figures: Iterable[_Figure], records: Mapping[str, Record]) -> tu
             groups[figure.metric, figure.split, figure.slice, figure.value].append(figure.where)
     alarms: list[Identity] = []
     notes: list[Identity] = []
-    for (metric, split, part, value), found in sorted(groups.items(), key=lambda group: group[0][:3]):
-        if len({where.weights_hash for where in found}) < 2:
+    for (metric, split, slice_name, value), occurrences in sorted(groups.items(), key=lambda group: group[0][:3]):
+        if len({where.weights_hash for where in occurrences}) < 2:
             continue
-        held = _holdings_unchanged(metric, split, part, found, records)
-        sentence = _sentence(metric, split, part, value, found, held)
-        (notes if held else alarms).append(Identity(metric, split, part, value, tuple(found), sentence))
+        explained = _holdings_unchanged(metric, split, slice_name, occurrences, records)
+        sentence = _sentence(metric, split, slice_name, value, occurrences, explained)
+        (notes if explained else alarms).append(
+            Identity(metric, split, slice_name, value, tuple(occurrences), sentence)
+        )
     return alarms, notes
 
 
 def _holdings_unchanged(
-    metric: str, split: str, part: str, found: Sequence[Occurrence], records: Mapping[str, Record]
+    metric: str, split: str, slice_name: str, occurrences: Sequence[Occurrence], records: Mapping[str, Record]
 ) -> bool:
     """Whether the daily records show that the scores differed and the ranking, or the holdings, did not.
 
@@ -453,9 +445,9 @@ def _holdings_unchanged(
     """
     if metric == "predictions_hash" or metric in SCORE_METRICS:
         return False
-    by_weights = {where.weights_hash: where for where in found}.values()
+    by_weights = {where.weights_hash: where for where in occurrences}.values()
     column = "rank_ic" if metric in RANK_METRICS else "gross"
-    daily = [_daily(records.get(where.run), where.epoch, split, part, column) for where in by_weights]
+    daily = [_daily(records.get(where.run), where.epoch, split, slice_name, column) for where in by_weights]
     return all(
         one.keys() == other.keys()
         and all(one[day][0] == other[day][0] for day in one)
@@ -464,31 +456,35 @@ def _holdings_unchanged(
     )
 
 
-def _daily(record: Record | None, epoch: int | None, split: str, part: str, column: str) -> dict[Any, tuple[Any, Any]]:
+def _daily(
+    record: Record | None, epoch: int | None, split: str, slice_name: str, column: str
+) -> dict[Any, tuple[Any, Any]]:
     """Session -> (`column`, IC) as recorded; empty where there is no daily record, as for a baseline."""
     if record is None or epoch is None:
         return {}
     rows = record.rows(
-        f"SELECT date, {column}, ic FROM daily WHERE epoch = ? AND split = ? AND slice = ?", epoch, split, part
+        f"SELECT date, {column}, ic FROM daily WHERE epoch = ? AND split = ? AND slice = ?", epoch, split, slice_name
     )
     return {day: (value, ic) for day, value, ic in rows}
 
 
-def _sentence(metric: str, split: str, part: str, value: float | str, found: Sequence[Occurrence], held: bool) -> str:
+def _sentence(
+    metric: str, split: str, slice_name: str, value: float | str, occurrences: Sequence[Occurrence], explained: bool
+) -> str:
     what = f"{metric} {value!r}" if isinstance(value, float) else f"{metric} {value}"
-    place = f"{split}, {part}" if part else split
-    weights = len({where.weights_hash for where in found})
-    said = f"{what} ({place}) is bit-identical under {weights} different weights: {_places(found)}"
-    if held:
-        return f"{said}; the daily records explain it: the scores differ, the holdings do not"
+    measured_on = f"{split}, {slice_name}" if slice_name else split
+    weights = len({where.weights_hash for where in occurrences})
+    equal = f"{what} ({measured_on}) is bit-identical under {weights} different weights: {_places(occurrences)}"
+    if explained:
+        return f"{equal}; the daily records explain it: the scores differ, the holdings do not"
     if metric == "predictions_hash":
-        return f"{said}; the predictions do not depend on the weights, or were copied"
-    return f"{said}; one of them was not measured on its own weights"
+        return f"{equal}; the predictions do not depend on the weights, or were copied"
+    return f"{equal}; one of them was not measured on its own weights"
 
 
-def _places(found: Sequence[Occurrence]) -> str:
+def _places(occurrences: Sequence[Occurrence]) -> str:
     epochs: dict[str, list[int]] = {}
-    for where in found:
+    for where in occurrences:
         epochs.setdefault(where.run, []).extend([] if where.epoch is None else [where.epoch])
     return "; ".join(f"{run}{_epochs(at)}" for run, at in epochs.items())
 

@@ -35,10 +35,10 @@ def screen(stream: TextIO | None = None) -> Iterator[Callable[[Frame], None]]:
     The terminal is as it was when the block ends, an interrupt included.
     """
     stream = sys.stdout if stream is None else stream
-    if not stream.isatty():
+    console = Console(file=stream)
+    if not stream.isatty() or console.is_dumb_terminal:
         yield lambda frame: print(plain(frame), file=stream, flush=True)
         return
-    console = Console(file=stream)
     with Live(console=console, auto_refresh=False) as live:
         yield lambda frame: live.update(fitted(frame, console), refresh=True)
 

@@ -1,4 +1,4 @@
-"""Runs watched while they go on: one frame per look, with the warnings of those that are in progress.
+"""Runs watched while they train: one frame per look, with the persistent warnings of those that are in progress.
 
 A frame is read from the runs' own records alone; nothing is written to a run directory.
 """
@@ -40,7 +40,7 @@ class Watched:
 
 @dataclass(frozen=True)
 class Frame:
-    """What one look found. `older`: ended runs that are not shown. `place`: the folder or the run looked at."""
+    """What one look saw. `older`: ended runs that are not shown. `place`: the folder or the run looked at."""
 
     place: Path
     time: str
@@ -52,16 +52,16 @@ class Frame:
 
 
 Look = Callable[[float], Frame]
-"""Seconds since 1970 -> what is there to see at that time."""
+"""Seconds since 1970 -> the frame of that time."""
 
 
 def look_at_folder(runs: Path) -> Look:
     """Every run of a folder that goes on or cannot be read, and the newest ones that have ended."""
 
     def look(now_s: float) -> Frame:
-        found = read_all_progress(runs, now_s)
-        ended = [progress for progress in found if not _is_always_shown(progress)]
-        shown = [progress for progress in found if _is_always_shown(progress)] + ended[:ENDED_SHOWN]
+        all_runs = read_all_progress(runs, now_s)
+        ended = [progress for progress in all_runs if not _is_always_shown(progress)]
+        shown = [progress for progress in all_runs if _is_always_shown(progress)] + ended[:ENDED_SHOWN]
         watched = tuple(_assessed(progress) if progress.goes_on else Watched(progress) for progress in shown)
         return Frame(runs, _clock(now_s), watched, older=len(ended) - len(ended[:ENDED_SHOWN]))
 
@@ -115,7 +115,7 @@ def _is_always_shown(progress: RunProgress) -> bool:
 
 
 def _assessed(progress: RunProgress) -> Watched:
-    """With the run's standing warnings; a run that cannot be read has said so already."""
+    """The run with its persistent warnings; a run that cannot be read has none."""
     if progress.state == "unreadable":
         return Watched(progress)
     try:

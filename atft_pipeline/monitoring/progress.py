@@ -1,4 +1,7 @@
-"""How far each run is and how it fares, read from its own record while it is written; what cannot be read is said."""
+"""How far each run is and what its newest figures are, read from its record while it is written.
+
+What cannot be read is named among its problems.
+"""
 
 from __future__ import annotations
 
@@ -155,8 +158,8 @@ def read_all_progress(runs: Path, now_s: float) -> list[RunProgress]:
     """
     if not runs.is_dir():
         raise InputError(f"{runs}: no such folder of runs; train one first or name another with --runs")
-    found = [read_progress(path.parent, now_s) for path in sorted(runs.glob("*/run.json"))]
-    return sorted(found, key=lambda progress: progress.started, reverse=True)
+    progress = [read_progress(path.parent, now_s) for path in sorted(runs.glob("*/run.json"))]
+    return sorted(progress, key=lambda run: run.started, reverse=True)
 
 
 # Curves of a run's tables -----------------------------------------------------------------------------------------
@@ -179,7 +182,7 @@ def _curves(run_dir: Path, table: str, problems: list[str]) -> dict[CurveKey, di
 
 @lru_cache(maxsize=8192)
 def _epoch_rows(path: Path, changed_ns: int, size: int, table: str) -> tuple[tuple[CurveKey, int, float], ...]:  # noqa: ARG001
-    """(key, epoch, value) of the figures of whole epochs; time and size tell a changed part from a known one."""
+    """(key, epoch, value) of the figures of whole epochs; a part whose time or size has changed is read again."""
     rows = read_part(path, table)
     if "step" in rows.schema.names:
         rows = rows.filter(pc.is_null(rows["step"]))
@@ -275,8 +278,8 @@ def run_snapshots(runs: Path) -> list[dict[str, Any]]:
     """
     if not runs.is_dir():
         raise InputError(f"{runs}: no such folder of runs; train one first or name another with --runs")
-    found = [run_snapshot(path.parent) for path in sorted(runs.glob("*/run.json"))]
-    return sorted(found, key=lambda row: row["started"] or "", reverse=True)
+    snapshots = [run_snapshot(path.parent) for path in sorted(runs.glob("*/run.json"))]
+    return sorted(snapshots, key=lambda row: row["started"] or "", reverse=True)
 
 
 def run_snapshot(run_dir: Path) -> dict[str, Any]:

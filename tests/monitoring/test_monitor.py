@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pty
@@ -24,7 +25,7 @@ from run_directories import BASE_LR, EPOCHS, Tables, healthy
 from atft_pipeline.diagnostics.diagnose import diagnose
 from atft_pipeline.monitoring import monitor
 from atft_pipeline.monitoring import persistent_warnings as standing
-from atft_pipeline.monitoring.dashboard import plain, sparkline
+from atft_pipeline.monitoring.dashboard import plain, screen, sparkline
 from atft_pipeline.monitoring.figures import duration
 from atft_pipeline.monitoring.persistent_warnings import StandingWarning, complete_epochs, standing_warnings
 from atft_pipeline.monitoring.progress import RunProgress, read_progress
@@ -490,6 +491,18 @@ def test_on_a_terminal_a_frame_takes_the_place_of_the_one_before(tmp_path: Path)
     text = b"".join(shown).decode()
     assert "passed" in text
     assert text.index("\x1b[?25l") < text.index("\x1b[?25h"), "the cursor is hidden and comes back"
+
+
+def test_a_dumb_terminal_gets_plain_frames(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("TERM", "dumb")
+    terminal = Terminal()
+    with screen(terminal) as show:
+        show(monitor.Frame(Path("runs"), "now", ()))
+        assert terminal.getvalue() == plain(monitor.Frame(Path("runs"), "now", ())) + "\n"
 
 
 def test_a_frame_too_tall_for_the_terminal_keeps_its_warnings() -> None:
