@@ -37,11 +37,11 @@ lint: $(STAMP)  ## ruff and mypy
 ui: $(STAMP)  ## the Dagster UI on http://localhost:3000
 	DAGSTER_HOME=$(CURDIR) $(BIN)/dagster dev -w workspace.yaml
 
-bench-quality: $(STAMP)  ## what the network learns of a market whose answer is known: the table in README.md
-	$(BIN)/python bench/quality.py output/quality --readme README.md
+bench-quality: $(STAMP)  ## what the network learns of a market whose answer is known: the table in docs/synthetic-market.md
+	$(BIN)/python -m bench.evaluation.quality output/quality --document docs/synthetic-market.md
 
-bench-diagnostics: $(STAMP)  ## faults planted into real runs, and which of them the diagnosis names: the table in README.md
-	$(BIN)/python bench/diagnostics.py output/diagnostics --readme README.md
+bench-diagnostics: $(STAMP)  ## faults planted into real runs, and which of them the diagnosis names: the table in docs/diagnosis.md
+	$(BIN)/python -m bench.diagnostics.diagnostics output/diagnostics --document docs/diagnosis.md
 
 constraints: $(STAMP)  ## write what is installed back to constraints.txt
 	{ head -1 constraints.txt; $(BIN)/pip freeze --exclude-editable | sed 's/+cpu//'; } > .constraints.new

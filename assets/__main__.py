@@ -1,7 +1,7 @@
 """`python -m assets`: the main job. Materialises model_50ep with all upstream, its run, evaluation and diagnostics.
 
-Exits 0 when everything held, 1 when the criterion or a step failed; ends with where the report is, the verdict in one
-line, and the command for the UI.
+Exits 0 where all checks passed, 1 where the criterion or a step failed. The last lines are the path of the report, the
+verdict and the command for the UI.
 """
 
 import json

@@ -11,7 +11,7 @@ from assets.diagnosis.failures import canceled_training, explain_failure, failed
 from assets.judging.baselines import baselines
 from assets.judging.checks import run_checks
 from assets.judging.comparison import comparison
-from assets.judging.ensemble_scores import delivery_asset
+from assets.judging.ensemble_scores import ensemble_scores_asset
 from assets.judging.evaluation import evaluation_asset
 from assets.schedules import nightly_retrain, nightly_schedule
 from assets.training.training_run import RUN_LENGTHS, training_definitions
@@ -28,7 +28,7 @@ defs = dg.Definitions(
         *training_definitions,
         *(evaluation_asset(epochs) for epochs in RUN_LENGTHS),
         *(diagnostics_asset(epochs) for epochs in RUN_LENGTHS),
-        *(delivery_asset(epochs) for epochs in RUN_LENGTHS),
+        *(ensemble_scores_asset(epochs) for epochs in RUN_LENGTHS),
         baselines,
         comparison,
     ],

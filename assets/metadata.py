@@ -1,4 +1,4 @@
-"""How library errors and figures appear in Dagster: one sentence on failure, numbers as numbers."""
+"""How errors, checks and figures of the library appear in Dagster: one sentence on failure, numbers as numbers."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,7 +11,7 @@ from atft_pipeline.errors import InputError, RunFailure
 
 
 @contextmanager
-def failing_with_one_sentence(
+def as_dagster_failure(
     context: dg.AssetExecutionContext | dg.AssetCheckExecutionContext | dg.OpExecutionContext,
 ) -> Iterator[None]:
     """Turns the library's errors into a Dagster failure whose description is their sentence; never retried."""
@@ -22,7 +22,7 @@ def failing_with_one_sentence(
         raise dg.Failure(description=str(error), allow_retries=False) from None
 
 
-def held(
+def check_result(
     context: dg.AssetExecutionContext,
     check_name: str,
     problems: Sequence[str],
@@ -31,7 +31,7 @@ def held(
 ) -> dg.AssetCheckResult:
     """A check that fails with `problems` as its description, or passes with `otherwise`.
 
-    The problems are logged too: for a failed blocking check Dagster's own error names the check and not the reason.
+    The problems are logged too: Dagster's own error of a failed blocking check names the check and not the reason.
     """
     for problem in problems:
         context.log.error(problem)
@@ -43,8 +43,8 @@ def held(
     )
 
 
-def numbers(figures: Mapping[str, float | int | None]) -> dict[str, dg.MetadataValue]:
-    """Figures as metadata the UI plots; a missing one is left out rather than shown as zero."""
+def numeric_metadata(figures: Mapping[str, float | int | None]) -> dict[str, dg.MetadataValue]:
+    """Figures as metadata that the UI plots; a missing one is left out, as zero would be a figure."""
     metadata: dict[str, dg.MetadataValue] = {}
     for name, value in figures.items():
         if isinstance(value, bool) or value is None or not math.isfinite(value):

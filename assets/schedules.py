@@ -5,7 +5,7 @@ import dagster as dg
 nightly_retrain = dg.define_asset_job(
     "nightly_retrain",
     selection='+key:"model_120ep" or +key:"diagnostics_20ep" or +key:"diagnostics_120ep"',
-    description="Everything upstream, model_20ep, and model_120ep if the success criterion holds; both explained.",
+    description="New data, model_20ep, and model_120ep if the success criterion holds; both with diagnostics.",
 )
 
 nightly_schedule = dg.ScheduleDefinition(

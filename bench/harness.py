@@ -1,4 +1,4 @@
-"""What the benches of quality share: commands whose failure ends the bench, runs by settings, tables of the README."""
+"""What the benches of quality share: commands whose failure ends the bench, runs by settings, tables of a document."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def trained(folder: Path, dataset: Path, graph: Path, settings: Mapping[str, obj
     return run
 
 
-def put_between(readme: Path, name: str, table: str) -> None:
+def put_between(document: Path, name: str, table: str) -> None:
     """Puts `table` between the markers `<!-- NAME -->` and `<!-- /NAME -->` of a file."""
     first, last = f"<!-- {name} -->", f"<!-- /{name} -->"
-    before, rest = readme.read_text(encoding="utf-8").split(first)
+    before, rest = document.read_text(encoding="utf-8").split(first)
     after = rest.split(last)[1]
-    readme.write_text(f"{before}{first}\n{table}\n{last}{after}", encoding="utf-8")
+    document.write_text(f"{before}{first}\n{table}\n{last}{after}", encoding="utf-8")

@@ -10,10 +10,8 @@ from typing import Any
 
 import dagster as dg
 
-from atft_pipeline.config.overrides import report_overrides, with_overrides
-from atft_pipeline.config.presets import preset
+from atft_pipeline.config.overrides import configured
 from atft_pipeline.config.schema import PipelineConfig
-from atft_pipeline.errors import InputError
 
 PRESET_VARIABLE = "ATFT_PRESET"
 
@@ -35,18 +33,11 @@ class Compute(dg.ConfigurableResource):
     ) -> tuple[PipelineConfig, dict[str, Any]]:
         """The configuration `asset` works with, and the overrides that shaped it.
 
-        `sections` are those the asset reads; the report's variables count where `train` is among them, and the run
-        config wins over the environment. Without a preset: `quick` for the embedded market, `production` where CUDA is
-        present, else `cpu`. Raises InputError for a preset or field that does not exist, and for a field of a section
-        that would change nothing here.
+        `sections` are those the asset reads; the run config wins over the report's variables. Without a preset: `quick`
+        for the embedded market, `production` where CUDA is present, else `cpu`. Raises InputError as `configured` does.
         """
-        for field in overrides:
-            if field.split(".")[0] not in sections:
-                read = ", ".join(f"{section}.*" for section in sections)
-                raise InputError(f"{asset}: override {field!r} has no effect here; this asset reads only {read}")
         name = self.preset or os.environ.get(PRESET_VARIABLE) or self._default_preset(embedded)
-        recorded = (report_overrides(os.environ) if "train" in sections else {}) | dict(overrides)
-        return with_overrides(preset(name), recorded), {"preset": name, **recorded}
+        return configured(name, overrides, os.environ, sections=sections, reader="this asset", where=f"{asset}: ")
 
     @staticmethod
     def _default_preset(embedded: bool) -> str:

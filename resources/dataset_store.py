@@ -48,8 +48,8 @@ class DatasetStore(dg.ConfigurableResource):
         return Path(self.output) / "runs"
 
     @property
-    def deliveries(self) -> Path:
-        return Path(self.output) / "deliveries"
+    def exports(self) -> Path:
+        return Path(self.output) / "exports"
 
     # Sources ---------------------------------------------------------------------------------------------------
 

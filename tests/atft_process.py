@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from atft_pipeline.cli.command import main
+from atft_pipeline.cli import main
 from atft_pipeline.config.overrides import REPORT_VARIABLES
 
 REPO = Path(__file__).resolve().parents[1]

@@ -25,8 +25,9 @@ from training_runs import Data, settings, train_quietly
 
 from atft_pipeline.runs import record
 from atft_pipeline.storage import atomic as files
-from atft_pipeline.training import checkpoints, judge_run
-from atft_pipeline.training import trainer as training
+from atft_pipeline.training import checkpoints, train
+from atft_pipeline.training.judging import judge_run
+from atft_pipeline.training.judging.epoch_evaluation import EpochEvaluator
 from atft_pipeline.training.trainer import Trainer
 
 PHASES = ("starting", "training", "evaluating", "writing")
@@ -74,8 +75,8 @@ def noted(phases: Phases, owner: Any, name: str, phase: str) -> None:
 
 def watch(phases: Phases) -> None:
     noted(phases, Trainer, "_step", "training")
-    for name in ("_score_splits", "_evaluate", "_run_battery", "_save_start"):
-        noted(phases, Trainer, name, "evaluating")
+    for name in ("score_splits", "evaluate", "check_validity", "initial_hashes"):
+        noted(phases, EpochEvaluator, name, "evaluating")
     # The places where bytes are written, and where the complete file takes its name.
     noted(phases, record.pq, "write_table", "writing")
     noted(phases, Path, "write_bytes", "writing")
@@ -83,7 +84,7 @@ def watch(phases: Phases) -> None:
     noted(phases, Path, "replace", "writing")
     noted(phases, files.shutil, "rmtree", "writing")
     assert checkpoints.replacing is record.replacing is files.replacing
-    assert training.write_verdict is judge_run.write_verdict
+    assert train.write_verdict is judge_run.write_verdict
 
 
 def train_in_fork(data: Data, order: dict[str, Any]) -> int:

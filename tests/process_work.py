@@ -15,9 +15,10 @@ from training_runs import Data, settings
 
 from atft_pipeline.errors import InputError
 from atft_pipeline.training import launcher as launch
-from atft_pipeline.training.distributed.process_group import Processes, joined
-from atft_pipeline.training.scoring import weights_hash
-from atft_pipeline.training.trainer import Trainer, train
+from atft_pipeline.training.distributed.process_group import ProcessGroup, joined
+from atft_pipeline.training.judging.scoring import weights_hash
+from atft_pipeline.training.train import train
+from atft_pipeline.training.trainer import Trainer
 
 Log = Callable[[str], None]
 
@@ -41,7 +42,7 @@ def several(log: Log, data: Data, folder: Path, cases: dict[str, dict[str, Any]]
     return hashes
 
 
-def _gathered(processes: Processes, value: str) -> list[str]:
+def _gathered(processes: ProcessGroup, value: str) -> list[str]:
     values: list[Any] = [None] * processes.size
     dist.all_gather_object(values, value)
     return values

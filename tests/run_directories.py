@@ -210,7 +210,7 @@ def _log_series(tables: Tables, config: Any, epoch: int) -> None:
         log("stock_spread", 0.5, "validation", component)
         log("dead_units", 0.0, "validation", component)
     log("attention_entropy", 0.8, "validation", "temporal_encoder")
-    _log_pulls(log, weights)
+    _log_gradient_contributions(log, weights)
     log("sessions", 500.0)
     log("clipped_share", 0.1)
     for place, norm in (("before_clip", 0.5), ("after_clip", 0.45)):
@@ -222,7 +222,7 @@ def _log_series(tables: Tables, config: Any, epoch: int) -> None:
     log("loader_wait_s", 0.2)
 
 
-def _log_pulls(log: Callable[..., None], weights: dict[str, float]) -> None:
+def _log_gradient_contributions(log: Callable[..., None], weights: dict[str, float]) -> None:
     """The loss pulls with the configured weights, and its terms pull alike."""
     pulling = {term: weight for term, weight in weights.items() if weight > 0}
     for term, weight in weights.items():

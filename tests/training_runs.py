@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,14 +11,23 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
+import torch
 from numpy.typing import NDArray
 
 from atft_pipeline.config.overrides import from_dict, with_overrides
 from atft_pipeline.config.schema import HORIZONS, PipelineConfig
 from atft_pipeline.dataset.splits import make_split
+from atft_pipeline.runs.record import RunRecord
 from atft_pipeline.runs.tables import read_table
 from atft_pipeline.storage.artifact import read_manifest
-from atft_pipeline.training.trainer import Outcome, train
+from atft_pipeline.training.judging.scoring import weights_hash
+from atft_pipeline.training.losses import CompositeLoss
+from atft_pipeline.training.plan import plan_run, run_header
+from atft_pipeline.training.train import TrainingResult, train
+from atft_pipeline.training.trainer import Trainer
+
+CPU = torch.device("cpu")
 
 Columns = dict[str, NDArray[Any]]
 Sessions = NDArray[np.datetime64]
@@ -45,9 +55,85 @@ def settings(overrides: dict[str, Any] | None = None) -> PipelineConfig:
     return with_overrides(PipelineConfig(), TINY | (overrides or {}))
 
 
-def train_quietly(config: PipelineConfig, data: Data, run_dir: Path, **options: Any) -> Outcome:
+def trainer_of(data: Data, run_dir: Path, **overrides: Any) -> Trainer:
+    plan = plan_run(settings(overrides), data.dataset, data.graph)
+    return Trainer(plan, RunRecord(run_dir, run_header(plan, run_dir, CPU, {})), CPU, lambda _: None)
+
+
+def train_quietly(config: PipelineConfig, data: Data, run_dir: Path, **options: Any) -> TrainingResult:
     options = {"device": "cpu", "log": lambda _: None} | options
     return train(config, data.dataset, data.graph, run_dir, **options)
+
+
+# Runs that are stopped, poisoned or collapsed -----------------------------------------------------------------------
+
+
+class Stop(Exception):
+    """Stands for whatever ends a process."""
+
+
+def stop_in_training_step(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    """Raises `error` in the fourth step of epoch 2."""
+    calls = itertools.count()
+    step = Trainer._step
+
+    def stopping(self, block, epoch, **options):
+        if epoch == 2 and next(calls) == 3:
+            raise error
+        return step(self, block, epoch, **options)
+
+    monkeypatch.setattr(Trainer, "_step", stopping)
+
+
+def train_until(
+    stop: Callable[[pytest.MonkeyPatch, BaseException], None],
+    error: BaseException,
+    config: PipelineConfig,
+    data: Data,
+    run_dir: Path,
+    **options: Any,
+) -> None:
+    """Trains until `stop` raises `error`."""
+    with pytest.MonkeyPatch.context() as patch:
+        stop(patch, error)
+        with pytest.raises(type(error)):
+            train_quietly(config, data, run_dir, **options)
+
+
+def poisoned(
+    monkeypatch: pytest.MonkeyPatch, poison: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+) -> dict[str, Any]:
+    """Passes the loss of step 3 of epoch 2 through `poison`; notes the weights of that moment."""
+    weights: dict[str, Any] = {}
+    loss, init = CompositeLoss.__call__, Trainer.__init__
+    calls = itertools.count()
+
+    def spied(self, *arguments):
+        init(self, *arguments)
+        weights["trainer"] = self
+
+    def poisoning(self, scores, target, member, epoch, **options):
+        terms = loss(self, scores, target, member, epoch, **options)
+        if epoch == 2 and scores.requires_grad and next(calls) == 2:
+            weights["before"] = weights_hash(weights["trainer"].model)
+            return terms._replace(total=poison(terms.total, scores))
+        return terms
+
+    monkeypatch.setattr(Trainer, "__init__", spied)
+    monkeypatch.setattr(CompositeLoss, "__call__", poisoning)
+    return weights
+
+
+COLLAPSED = {
+    "train.epochs": 4,
+    "train.optimizer.lr": 0.0,
+    "train.guard.patience": 2,
+    "evaluation.criterion_epoch": 3,
+}
+"""Settings of a run whose head is re-drawn, where its predictions are constant."""
+
+
+# What a run directory says -----------------------------------------------------------------------------------------
 
 
 def header(run_dir: Path) -> dict[str, Any]:
@@ -93,8 +179,16 @@ def record(run_dir: Path) -> dict[str, Any]:
         "daily": read_table(run_dir, "daily").to_pylist(),
         "predictions": {p.name: p.read_bytes() for p in (run_dir / "predictions").glob("*.parquet")},
         "checkpoints": sorted(p.name for p in (run_dir / "checkpoints").glob("*.pt")),
-        "verdict": verdict(run_dir),
+        "verdict": judged_without_crashes(run_dir),
     }
+
+
+def judged_without_crashes(run_dir: Path) -> dict[str, Any]:
+    """The verdict without its milestone `no_crash`, which tells an uninterrupted run from one that was resumed."""
+    content = verdict(run_dir)
+    milestones = [item for item in content["milestones"] if item["name"] != "no_crash"]
+    warnings = [warning for warning in content["warnings"] if not warning.startswith("milestone no_crash:")]
+    return content | {"milestones": milestones, "warnings": warnings}
 
 
 # Runs to be spoilt -----------------------------------------------------------------------------------------------

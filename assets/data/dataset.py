@@ -1,4 +1,4 @@
-"""From raw tables to the dataset: adjusted prices with universe and quarantine, then 82 features and targets."""
+"""From raw tables to the dataset: adjusted prices with universe and quarantine, then features and targets."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +7,12 @@ import dagster as dg
 import polars as pl
 
 from assets.data.column_lineage import dataset_lineage, dataset_table_schema, prices_lineage, prices_table_schema
-from assets.metadata import failing_with_one_sentence, held, markdown_table, numbers
+from assets.metadata import (
+    as_dagster_failure,
+    check_result,
+    markdown_table,
+    numeric_metadata,
+)
 from atft_pipeline.dataset.store import update_dataset
 from atft_pipeline.errors import InputError
 from atft_pipeline.features.statistics import DRIFT_WARNING, NULL_SHARE_WARNING
@@ -30,8 +35,8 @@ class DatasetOverrides(dg.Config):
     group_name="features",
     deps=["raw_prices", "raw_listed", "raw_index"],
     kinds={"polars"},
-    description="Forward-adjusted quotes on the exchange's sessions, with universe flags; what is not trusted goes to"
-    " the quarantine table with rule and decision.",
+    description="Forward-adjusted quotes on the exchange's sessions, with universe flags. Distrusted quotes are listed"
+    " in the quarantine table with rule and decision.",
     check_specs=[
         dg.AssetCheckSpec("contract", asset="prices", blocking=True, description="Schema and unique, sorted keys."),
         dg.AssetCheckSpec(
@@ -40,14 +45,14 @@ class DatasetOverrides(dg.Config):
         dg.AssetCheckSpec(
             "listed_is_point_in_time",
             asset="prices",
-            description="Sector and market come from a snapshot at or before the session; back-filled rows warn.",
+            description="Sector and market come from a snapshot at or before the session; a later one warns.",
         ),
     ],
 )
 def prices(
     context: dg.AssetExecutionContext, config: DatasetOverrides, store: DatasetStore, compute: Compute
 ) -> dg.MaterializeResult:
-    with failing_with_one_sentence(context):
+    with as_dagster_failure(context):
         source = store.open_source()
         settings, _ = compute.configuration(
             "prices",
@@ -65,30 +70,35 @@ def prices(
     empty = [] if figures["investable_rows"] else [f"prices: {universe}; nothing can be trained on"]
     if contract.passed and not empty:
         store.publish("prices", path)
-    backfilled = figures["listed_backfilled_rows"]
     context.log.info(changes_sentence("prices", manifest["changes"]))
     return dg.MaterializeResult(
         metadata={
             "path": str(path),
             "source": manifest["source"]["path"],
             "changes": changes_sentence("prices", manifest["changes"]),
-            **numbers({"dagster/row_count": figures["rows"], "quarantined": quarantine.height} | figures),
+            **numeric_metadata({"dagster/row_count": figures["rows"], "quarantined": quarantine.height} | figures),
             "dagster/column_schema": prices_table_schema(),
             "dagster/column_lineage": prices_lineage(),
             "quarantine": markdown_table(quarantine_summary(quarantine)),
         },
         data_version=dg.DataVersion(manifest["fingerprint"]),
         check_results=[
-            held(context, "contract", contract.failures, f"all {contract.rows} rows written now"),
-            held(context, "universe_not_empty", empty, universe),
-            dg.AssetCheckResult(
-                passed=backfilled == 0,
-                severity=dg.AssetCheckSeverity.WARN,
-                check_name="listed_is_point_in_time",
-                description=f"{backfilled} of {figures['rows']} rows take sector and market from a later snapshot",
-                metadata=numbers({"rows": backfilled}),
-            ),
+            check_result(context, "contract", contract.failures, f"all {contract.rows} rows written now"),
+            check_result(context, "universe_not_empty", empty, universe),
+            point_in_time_result(figures),
         ],
+    )
+
+
+def point_in_time_result(figures: dict[str, int]) -> dg.AssetCheckResult:
+    """Warns where sector and market of a row come from a later snapshot, as no earlier one exists."""
+    backfilled = figures["listed_backfilled_rows"]
+    return dg.AssetCheckResult(
+        passed=backfilled == 0,
+        severity=dg.AssetCheckSeverity.WARN,
+        check_name="listed_is_point_in_time",
+        description=f"{backfilled} of {figures['rows']} rows take sector and market from a later snapshot",
+        metadata=numeric_metadata({"rows": backfilled}),
     )
 
 
@@ -102,7 +112,7 @@ def universe_figures(manifest: dict[str, Any]) -> dict[str, int]:
 
 
 def changes_sentence(product: str, changes: dict[str, Any]) -> str:
-    """What was computed now, and which change made it necessary."""
+    """Which months were computed now, and the change that made it necessary."""
     computed, reused = changes["months_computed"], changes["months_reused"]
     why = ", ".join(f"{name} from {month}" for name, month in changes["first_changed_month"].items())
     what = f"{len(computed)} months computed ({computed[0]} to {computed[-1]})" if computed else "nothing computed"
@@ -123,7 +133,7 @@ def quarantine_summary(quarantine: pl.DataFrame) -> list[dict[str, Any]]:
     group_name="features",
     deps=["prices", "raw_index", "raw_investor_flows", "raw_statements", "raw_listed"],
     kinds={"polars", "numba"},
-    description="The 82 features of FEATURES in registry order, with forward-return targets, keyed by Date and Code.",
+    description="The registry's 82 features in its order, with forward-return targets, keyed by Date and Code.",
     check_specs=[
         dg.AssetCheckSpec(
             "contract",
@@ -134,31 +144,26 @@ def quarantine_summary(quarantine: pl.DataFrame) -> list[dict[str, Any]]:
         dg.AssetCheckSpec(
             "live_features",
             asset="ml_dataset",
-            description="Every feature has values; missing tables warn with a count.",
+            description="Every feature has values. A missing table warns with the count of its features.",
         ),
         dg.AssetCheckSpec(
             "null_share",
             asset="ml_dataset",
-            description="No feature has over 10 points more nulls than in the dataset before.",
+            description="No feature has over 10 points more nulls than in the previous dataset.",
         ),
         dg.AssetCheckSpec(
             "drift",
             asset="ml_dataset",
-            description="No feature's mean, spread or tail has moved since the dataset before.",
+            description="No feature's mean, spread or tail has moved since the previous dataset.",
         ),
     ],
 )
 def ml_dataset(context: dg.AssetExecutionContext, store: DatasetStore) -> dg.MaterializeResult:
-    with failing_with_one_sentence(context):
+    with as_dagster_failure(context):
         adjusted, made_from = store.current("prices", "ml_dataset")
         source = store.open_source(made_from["source"]["path"])
         others = read_checked(source, but=["prices"])
-        made_of = {name: entry["sha256"] for name, entry in made_from["source"]["tables"].items()}
-        if table_digests(source, others) != made_of:
-            raise InputError(
-                f"ml_dataset: {made_from['source']['path']} changed since prices were made from it; run"
-                " `dagster asset materialize --select '+key:ml_dataset'`"
-            )
+        require_same_source(made_from, table_digests(source, others))
         config = store.dataset_config(made_from)
         building, previous = store.building("ml_dataset"), store.previous("ml_dataset")
         manifest, report = update_dataset(adjusted, others.tables, building, config, previous)
@@ -166,55 +171,68 @@ def ml_dataset(context: dg.AssetExecutionContext, store: DatasetStore) -> dg.Mat
         manifest = read_manifest(path, kind="ml_dataset")
     if report.passed:
         store.publish("ml_dataset", path)
-    live, count = len(manifest["live_features"]), len(manifest["features"])
     for warning in manifest["warnings"]:
         context.log.warning(warning)
     context.log.info(changes_sentence("ml_dataset", manifest["changes"]))
     return dg.MaterializeResult(
         metadata={
             "path": str(path),
-            "source": manifest["source"]["path"],
-            "first_date": manifest["first_date"],
-            "last_date": manifest["last_date"],
-            "changes": changes_sentence("ml_dataset", manifest["changes"]),
-            **numbers(
-                {
-                    "dagster/row_count": manifest["rows"],
-                    "sessions": manifest["sessions"],
-                    "stocks": manifest["stocks"],
-                    "live_features": live,
-                }
-            ),
+            **dataset_metadata(manifest),
             "dagster/column_schema": dataset_table_schema(),
             "dagster/column_lineage": dataset_lineage(),
-            "features": markdown_table([{"feature": k, **v} for k, v in manifest["feature_stats"].items()]),
-            "drift": markdown_table([{"feature": k, **v} for k, v in manifest["drift"].items()]),
-            "warnings": markdown_table([{"warning": w} for w in manifest["warnings"]]),
         },
         data_version=dg.DataVersion(manifest["fingerprint"]),
         check_results=[
-            held(context, "contract", report.failures, f"all {report.rows} rows written now"),
-            live_features_result(manifest, count, live),
+            check_result(context, "contract", report.failures, f"all {report.rows} rows written now"),
+            live_features_result(manifest),
             null_share_result(manifest),
             drift_result(manifest),
         ],
     )
 
 
-def live_features_result(manifest: dict[str, Any], count: int, live: int) -> dg.AssetCheckResult:
-    """Warns with the count and the names when a feature has no value at all."""
+def require_same_source(prices_manifest: dict[str, Any], digests: dict[str, str]) -> None:
+    """Raises InputError where a table of the source is no longer the one that prices were made from."""
+    tables = prices_manifest["source"]["tables"]
+    if digests != {name: entry["sha256"] for name, entry in tables.items()}:
+        raise InputError(
+            f"ml_dataset: {prices_manifest['source']['path']} changed since prices were made from it; run"
+            " `dagster asset materialize --select '+key:ml_dataset'`"
+        )
+
+
+def dataset_metadata(manifest: dict[str, Any]) -> dict[str, Any]:
+    """What the dataset covers, what of it is new, and its features with their drift."""
+    sizes = {name: manifest[name] for name in ("sessions", "stocks")}
+    return {
+        "source": manifest["source"]["path"],
+        "first_date": manifest["first_date"],
+        "last_date": manifest["last_date"],
+        "changes": changes_sentence("ml_dataset", manifest["changes"]),
+        **numeric_metadata(
+            {"dagster/row_count": manifest["rows"], **sizes, "live_features": len(manifest["live_features"])}
+        ),
+        "features": markdown_table([{"feature": k, **v} for k, v in manifest["feature_stats"].items()]),
+        "drift": markdown_table([{"feature": k, **v} for k, v in manifest["drift"].items()]),
+        "warnings": markdown_table([{"warning": w} for w in manifest["warnings"]]),
+    }
+
+
+def live_features_result(manifest: dict[str, Any]) -> dg.AssetCheckResult:
+    """Warns with the count and the names where a feature has no value at all."""
+    count, live = len(manifest["features"]), len(manifest["live_features"])
     dead = [name for name in manifest["features"] if name not in set(manifest["live_features"])]
     return dg.AssetCheckResult(
         passed=not dead,
         severity=dg.AssetCheckSeverity.WARN,
         check_name="live_features",
         description=f"{live} of {count} live" + (f"; without values: {', '.join(dead)}" if dead else ""),
-        metadata=numbers({"live": live, "expected": count}),
+        metadata=numeric_metadata({"live": live, "expected": count}),
     )
 
 
 def null_share_result(manifest: dict[str, Any]) -> dg.AssetCheckResult:
-    """Warns where a feature lost more than `NULL_SHARE_WARNING` of all rows since the dataset before."""
+    """Warns where a feature lost more than `NULL_SHARE_WARNING` of all rows since the previous dataset."""
     return _moved(
         manifest,
         "null_share",
@@ -224,7 +242,7 @@ def null_share_result(manifest: dict[str, Any]) -> dg.AssetCheckResult:
 
 
 def drift_result(manifest: dict[str, Any]) -> dg.AssetCheckResult:
-    """Warns where a feature's mean, spread or tail moved by more than `DRIFT_WARNING` since the dataset before."""
+    """Warns where a feature's mean, spread or tail moved by more than `DRIFT_WARNING` since the previous dataset."""
     return _moved(
         manifest,
         "drift",
@@ -253,7 +271,7 @@ def _moved(
         description=description,
         metadata={
             "compared_with": against or "nothing",
-            **numbers({"features": len(moved)}),
+            **numeric_metadata({"features": len(moved)}),
             "moved": markdown_table([{"feature": name, **drift} for name, drift in moved.items()]),
         },
     )

@@ -4,7 +4,7 @@ from typing import Any
 
 import dagster as dg
 
-from assets.metadata import failing_with_one_sentence, held, markdown_table, numbers
+from assets.metadata import as_dagster_failure, check_result, markdown_table, numeric_metadata
 from atft_pipeline.config.overrides import to_dict
 from atft_pipeline.graph.store import build_graph_file
 from atft_pipeline.storage.artifact import read_manifest, sha256_of
@@ -22,7 +22,7 @@ class GraphOverrides(dg.Config):
     group_name="features",
     deps=["ml_dataset"],
     kinds={"numpy"},
-    description="k nearest neighbours by trailing correlation, as of each refresh session, nothing from later ones.",
+    description="k nearest neighbours by trailing correlation at each refresh session; nothing later is read.",
     check_specs=[
         dg.AssetCheckSpec(
             "belongs_to_dataset",
@@ -35,7 +35,7 @@ class GraphOverrides(dg.Config):
 def stock_graph(
     context: dg.AssetExecutionContext, config: GraphOverrides, store: DatasetStore, compute: Compute
 ) -> dg.MaterializeResult:
-    with failing_with_one_sentence(context):
+    with as_dagster_failure(context):
         dataset, data = store.current("ml_dataset", "stock_graph")
         settings, _ = compute.configuration(
             "stock_graph",
@@ -54,18 +54,18 @@ def stock_graph(
         metadata={
             "path": str(path),
             "dataset_fingerprint": data["fingerprint"],
-            **numbers({name: manifest[name] for name in ("refresh_dates", "edges", "mean_degree")}),
+            **numeric_metadata({name: manifest[name] for name in ("refresh_dates", "edges", "mean_degree")}),
             "config": markdown_table([manifest["config"]]),
         },
         data_version=dg.DataVersion(manifest["fingerprint"]),
         check_results=[
-            held(context, "belongs_to_dataset", problems, f"{manifest['edges']} edges on the current dataset")
+            check_result(context, "belongs_to_dataset", problems, f"{manifest['edges']} edges on the current dataset")
         ],
     )
 
 
 def graph_problems(graph: dict[str, Any], dataset: dict[str, Any]) -> list[str]:
-    """Why this graph must not be trained on; empty when nothing speaks against it."""
+    """Why this graph must not be trained on; empty where it may be."""
     problems = []
     if graph["dataset_fingerprint"] != dataset["fingerprint"]:
         problems.append("the graph was built on another dataset; materialize stock_graph again")

@@ -1,8 +1,8 @@
-"""Raw tables of the source folder, each held against its contract before anything reads it."""
+"""Raw tables of the source folder, each checked against its contract before anything reads it."""
 
 import dagster as dg
 
-from assets.metadata import failing_with_one_sentence, held, numbers
+from assets.metadata import as_dagster_failure, check_result, numeric_metadata
 from atft_pipeline.market.contracts import check_table
 from atft_pipeline.market.sources import RAW_TABLES
 from resources.dataset_store import DatasetStore
@@ -35,7 +35,7 @@ def raw_asset(table: str) -> dg.AssetsDefinition:
         kinds={"parquet"},
     )
     def raw(context: dg.AssetExecutionContext, store: DatasetStore) -> dg.MaterializeResult:
-        with failing_with_one_sentence(context):
+        with as_dagster_failure(context):
             source = store.open_source()
             if not RAW_TABLES[table].required and table not in source.tables:
                 return _absent(table, str(source.folder))
@@ -46,12 +46,18 @@ def raw_asset(table: str) -> dg.AssetsDefinition:
                 "source": str(source.folder),
                 "first_date": str(report.first_date),
                 "last_date": str(report.last_date),
-                **numbers({"dagster/row_count": report.rows}),
+                **numeric_metadata({"dagster/row_count": report.rows}),
                 "preview": dg.MetadataValue.md(f"```\n{frame.head(5)}\n```"),
             },
             data_version=dg.DataVersion(source.fingerprint(table)),
             check_results=[
-                held(context, "contract", report.failures, f"all {report.rows} rows", numbers({"rows": report.rows}))
+                check_result(
+                    context,
+                    "contract",
+                    report.failures,
+                    f"all {report.rows} rows",
+                    numeric_metadata({"rows": report.rows}),
+                )
             ],
         )
 
@@ -59,7 +65,7 @@ def raw_asset(table: str) -> dg.AssetsDefinition:
 
 
 def _absent(table: str, folder: str) -> dg.MaterializeResult:
-    """An optional table that the source does not have: said, and counted again by the dataset's live features."""
+    """The result for an optional table that the source lacks: a warning, which the dataset's live features repeat."""
     sentence = f"{table}: the source {folder} has no such table; its features stay null and are counted as not live"
     return dg.MaterializeResult(
         metadata={"source": folder, "present": False},

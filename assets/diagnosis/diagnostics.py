@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import dagster as dg
 
 from assets.judging.checks import recorded_run
-from assets.metadata import failing_with_one_sentence, markdown_table, numbers
+from assets.metadata import as_dagster_failure, markdown_table, numeric_metadata
 from assets.training.training_run import run_asset_key
 from atft_pipeline.config.schema import Probes
 
@@ -30,7 +30,7 @@ def diagnostics_asset(epochs: int) -> dg.AssetsDefinition:
         description=f"Findings over the lineage of the {epochs}-epoch run, with evidence, next steps and experiments.",
     )
     def diagnostics(context: dg.AssetExecutionContext, config: DiagnosticsConfig) -> dg.MaterializeResult:
-        with failing_with_one_sentence(context):
+        with as_dagster_failure(context):
             run_dir = recorded_run(context, epochs)
             return dg.MaterializeResult(metadata=explained(context, run_dir, config.probes))
 
@@ -63,7 +63,7 @@ def explanation(diagnosis: "Diagnosis", report: "ReportPaths") -> dict[str, dg.M
         "verdict": diagnosis.verdict_line,
         "warnings": markdown_table([{"warning": warning} for warning in diagnosis.warnings]),
         "report_html": dg.MetadataValue.path(str(report.html)),
-        **numbers({status: statuses.count(status) for status in ("fired", "not_fired", "not_assessable")}),
+        **numeric_metadata({status: statuses.count(status) for status in ("fired", "not_fired", "not_assessable")}),
         "findings": markdown_table(diagnosis.table()),
         "report": dg.MetadataValue.md(diagnosis.to_markdown()),
     }

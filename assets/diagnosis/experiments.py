@@ -6,7 +6,7 @@ from pathlib import Path
 import dagster as dg
 
 from assets.diagnosis.diagnostics import diagnostics_key, explanation
-from assets.metadata import failing_with_one_sentence, markdown_table, numbers
+from assets.metadata import as_dagster_failure, markdown_table, numeric_metadata
 from assets.training.training_run import RUN_LENGTHS, train_here
 from atft_pipeline.config.schema import EXPERIMENT_IDS
 from atft_pipeline.errors import InputError
@@ -35,7 +35,7 @@ def experiment(context: dg.OpExecutionContext, config: ExperimentConfig, store: 
     from atft_pipeline.runs.paired import experiment_rows
 
     run_dir = Path(config.run_dir)
-    with failing_with_one_sentence(context):
+    with as_dagster_failure(context):
         if not context.has_partition_key:
             raise InputError(
                 f"experiments: name the experiment, --partition {' or '.join(EXPERIMENTS.get_partition_keys())}"
@@ -50,9 +50,11 @@ def experiment(context: dg.OpExecutionContext, config: ExperimentConfig, store: 
             "experiment": id,
             "experiment_dir": dg.MetadataValue.path(str(outcome.run_dir)),
             "results": markdown_table([dict(row) for row in experiment_rows(run_dir)]),
-            **numbers({f"ic_{name}": value for name, value in asdict(result.ic).items()}),
-            **numbers({f"gross_{name}": value for name, value in asdict(result.gross).items()}),
-            **numbers({"experiment_sharpe": result.experiment_sharpe, "explained_sharpe": result.explained_sharpe}),
+            **numeric_metadata({f"ic_{name}": value for name, value in asdict(result.ic).items()}),
+            **numeric_metadata({f"gross_{name}": value for name, value in asdict(result.gross).items()}),
+            **numeric_metadata(
+                {"experiment_sharpe": result.experiment_sharpe, "explained_sharpe": result.explained_sharpe}
+            ),
             **explanation(concluded.diagnosis, concluded.report),
         }
     context.log.info(f"experiment {id} of {run_dir}: IC {result.ic.reading}, gross return {result.gross.reading}")

@@ -9,7 +9,7 @@ from typing import Any
 import dagster as dg
 
 from assets.diagnosis.diagnostics import diagnostics_key, explained
-from assets.metadata import failing_with_one_sentence
+from assets.metadata import as_dagster_failure
 from assets.training.training_run import run_asset_key, trainings_started
 from resources.execution import release_killed_runs
 
@@ -31,7 +31,7 @@ def explain_training(context: dg.OpExecutionContext, config: EndedTraining) -> N
     As an observation: a materialization would say that the last `training_run_{N}ep` is explained, which is another
     run.
     """
-    with failing_with_one_sentence(context):
+    with as_dagster_failure(context):
         metadata = explained(context, Path(config.run_dir))
     context.log_event(
         dg.AssetObservation(

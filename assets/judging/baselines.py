@@ -1,15 +1,16 @@
-"""What simpler models earn on the same dataset, split and evaluation."""
+"""What simpler models earn on the same dataset and split, under the same evaluation."""
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import dagster as dg
 
 from assets.judging.evaluation import statistics_table
-from assets.metadata import failing_with_one_sentence, markdown_table, numbers
+from assets.metadata import as_dagster_failure, markdown_table, numeric_metadata
 from atft_pipeline.config.overrides import to_dict
 from atft_pipeline.dataset.splits import make_split
-from atft_pipeline.evaluation.evaluate import Evaluation, evaluate
+from atft_pipeline.evaluation.evaluate import Evaluation
 from resources.compute import Compute
 from resources.dataset_store import DatasetStore
 
@@ -27,17 +28,16 @@ class BaselineOverrides(dg.Config):
     deps=["ml_dataset"],
     kinds={"scikit-learn", "lightgbm"},
     description="Ridge, LightGBM and the best one-factor reversal, fitted on the training sessions and evaluated by the"
-    " definition the network is held to.",
+    " evaluation that judges the network.",
 )
 def baselines(
     context: dg.AssetExecutionContext, config: BaselineOverrides, store: DatasetStore, compute: Compute
 ) -> dg.MaterializeResult:
     from atft_pipeline.batches.panel import load_panel
-    from atft_pipeline.evaluation.baselines import fit_baselines
+    from atft_pipeline.evaluation.baselines import evaluate_baselines, fit_baselines
     from atft_pipeline.monitoring.comparison import setting
-    from atft_pipeline.training.scoring import slice_mask
 
-    with failing_with_one_sentence(context):
+    with as_dagster_failure(context):
         dataset, manifest = store.current("ml_dataset", "baselines")
         settings, _ = compute.configuration(
             "baselines",
@@ -47,23 +47,10 @@ def baselines(
         )
         panel = load_panel(dataset, settings.train.universe)
         split = make_split(panel.sessions, settings.split)
-        member = slice_mask(panel, settings.evaluation.universe)
-        evaluations: dict[str, Evaluation] = {}
         started = time.perf_counter()
         fitted = fit_baselines(panel, split, settings.train.seed)
         runtime_s = time.perf_counter() - started
-        for name, scores in fitted.items():
-            for part, sessions in (("validation", split.validation), ("test", split.test)):
-                evaluations[f"{name}, {part}"] = evaluate(
-                    scores[sessions],
-                    panel.targets[sessions, :, 0],
-                    panel.sessions[sessions],
-                    panel.codes,
-                    settings.evaluation,
-                    days_per_year=int(manifest["days_per_year"]),
-                    bootstrap=True,
-                    member=member[sessions],
-                )
+        evaluations = evaluate_baselines(fitted, panel, split, settings.evaluation)
         stored = store.keep_baselines(
             {
                 "dataset_fingerprint": manifest["fingerprint"],
@@ -71,29 +58,41 @@ def baselines(
                 "seed": settings.train.seed,
                 "runtime_s": runtime_s,
                 "models": {
-                    name: {part: stored_evaluation(evaluations[f"{name}, {part}"]) for part in ("validation", "test")}
-                    for name in fitted
+                    model: {part: stored_evaluation(evaluation) for part, evaluation in by_split.items()}
+                    for model, by_split in evaluations.items()
                 },
             }
         )
-    figures: dict[str, float | None] = {}
-    for name, evaluation in evaluations.items():
-        found = {key: evaluation.value(key) for key in FIGURES}
-        shown = (f"{key} {'missing' if value is None else f'{value:.3f}'}" for key, value in found.items())
-        context.log.info(f"{name}: {', '.join(shown)}")
-        figures |= {f"{name}_{key}".replace(", ", "_"): value for key, value in found.items()}
     return dg.MaterializeResult(
         metadata={
             "dataset_fingerprint": manifest["fingerprint"],
             "stored": dg.MetadataValue.path(str(stored)),
-            **numbers(figures),
-            "statistics": markdown_table(statistics_table(evaluations)),
+            **baselines_metadata(context, evaluations),
         },
         data_version=dg.DataVersion(manifest["fingerprint"]),
     )
 
 
+def baselines_metadata(
+    context: dg.AssetExecutionContext, evaluations: Mapping[str, Mapping[str, Evaluation]]
+) -> dict[str, dg.MetadataValue]:
+    """The main figures one by one, also in the log, and all statistics as a table."""
+    figures: dict[str, float | None] = {}
+    for model, by_split in evaluations.items():
+        for part, evaluation in by_split.items():
+            values = {key: evaluation.value(key) for key in FIGURES}
+            shown = (f"{key} {'missing' if value is None else f'{value:.3f}'}" for key, value in values.items())
+            context.log.info(f"{model}, {part}: {', '.join(shown)}")
+            figures |= {f"{model}_{part}_{key}": value for key, value in values.items()}
+    columns = {
+        f"{model}, {part}": evaluation
+        for model, by_split in evaluations.items()
+        for part, evaluation in by_split.items()
+    }
+    return {**numeric_metadata(figures), "statistics": markdown_table(statistics_table(columns))}
+
+
 def stored_evaluation(evaluation: Evaluation) -> dict[str, Any]:
-    """Statistics with their standard errors as plain JSON, and why they are missing where they are."""
+    """Statistics with their standard errors as plain JSON, and the reason where the evaluation is invalid."""
     statistics = {name: {"value": s.value, "se": s.se} for name, s in evaluation.statistics.items()}
     return {"reason": evaluation.reason, "statistics": statistics}

@@ -1,6 +1,6 @@
-"""The checks of a training run. They read `verdict.json` and judge nothing themselves.
+"""The checks of a training run. They show `verdict.json` and judge nothing themselves.
 
-They are an op of their own: a blocking check inside the training op would fail that op, and evaluation and diagnostics,
+They are an op of their own. A blocking check inside the training op would fail that op, and evaluation and diagnostics,
 which must explain the failure, would not start.
 """
 
@@ -10,13 +10,13 @@ from typing import Any
 
 import dagster as dg
 
-from assets.metadata import failing_with_one_sentence, markdown_table, numbers
+from assets.metadata import as_dagster_failure, markdown_table, numeric_metadata
 from assets.training.gate import last_materialization
 from atft_pipeline.errors import InputError
 from atft_pipeline.runs.header import read_run
 
 PASSES = ("passed", "not_applicable")
-"""Statuses of a verdict with which the criterion's check passes: a run too short to be judged has not failed."""
+"""Verdicts with which the criterion's check passes: a run that is too short to be judged has not failed."""
 
 
 def run_checks(epochs: int) -> dg.AssetChecksDefinition:
@@ -40,14 +40,16 @@ def run_checks(epochs: int) -> dg.AssetChecksDefinition:
                 description="Losses finite, gradients reach every component, parameters moved, predictions vary.",
             ),
             dg.AssetCheckSpec(
-                "milestones", asset=run, description="The report's expectations by epoch; they warn, never block."
+                "milestones",
+                asset=run,
+                description="Sharpe expected by epoch, undisturbed training. They warn.",
             ),
         ],
     )
     def judge(context: dg.AssetCheckExecutionContext) -> Iterator[dg.AssetCheckResult]:
-        from atft_pipeline.verdict.read import read_verdict
+        from atft_pipeline.runs.documents import read_verdict
 
-        with failing_with_one_sentence(context):
+        with as_dagster_failure(context):
             verdict = read_verdict(judged_run(context.instance, run))
         say = context.log.info if verdict["status"] in PASSES else context.log.error
         say(f"{model.to_user_string()}: {verdict['summary']}")
@@ -63,26 +65,26 @@ def run_checks(epochs: int) -> dg.AssetChecksDefinition:
 def judged_run(instance: dg.DagsterInstance, run: dg.AssetKey) -> Path:
     """Directory of the last training run, as its materialization names it.
 
-    Raises InputError when there is none, or when the directory is gone or holds another run.
+    Raises InputError where there is none, and where the directory is gone or holds another run.
     """
     name = run.to_user_string()
-    made = last_materialization(instance, run)
-    if made is None:
+    materialization = last_materialization(instance, run)
+    if materialization is None:
         raise InputError(f"{name} was never materialized; run `dagster asset materialize --select '+key:{name}'`")
-    if made["run_dir"] is None:
+    if materialization["run_dir"] is None:
         raise InputError(f"{name}: its last materialization was reported by hand and names no run; train again")
-    run_dir = Path(made["run_dir"])
-    found = read_run(run_dir)["key"]
-    if found != made["run_key"]:
-        raise InputError(f"{name}: {run_dir} holds run {found}, expected {made['run_key']}; train again")
+    run_dir, expected = Path(materialization["run_dir"]), materialization["run_key"]
+    key = read_run(run_dir)["key"]
+    if key != expected:
+        raise InputError(f"{name}: {run_dir} holds run {key}, expected {expected}; train again")
     return run_dir
 
 
 def recorded_run(context: dg.AssetExecutionContext, epochs: int) -> Path:
-    """`judged_run` for what explains a run. Raises InputError also where it could be an earlier run than meant.
+    """`judged_run` for an asset that explains a run. Raises InputError also where that would be an earlier run.
 
-    A step waits for the keys it depends on; where a Dagster run trains for `model_{N}ep` alone, nothing makes this one
-    wait for the training, and it would explain the run before.
+    A step waits for the keys it depends on, here `training_run_{N}ep`. In a Dagster run that trains for `model_{N}ep`
+    alone nothing waits for the training, and the asset would explain the run before.
     """
     model, run = dg.AssetKey(f"model_{epochs}ep"), dg.AssetKey(f"training_run_{epochs}ep")
     selected = context.job_def.asset_layer.selected_asset_keys
@@ -96,7 +98,7 @@ def recorded_run(context: dg.AssetExecutionContext, epochs: int) -> Path:
 
 
 def criterion_result(verdict: dict[str, Any], model: dg.AssetKey) -> dg.AssetCheckResult:
-    """Passes when the verdict is `passed`, or when the run is too short to be judged, which it says."""
+    """Passes where the verdict is `passed`, and where the run is too short to be judged, which it says."""
     criterion = verdict["criterion"]
     return dg.AssetCheckResult(
         asset_key=model,
@@ -109,7 +111,9 @@ def criterion_result(verdict: dict[str, Any], model: dg.AssetKey) -> dg.AssetChe
             "dataset_fingerprint": verdict["dataset_fingerprint"],
             "config_key": verdict["config_key"],
             "run_key": verdict["run_key"],
-            **numbers({name: criterion[name] for name in ("value", "threshold", "se", "psr_0", "sessions", "epoch")}),
+            **numeric_metadata(
+                {name: criterion[name] for name in ("value", "threshold", "se", "psr_0", "sessions", "epoch")}
+            ),
             "validity": markdown_table(verdict["validity"]),
             "warnings": markdown_table([{"warning": warning} for warning in verdict["warnings"]]),
         },
@@ -117,7 +121,7 @@ def criterion_result(verdict: dict[str, Any], model: dg.AssetKey) -> dg.AssetChe
 
 
 def health_result(verdict: dict[str, Any], run: dg.AssetKey) -> dg.AssetCheckResult:
-    """An error when an item of training health failed or was not measured."""
+    """Fails where an item of training health failed or was not measured."""
     items = verdict["health"]
     failed = [item for item in items if item["passed"] is not True]
     return dg.AssetCheckResult(
@@ -131,7 +135,7 @@ def health_result(verdict: dict[str, Any], run: dg.AssetKey) -> dg.AssetCheckRes
 
 
 def milestones_result(verdict: dict[str, Any], run: dg.AssetKey) -> dg.AssetCheckResult:
-    """A warning when the run is behind what the validation report expected on the way."""
+    """Warns where the run has missed a milestone."""
     items = verdict["milestones"]
     missed = [item for item in items if item["passed"] is not True]
     return dg.AssetCheckResult(

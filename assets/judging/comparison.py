@@ -1,4 +1,4 @@
-"""All run lengths and the baselines in one table, with an alarm where two figures are too equal."""
+"""All run lengths and the baselines in one table, with an alarm where different weights have identical figures."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import dagster as dg
 
 from assets.judging.checks import recorded_run
-from assets.metadata import failing_with_one_sentence, held, markdown_table, numbers
+from assets.metadata import as_dagster_failure, check_result, markdown_table, numeric_metadata
 from assets.training.gate import last_materialization
 from assets.training.training_run import GATED_LENGTH, RUN_LENGTHS, model_key, run_asset_key
 from atft_pipeline.errors import InputError
@@ -20,7 +20,7 @@ CHECK = "no_identical_figures"
 
 @dg.asset(
     group_name="evaluation",
-    # Not the gated run: while its gate is shut it fails, and the table of the others is wanted most then.
+    # Without the gated run: it fails while its gate is shut, which is when the table of the others is wanted most.
     deps=[*(run_asset_key(epochs) for epochs in RUN_LENGTHS if epochs != GATED_LENGTH), "baselines"],
     kinds={"duckdb"},
     description="The last run of every length and the baselines side by side: Sharpe, runtime, resets, warnings,"
@@ -36,7 +36,7 @@ CHECK = "no_identical_figures"
 def comparison(context: dg.AssetExecutionContext, store: DatasetStore) -> dg.MaterializeResult:
     from atft_pipeline.monitoring.comparison import compare
 
-    with failing_with_one_sentence(context):
+    with as_dagster_failure(context):
         _, manifest = store.current("ml_dataset", "comparison")
         baselines = store.baselines() or "never fitted; materialize the asset `baselines`"
         compared = compare(
@@ -51,7 +51,7 @@ def comparison(context: dg.AssetExecutionContext, store: DatasetStore) -> dg.Mat
             "missed_expectations": markdown_table(compared.missed()),
             "alarms": markdown_table([{"alarm": alarm.sentence} for alarm in compared.alarms]),
             "notes": markdown_table([{"note": note.sentence} for note in compared.notes]),
-            **numbers({f"{row.name} sharpe": row.sharpe for row in compared.rows}),
+            **numeric_metadata({f"{row.name} sharpe": row.sharpe for row in compared.rows}),
         },
         check_results=[identity_result(context, compared)],
     )
@@ -60,7 +60,7 @@ def comparison(context: dg.AssetExecutionContext, store: DatasetStore) -> dg.Mat
 def identity_result(context: dg.AssetExecutionContext, compared: "Comparison") -> dg.AssetCheckResult:
     """Fails with one sentence per figure that different weights share."""
     problems = [alarm.sentence for alarm in compared.alarms]
-    return held(context, CHECK, problems, "no figure of different weights is bit-identical")
+    return check_result(context, CHECK, problems, "no figure of different weights is bit-identical")
 
 
 def _length(epochs: int) -> str:
@@ -68,13 +68,14 @@ def _length(epochs: int) -> str:
 
 
 def _run(context: dg.AssetExecutionContext, epochs: int) -> Path | str:
-    """Directory of the last run of this length, or why there is none to read."""
+    """Directory of the last run of this length, or why none can be read."""
     try:
         run_dir = recorded_run(context, epochs)
     except InputError as error:
         return str(error)
     trained = {model_key(epochs), run_asset_key(epochs)} & set(context.job_def.asset_layer.selected_asset_keys)
-    made = last_materialization(context.instance, run_asset_key(epochs))
-    if trained and epochs == GATED_LENGTH and made is not None and made["run_id"] != context.run_id:
+    materialization = last_materialization(context.instance, run_asset_key(epochs))
+    is_earlier = materialization is not None and materialization["run_id"] != context.run_id
+    if trained and epochs == GATED_LENGTH and is_earlier:
         return f"{_length(epochs)}: in training in this very run; materialize comparison again afterwards"
     return run_dir

@@ -1,23 +1,25 @@
-"""Evaluation of a run from its predictions file: numbers, a table and pictures, held against the run's own record."""
+"""Evaluation of a run from its predictions file: figures, a table and pictures, compared with the run's own record."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
 
 from assets.judging.checks import recorded_run
-from assets.metadata import failing_with_one_sentence, held, markdown_table, numbers
+from assets.metadata import as_dagster_failure, check_result, markdown_table, numeric_metadata
 from assets.training.training_run import run_asset_key
 from atft_pipeline.config.overrides import from_dict
-from atft_pipeline.evaluation.evaluate import Evaluation
+from atft_pipeline.evaluation.evaluate import SPLITS, Evaluation
 from atft_pipeline.evaluation.predictions_table import evaluate_table
+from atft_pipeline.evaluation.slices import marked_slice
 from atft_pipeline.runs.header import read_run
 from atft_pipeline.runs.tables import read_table
 from atft_pipeline.storage.artifact import read_artifact as read_parquet
 
 RECORD_TOLERANCE = 1e-4
-"""The record was computed on float32 scores in memory, the file holds the same float32: only sums may be reordered."""
+"""Record and file hold the same float32 scores: figures differ only by the order of sums."""
 
 
 def evaluation_asset(epochs: int) -> dg.AssetsDefinition:
@@ -40,36 +42,45 @@ def evaluation_asset(epochs: int) -> dg.AssetsDefinition:
         ],
     )
     def evaluation(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
-        from assets.judging.pictures import cumulative_return, embedded
-        from atft_pipeline.diagnostics.diagnose import attributions
-        from atft_pipeline.diagnostics.report.attribution_plots import draw_attributions
-        from atft_pipeline.diagnostics.report.attribution_tables import attribution_tables, not_assessable
-        from atft_pipeline.diagnostics.report.plots import draw
-        from atft_pipeline.runs.reader import open_record
-
-        with failing_with_one_sentence(context):
+        with as_dagster_failure(context):
             run_dir = recorded_run(context, epochs)
             evaluations = evaluate_run(run_dir)
             problems = differences_from_record(run_dir, evaluations)
-            daily = {split: recorded_rows(run_dir, "daily", split) for split in evaluations}
-            record = open_record(run_dir)
-            attributed = attributions(record)
-            pictures = draw(record) | draw_attributions(attributed)
-            record.connection.close()
+            explained = attribution_metadata(run_dir, tuple(evaluations))
+        figures = {f"{split}_{k}": v for split, e in evaluations.items() for k, v in e.values().items()}
         return dg.MaterializeResult(
             metadata={
                 "run_dir": dg.MetadataValue.path(str(run_dir)),
-                **numbers({f"{split}_{k}": v for split, e in evaluations.items() for k, v in e.values().items()}),
+                **numeric_metadata(figures),
                 "statistics": markdown_table(statistics_table(evaluations)),
-                **{metadata_key(title): markdown_table(rows) for title, rows in attribution_tables(attributed).items()},
-                "not_assessable": markdown_table([{"missing": reason} for reason in not_assessable(attributed)]),
-                "cumulative_return": embedded("Cumulative long-short return", cumulative_return(daily)),
-                **{f"{metadata_key(title)}_plot": embedded(title, png) for title, png in pictures.items()},
+                **explained,
             },
-            check_results=[held(context, "reproduces_record", problems, "all figures agree")],
+            check_results=[check_result(context, "reproduces_record", problems, "all figures agree")],
         )
 
     return evaluation
+
+
+def attribution_metadata(run_dir: Path, splits: Sequence[str]) -> dict[str, dg.MetadataValue]:
+    """Where the run's return comes from as tables, and the pictures of its record."""
+    from assets.judging.pictures import cumulative_return, embedded
+    from atft_pipeline.diagnostics.diagnose import attributions
+    from atft_pipeline.diagnostics.report.attribution_plots import draw_attributions
+    from atft_pipeline.diagnostics.report.attribution_tables import attribution_tables, not_assessable
+    from atft_pipeline.diagnostics.report.plots import draw
+    from atft_pipeline.runs.reader import open_record
+
+    daily = {split: recorded_rows(run_dir, "daily", split) for split in splits}
+    record = open_record(run_dir)
+    attributed = attributions(record)
+    pictures = draw(record) | draw_attributions(attributed)
+    record.connection.close()
+    return {
+        **{metadata_key(title): markdown_table(rows) for title, rows in attribution_tables(attributed).items()},
+        "not_assessable": markdown_table([{"missing": reason} for reason in not_assessable(attributed)]),
+        "cumulative_return": embedded("Cumulative long-short return", cumulative_return(daily)),
+        **{f"{metadata_key(title)}_plot": embedded(title, png) for title, png in pictures.items()},
+    }
 
 
 def metadata_key(title: str) -> str:
@@ -89,11 +100,11 @@ def evaluate_run(run_dir: Path) -> dict[str, Evaluation]:
             target="target_1d",
             config=config,
             split=split,
-            universe="liquid" if config.universe == "liquid" else None,
+            universe=marked_slice(config.universe),
             days_per_year=int(header["days_per_year"]),
             bootstrap=True,
         ).overall
-        for split in ("validation", "test")
+        for split in SPLITS
     }
 
 

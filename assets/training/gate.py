@@ -1,6 +1,8 @@
-"""Reads from the instance what the gate of `model_120ep` needs; the decision itself is `criterion.gate_decision`.
+"""The history that the gate of `model_120ep` decides on, read from the Dagster instance. Nothing is decided here.
 
-An event that was reported by hand belongs to no run: Dagster gives it an empty run id, the gate None.
+The rule, when the gate is open and why it is shut, is `gate_decision` in atft_pipeline/verdict/gate.py.
+
+An event that was reported by hand belongs to no run: Dagster gives it an empty run id, which becomes None here.
 """
 
 from typing import Any
@@ -15,7 +17,7 @@ GATE_CHECK = dg.AssetCheckKey(GATE_MODEL, "success_criterion")
 
 
 def last_check(instance: dg.DagsterInstance) -> dict[str, Any] | None:
-    """The newest evaluation of `model_20ep`'s criterion: outcome, the materialization it judged, what it was run on.
+    """The newest evaluation of `model_20ep`'s criterion: its outcome, its time and run, and the dataset it is of.
 
     A check that was planned and never ran, because its run stopped before it, is no evaluation.
     """

@@ -1,4 +1,4 @@
-"""The step's side of a training in several processes, which `assets.training.process` launches."""
+"""A training in several processes, as its Dagster step sees it: `assets.training.process` launches the processes."""
 
 import sys
 from pathlib import Path
@@ -11,10 +11,10 @@ from atft_pipeline.errors import InputError, RunFailure
 
 if TYPE_CHECKING:
     from atft_pipeline.training.plan import Plan
-    from atft_pipeline.training.trainer import Outcome
+    from atft_pipeline.training.train import TrainingResult
 
 TERMINATION_S = 60.0
-"""From an interrupt to giving up on the launcher, which itself kills what has not ended after 20 s."""
+"""Wait for the launcher after an interrupt; it kills its own processes after 20 s."""
 
 ERRORS: dict[str, type[InputError | RunFailure]] = {"InputError": InputError, "RunFailure": RunFailure}
 
@@ -25,11 +25,11 @@ def train_through_pipes(
     run_dir: Path,
     threads: int,
     options: dict[str, Any],
-) -> "Outcome":
-    """What `train` returns and raises, of a run that other processes train; an interrupt ends them first."""
+) -> "TrainingResult":
+    """The result of a run that other processes train; raises what `train` raises. An interrupt ends them first."""
     from atft_pipeline.config.overrides import to_dict
-    from atft_pipeline.training.trainer import Outcome
-    from atft_pipeline.verdict.read import read_verdict
+    from atft_pipeline.runs.documents import read_verdict
+    from atft_pipeline.training.train import TrainingResult
 
     extras = {
         "config": to_dict(plan.config),
@@ -50,4 +50,4 @@ def train_through_pipes(
     if "error" in told:
         raise ERRORS[told["error"]](told["sentence"])
     trained = Path(told["run_dir"])
-    return Outcome(trained, read_verdict(trained), told["reused"])
+    return TrainingResult(trained, read_verdict(trained), told["reused"])

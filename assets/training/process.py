@@ -1,7 +1,7 @@
 """`python -m assets.training.process`: the launcher of a training in several processes, started through Dagster Pipes.
 
-It hands the leading process's lines to the step's log, and the outcome or the error's one sentence to the step. Dagster
-itself is not imported: every process of the training imports this module.
+It passes the leading process's lines to the step's log, and the result or the error's sentence to the step. Dagster
+itself is not imported, because every process of the training imports this module.
 """
 
 import os
@@ -17,15 +17,15 @@ from dagster_pipes import PipesContext, open_dagster_pipes
 from atft_pipeline.errors import InputError, RunFailure
 
 if TYPE_CHECKING:
-    from atft_pipeline.training.trainer import Outcome
+    from atft_pipeline.training.train import TrainingResult
 
 
 LOOK_S = 1.0
-"""Between two looks at whether the step is still there."""
+"""Between two checks whether the step is still alive."""
 
 
 def main() -> int:
-    """Trains what the step asks for; the exit code is not 0 only where the step can be told nothing."""
+    """Trains what the step asks for. Errors are reported to the step; the exit code is 0 wherever that was possible."""
     threading.Thread(target=_end_with_step, args=(os.getppid(),), daemon=True).start()
     with open_dagster_pipes() as pipes:
         try:
@@ -40,7 +40,7 @@ def main() -> int:
     return 0
 
 
-def _train(pipes: PipesContext) -> "Outcome":
+def _train(pipes: PipesContext) -> "TrainingResult":
     from atft_pipeline.config.overrides import from_dict
     from atft_pipeline.training.launcher import Layout, train_in_processes
 
@@ -58,7 +58,7 @@ def _train(pipes: PipesContext) -> "Outcome":
 
 
 def _end_with_step(step: int) -> None:
-    """Asks this process to end once the step that started it is gone, killed as it may be: nobody waits for it then."""
+    """Ends this process once the step that started it is gone, even if it was killed: nobody waits for the result."""
     while os.getppid() == step:
         time.sleep(LOOK_S)
     os.kill(os.getpid(), signal.SIGTERM)

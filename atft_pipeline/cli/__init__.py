@@ -1,5 +1,5 @@
-"""The command `atft`."""
+"""The command `atft`: a module per group of subcommands, which registers them with the parser."""
 
-from atft_pipeline.cli.command import main, script
+from atft_pipeline.cli.main import main, script
 
 __all__ = ["main", "script"]

@@ -11,6 +11,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from atft_pipeline.config.presets import preset
 from atft_pipeline.config.schema import PipelineConfig, require
 from atft_pipeline.errors import InputError
 
@@ -95,6 +96,33 @@ def with_overrides(config: PipelineConfig, overrides: Mapping[str, Any]) -> Pipe
         require(not isinstance(target[leaf], dict), f"configuration: {dotted!r} is a section; set its fields by name")
         target[leaf] = value
     return from_dict(values)
+
+
+def configured(
+    preset_name: str,
+    assigned: Mapping[str, Any],
+    environment: Mapping[str, str],
+    *,
+    sections: Sequence[str],
+    reader: str,
+    where: str = "",
+) -> tuple[PipelineConfig, dict[str, Any]]:
+    """The configuration of a command or an asset, and what shaped it: the preset's name and every override.
+
+    The preset comes first, then the report's variables in `environment`, then `assigned`; the later wins. `reader`
+    reads only `sections`, and the report's variables count only where `train` is among them. Raises InputError for a
+    preset or a field that does not exist, and for an assigned field outside `sections`, which would change nothing;
+    `where` begins the latter's message.
+    """
+    for dotted in assigned:
+        read = ", ".join(f"{section}.*" for section in sections)
+        require(
+            dotted.split(".")[0] in sections,
+            f"{where}override {dotted!r} has no effect here; {reader} reads only {read}",
+        )
+    from_report = report_overrides(environment) if "train" in sections else {}
+    overrides = {**from_report, **assigned}
+    return with_overrides(preset(preset_name), overrides), {"preset": preset_name, **overrides}
 
 
 def _sections(values: Mapping[str, Any]) -> str:

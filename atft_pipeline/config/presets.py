@@ -52,7 +52,7 @@ def production() -> PipelineConfig:
     """Full universe on a CUDA device, bf16-mixed.
 
     A batch is 16 sessions of 4,000 stocks, the fewest that the Sharpe term uses at once. Two sessions (8,192) would
-    encode 61 for the 2 they score: 3.7 times the bytes an epoch, by count (bench/gpu.py), and no GPU was at hand.
+    encode 61 for the 2 they score: 3.7 times the bytes an epoch, by count (bench/training/gpu.py); no GPU was at hand.
     """
     return PipelineConfig(
         graph=GraphConfig(neighbours=20),

@@ -9,7 +9,7 @@ targets while the prices of the sessions in which they leave are.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,11 +121,14 @@ def update_dataset(
     out: Path,
     config: DatasetConfig,
     previous: Path | None = None,
+    *,
+    advance: Callable[[str, int, int], None] = lambda *_: None,
 ) -> tuple[dict[str, Any], ContractReport]:
     """Builds the dataset of the prices at `prices` at `out`; its manifest, and the report on what was written.
 
     tables: `index`, and `investor_flows` and `statements` where there are. With `previous`, an earlier dataset of the
     same configuration and code, months that stand are taken over; `changes` in the manifest says what differed.
+    `advance` hears how many months are done.
 
     Raises: InputError as `features.compute.build_market` does.
     """
@@ -148,7 +151,7 @@ def update_dataset(
             if changed:
                 retargeted.append(month)
                 parts[month] |= _retarget(writer, made_from, month, config) | {"target_inputs": leaves_at}
-        for rows in _spans_of_rows(made_from, tables, config, state):
+        for rows in _spans_of_rows(made_from, tables, config, state, advance):
             written = _write(writer, rows, reports)
             for month, record in written.items():
                 parts[month] = record | {"target_inputs": _target_inputs(made_from, month, config)}
@@ -191,7 +194,11 @@ def _inputs(prices: _Prices, tables: Mapping[str, pl.DataFrame]) -> dict[str, di
 
 
 def _spans_of_rows(
-    prices: _Prices, tables: Mapping[str, pl.DataFrame], config: DatasetConfig, state: FeatureState | None
+    prices: _Prices,
+    tables: Mapping[str, pl.DataFrame],
+    config: DatasetConfig,
+    state: FeatureState | None,
+    advance: Callable[[str, int, int], None],
 ) -> Iterator[DatasetRows]:
     """The rows of one span of months after the other, from `state` on."""
     passed = 0 if state is None else len(state.sessions)
@@ -202,6 +209,7 @@ def _spans_of_rows(
         later = prices.ahead(span[-1], _sessions_to_exit(config))
         yield dataset_rows(panel, prices.quarantine, config, later)
         state = panel.state
+        advance("features", list(months).index(span[-1]) + 1, len(months))
 
 
 def _write(writer: PartitionWriter, rows: DatasetRows, reports: list[ContractReport]) -> dict[str, dict[str, Any]]:

@@ -23,7 +23,8 @@ from atft_pipeline.diagnostics.run_inputs import RunInputs
 from atft_pipeline.diagnostics.signals.recorded import Value
 from atft_pipeline.errors import InputError
 from atft_pipeline.evaluation.attribution import Attribution, Missing
-from atft_pipeline.evaluation.attribution_inputs import SPLITS, attribute_predictions
+from atft_pipeline.evaluation.attribution_inputs import attribute_predictions
+from atft_pipeline.evaluation.evaluate import SPLITS
 from atft_pipeline.runs.paired import experiment_rows
 from atft_pipeline.runs.reader import Record, open_record
 

@@ -137,7 +137,7 @@ class RunInputs:
         """[T, N] of horizon 1 on the validation sessions, NaN outside the universe."""
         import torch
 
-        from atft_pipeline.training.scoring import score_sessions
+        from atft_pipeline.training.judging.scoring import score_sessions
 
         found = score_sessions(
             model,

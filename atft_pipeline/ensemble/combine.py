@@ -1,7 +1,7 @@
-"""Scores of one horizon combined: standardised, averaged over models, blended with a weight from evidence, smoothed.
+"""How scores of one horizon are combined: standardised, averaged over models, blended with LightGBM, smoothed.
 
-T sessions, N stocks. Scores are [T, N] panels, NaN outside the universe. Every step standardises the scores of a
-session over its members, so that none of the parts outweighs another by its scale.
+T sessions, N stocks. Scores are [T, N], NaN outside the universe. Every step standardises the scores of a session over
+its members, so that no part outweighs another by its scale.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from atft_pipeline.errors import InputError
 from atft_pipeline.evaluation import metrics
+from atft_pipeline.storage.json_values import finite_or_none
 
 Scores = NDArray[np.float64]
 
@@ -27,12 +28,12 @@ def standardised(scores: NDArray[np.floating]) -> Scores:
     mean = np.where(member, values, 0.0).sum(axis=1, keepdims=True) / np.maximum(count, 1)
     centred = np.where(member, values - mean, 0.0)
     std = np.sqrt((centred**2).sum(axis=1, keepdims=True) / np.maximum(count - 1, 1))
-    # The rounding of a mean is no dispersion.
+    # A mean is rounded: a deviation of that size is no dispersion.
     usable = std > 1e-12 * np.abs(np.where(member, values, 0.0)).max(axis=1, keepdims=True, initial=0.0)
     return np.where(member, np.where(usable, centred / np.where(usable, std, 1.0), 0.0), np.nan)
 
 
-def ensemble(members: Sequence[NDArray[np.floating]]) -> Scores:
+def averaged(members: Sequence[NDArray[np.floating]]) -> Scores:
     """Mean of the standardised scores of several models [T, N], standardised again; NaN where one of them has none."""
     return standardised(np.mean([standardised(scores) for scores in members], axis=0))
 
@@ -51,9 +52,9 @@ def require_span(span_sessions: int) -> None:
 def smoothed(scores: NDArray[np.floating], span_sessions: int) -> Scores:
     """Trailing average of each stock's scores [T, N] with weights that fall by (s - 1) / (s + 1) a session.
 
-    The average starts at a stock's first score. Sessions without a score leave it as it is, for up to `span_sessions`
-    of them in a row; after more it is forgotten and starts again. NaN where the session has no score. Span 1 changes
-    nothing. Nothing after a session moves its value.
+    The average starts at a stock's first score. Up to `span_sessions` sessions in a row without a score leave it as it
+    is; after more it starts again. NaN where the session has no score. Span 1 changes nothing. Nothing after a session
+    moves its value.
 
     Raises InputError for a span below 1.
     """
@@ -63,12 +64,12 @@ def smoothed(scores: NDArray[np.floating], span_sessions: int) -> Scores:
     missing = np.zeros(scores.shape[1], np.int64)
     out = np.full(scores.shape, np.nan)
     for t, now in enumerate(np.asarray(scores, np.float64)):
-        seen = np.isfinite(now)
-        missing = np.where(seen, 0, missing + 1)
+        scored = np.isfinite(now)
+        missing = np.where(scored, 0, missing + 1)
         average[missing > span_sessions] = np.nan
-        start = seen & np.isnan(average)
-        average = np.where(start, now, np.where(seen, (1.0 - fresh) * average + fresh * now, average))
-        out[t, seen] = average[seen]
+        starts = scored & np.isnan(average)
+        average = np.where(starts, now, np.where(scored, (1.0 - fresh) * average + fresh * now, average))
+        out[t, scored] = average[scored]
     return out
 
 
@@ -96,34 +97,34 @@ def blend_weight(
     targets: NDArray[np.floating],
     horizon_sessions: int = 1,
 ) -> BlendWeight:
-    """Weight of `network` against `lightgbm`, both [T, N], from sessions that neither was fitted on: the validation.
+    """Weight of `network` against `lightgbm`, both [T, N], from the validation sessions, which neither was fitted on.
 
     Let a and b be the mean ICs of the two standardised scores and c their mean correlation across stocks. The blend of
     weight w has the IC (w a + (1 - w) b) / sqrt(w^2 + (1 - w)^2 + 2 w (1 - w) c), largest at weights in proportion to
-    a - c b and b - c a: the two-asset tangency portfolio with ICs as means. Taken at face value it follows noise, as
-    two hundred sessions know an IC to a fifth of itself. Three steps keep that in check:
+    a - c b and b - c a: the two-asset tangency portfolio with ICs as means. Used as it is, that weight follows noise:
+    over two hundred sessions the standard error of an IC is a fifth of it. Three steps limit this:
 
-    1. Towards equal weights. The difference d = a - b is multiplied by max(0, 1 - (se / d)^2), se the standard error of
-       its paired daily mean: the empirical-Bayes estimate around 0, d^2 - se^2 being what is left for the true one. A
-       difference within its own error counts as none, which makes the weights equal; one of four errors keeps 94 % of
-       itself, and the better part gets what it earned.
-    2. Within [0, 1]. A part whose IC is below c times the other's only adds noise and gets nothing. Where that goes for
-       both (their ICs are negative), the better one gets everything: the formula would pick the worst blend.
-    3. Never behind on the evidence. Where the blend's own mean IC on these sessions is below the better part's, the
-       better part gets everything. Two scores that are nearly one gain nothing by blending, and half of one that is
-       behind costs half the difference with little noise in it: just what being behind by a standard error means.
+    1. Shrink towards equal weights. Multiply the difference d = a - b by max(0, 1 - (se / d)^2), se being the standard
+       error of its paired daily mean. This is the empirical-Bayes estimate around 0: d^2 - se^2 estimates the square of
+       the true difference. A difference within its own error counts as none and the weights are equal; one of four
+       errors keeps 94 % of itself.
+    2. Stay within [0, 1]. A part whose IC is below c times the other's only adds noise and gets nothing. Where that
+       holds for both (their ICs are negative), the better one gets everything: the formula would pick the worst blend.
+    3. Never be behind on the validation. Where the blend's own mean IC on these sessions is below the better part's,
+       the better part gets everything. Two scores that are nearly the same gain nothing by blending, and half of the
+       worse one costs half the difference, which is measured with little noise.
 
-    Over twelve kinds of simulated markets (tests/test_score_panels.py, 200 draws each) the blend's true IC is behind
-    the better part's by at most a quarter of the standard error that the paired difference has over as many test
-    sessions, on average, and by more than one in at most 12 % of the draws; those sessions show it more than one behind
-    in at most 17 %, where chance alone shows 16. Equal weights: 4.1, all draws, all draws.
+    Over twelve kinds of simulated markets (tests/ensemble/test_combine.py, 200 draws each) the blend's true IC is on
+    average behind the better part's by at most a quarter of a standard error of their paired difference over as many
+    test sessions. It is behind by more than one standard error in at most 12 % of the draws; the test sessions show
+    that in at most 17 %, where chance alone shows 16. Equal weights: 4.1 errors, all draws, all draws.
 
     Raises InputError where neither score can be ranked in any session.
     Source: Grinold and Kahn, Active Portfolio Management (2000), for ICs as means; Breiman (1995), whose non-negative
     garrote is the same shrinkage.
     """
-    known = np.isfinite(targets)
-    first, second = (np.where(known, standardised(scores), np.nan) for scores in (network, lightgbm))
+    has_target = np.isfinite(targets)
+    first, second = (np.where(has_target, standardised(scores), np.nan) for scores in (network, lightgbm))
     ic_first, ic_second = (metrics.information_coefficient(scores, targets) for scores in (first, second))
     both = np.isfinite(ic_first) & np.isfinite(ic_second)
     a, b = _mean(ic_first), _mean(ic_second)
@@ -138,16 +139,18 @@ def blend_weight(
     kept = max(0.0, 1.0 - (error / difference) ** 2) if difference and math.isfinite(error) else 0.0
 
     shift = (1.0 - kept) * difference / 2.0
-    pulls = [max(0.0, mine - correlation * other) for mine, other in ((a - shift, b + shift), (b + shift, a - shift))]
+    shrunk = (a - shift, b + shift)
+    proportions = [max(0.0, ic - correlation * other) for ic, other in (shrunk, shrunk[::-1])]
     better = 1.0 if difference >= 0.0 else 0.0
     weight, reason = better, "only the better part adds to the blend"
-    if min(pulls) > 0.0:
-        weight, reason = pulls[0] / sum(pulls), "largest IC of the blend, differences shrunk by their errors"
+    if min(proportions) > 0.0:
+        weight = proportions[0] / sum(proportions)
+        reason = "largest IC of the blend, differences shrunk by their errors"
         ic_blend = metrics.information_coefficient(weight * first + (1.0 - weight) * second, targets)
         gain = _mean((ic_blend - (ic_first if better else ic_second))[both])
         if gain is None or gain < 0.0:
             weight, reason = better, "the blend is behind its better part on the validation sessions"
-    return BlendWeight(weight, a, b, difference, metrics.finite_or_none(error), correlation, kept, reason)
+    return BlendWeight(weight, a, b, difference, finite_or_none(error), correlation, kept, reason)
 
 
 def _mean(values: NDArray[np.float64]) -> float | None:

@@ -17,22 +17,19 @@ from numpy.typing import NDArray
 
 from atft_pipeline.config.overrides import from_dict, leaves
 from atft_pipeline.config.schema import HORIZONS, PipelineConfig
-from atft_pipeline.ensemble.combine import (
-    Scores,
-    standardised,
-)
+from atft_pipeline.ensemble.combine import Scores, standardised
 from atft_pipeline.errors import InputError
+from atft_pipeline.runs.documents import read_verdict
 from atft_pipeline.runs.header import read_run
-from atft_pipeline.runs.keys import PLACEMENT
+from atft_pipeline.runs.keys import NON_DECIDING_FIELDS
 from atft_pipeline.storage.artifact import (
     read_artifact,
 )
-from atft_pipeline.verdict.read import read_verdict
 
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A run whose scores may be delivered."""
+    """A run whose scores may be combined and exported."""
 
     run_dir: Path
     header: dict[str, Any]
@@ -53,7 +50,7 @@ class FinishedRun:
         return self.run_dir / "predictions" / f"epoch_{self.epochs:03d}.parquet"
 
     def identity(self) -> dict[str, Any]:
-        """What ties a delivery to this run."""
+        """What ties ensemble scores to this run."""
         with self.predictions.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         return {
@@ -74,14 +71,14 @@ def read_finished_run(run_dir: Path) -> FinishedRun:
         raise InputError(f"run directory {run_dir}: it is {header['status']!r}, not finished; start it again first")
     verdict = read_verdict(run_dir)
     if verdict["status"] == "invalid":
-        raise InputError(f"run directory {run_dir}: its verdict is invalid ({verdict['summary']}); deliver another run")
+        raise InputError(f"run directory {run_dir}: its verdict is invalid ({verdict['summary']}); use another run")
     return FinishedRun(run_dir, header, from_dict(header["config"]), verdict)
 
 
 def read_ensemble(run_dirs: Sequence[Path]) -> list[FinishedRun]:
     """The runs by ascending seed.
 
-    Raises InputError where one cannot be delivered, where two have the same seed, and where they differ in anything
+    Raises InputError where one cannot be exported, where two have the same seed, and where they differ in anything
     but the seed, naming the field.
     """
     runs = sorted((read_finished_run(run_dir) for run_dir in run_dirs), key=lambda run: run.seed)
@@ -104,7 +101,7 @@ def read_ensemble(run_dirs: Sequence[Path]) -> list[FinishedRun]:
 def _decisive_fields(run: FinishedRun) -> dict[str, Any]:
     """Everything that decides a run, by dotted name, but for its seed."""
     fields = leaves(run.header["config"])
-    for name in ("seed", *PLACEMENT):
+    for name in ("seed", *NON_DECIDING_FIELDS):
         del fields[f"train.{name}"]
     named = ("dataset_fingerprint", "graph_fingerprint", "code_revision")
     return fields | {name: run.header[name] for name in named} | {"processes": run.header.get("processes", 1)}
@@ -130,6 +127,11 @@ class Predictions:
     @cached_property
     def member(self) -> NDArray[np.bool_]:
         return self._placed(np.ones(self.table.num_rows, bool), False)
+
+    @property
+    def investable(self) -> NDArray[np.bool_]:
+        """Every row: a model scores investable stocks and no others."""
+        return self.member
 
     @cached_property
     def liquid(self) -> NDArray[np.bool_]:

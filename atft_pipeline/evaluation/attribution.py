@@ -1,15 +1,15 @@
 """Where a long-short return comes from and what it would cost: costs, periods, capacity, exposures.
 
 T sessions, N stocks in ascending code order. The portfolio is the one that `portfolio.long_short` holds for the same
-scores; its weights are shares of one leg's capital, which is what "capital" means here. A session is that of the score:
-its return is earned after it (portfolio.py). An input that is not there is a `Missing` with its reason, never a zero.
+scores. Its weights are shares of one leg's capital, which is what "capital" means here. A session is that of the score:
+its return is earned after it (portfolio.py). A missing input is a `Missing` with its reason, never a zero.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 from atft_pipeline.config.schema import EvaluationConfig
 from atft_pipeline.errors import InputError
 from atft_pipeline.evaluation import metrics
-from atft_pipeline.evaluation.evaluate import evaluate
+from atft_pipeline.evaluation.evaluate import EvaluationPanel, evaluate_panel
 from atft_pipeline.evaluation.portfolio import COSTS_BPS, Book, after_costs, long_short_book
 from atft_pipeline.evaluation.predictions_table import ScorePanel
+from atft_pipeline.storage.json_values import plain_json
 
 Array = NDArray[np.float64]
 Days = NDArray[np.datetime64]
@@ -31,12 +32,12 @@ UNKNOWN_SECTOR = "unknown"
 LIQUIDITY_BUCKETS = 5
 TURNOVER_WINDOW_SESSIONS = 20
 LEAST_OBSERVED = 2 / 3
-"""Share of the window that must have traded, as for the slice `liquid`."""
+"""Share of the window's sessions that need a turnover value, as for the slice `liquid`."""
 
 
 @dataclass(frozen=True)
 class Missing:
-    """Not assessable: what was not there."""
+    """A figure that cannot be computed, and why."""
 
     reason: str
 
@@ -51,7 +52,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Bucket:
-    """Names entered, left or reversed whose liquidity is in one fifth of those of their session."""
+    """Trades that enter, leave or reverse a name, of one fifth of their session's by liquidity."""
 
     name: str
     trades: int
@@ -116,7 +117,7 @@ class SizeTilt:
 
 @dataclass(frozen=True)
 class Attribution:
-    """All of it for one set of scores."""
+    """Where the return of one set of scores comes from, and what it would cost."""
 
     sessions: Days = field(repr=False)
     gross: Array = field(repr=False)
@@ -135,29 +136,24 @@ class Attribution:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON without the daily series; NaN and infinity as null."""
-        return {name: _plain(getattr(self, name)) for name in _REPORTED}
+        return {name: plain_json(_fields(getattr(self, name))) for name in _REPORTED}
 
 
 _REPORTED = ("costs", "turnover", "by_year", "by_month", "capacity", "market", "sectors", "size")
 
 
-def _plain(value: Any) -> Any:
+def _fields(value: Any) -> dict[str, Any]:
+    """A reported value by its fields, the daily series left out."""
     if isinstance(value, Missing):
         return {"not_assessable": value.reason}
-    if is_dataclass(value) and not isinstance(value, type):
-        return {name: _plain(v) for name, v in asdict(value).items() if not isinstance(v, np.ndarray)}
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        return [_plain(item) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value
+        return {key: _fields(item) for key, item in value.items()}
+    return {name: item for name, item in asdict(value).items() if not isinstance(item, np.ndarray)}
 
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What the portfolio is held against, on its sessions and codes."""
+    """Market data beside the portfolio, on its sessions and codes."""
 
     market: Array | Missing
     """[T] return of the market in the interval of the targets."""
@@ -173,9 +169,9 @@ def attribute(panel: ScorePanel, around: Surroundings, config: EvaluationConfig)
 
     Raises InputError for scores that the evaluation does not rank, with its reason.
     """
-    evaluation = evaluate(
-        panel.scores, panel.targets, panel.sessions, panel.codes, config, days_per_year=1, bootstrap=False
-    )
+    # Nothing reported here is annualised: any number of days does.
+    evaluated = EvaluationPanel(panel.sessions, panel.codes, panel.targets, days_per_year=1)
+    evaluation = evaluate_panel(panel.scores, evaluated, config)
     if not evaluation.valid:
         raise InputError(evaluation.reason)
     gross, turnover = evaluation.daily["gross"], evaluation.daily["turnover"]
@@ -187,13 +183,13 @@ def attribute(panel: ScorePanel, around: Surroundings, config: EvaluationConfig)
         turnover=_mean(turnover),
         by_year=sharpe_by_period(gross, panel.sessions, "Y"),
         by_month=sharpe_by_period(gross, panel.sessions, "M"),
-        capacity=_unless_missing(around.median_turnover, lambda known: capacity(book, known)),
-        market=_unless_missing(around.market, lambda known: market_exposure(gross, known)),
+        capacity=_unless_missing(around.median_turnover, lambda turnover_value: capacity(book, turnover_value)),
+        market=_unless_missing(around.market, lambda market: market_exposure(gross, market)),
         sectors=_unless_missing(
             around.sector,
             lambda number: sector_exposure(book.weights, number, around.sector_names, panel.sessions),
         ),
-        size=_unless_missing(around.median_turnover, lambda known: size_tilt(book, known)),
+        size=_unless_missing(around.median_turnover, lambda turnover_value: size_tilt(book, turnover_value)),
     )
 
 
@@ -233,42 +229,42 @@ def trailing_median(values: Array, window: int = TURNOVER_WINDOW_SESSIONS) -> Ar
     """[T, N] median of the `window` sessions that end with t, NaN cells left out; NaN below two thirds of a window."""
     T = len(values)
     medians = np.full(values.shape, np.nan)
-    least = math.ceil(window * LEAST_OBSERVED)
+    min_observations = math.ceil(window * LEAST_OBSERVED)
     for t in range(T):
-        seen = np.sort(values[max(0, t - window + 1) : t + 1], axis=0)  # NaN last
-        count = np.isfinite(seen).sum(axis=0)
+        ordered = np.sort(values[max(0, t - window + 1) : t + 1], axis=0)  # NaN last
+        count = np.isfinite(ordered).sum(axis=0)
         middle = np.maximum(count - 1, 0)
-        low, high = (np.take_along_axis(seen, k[None], axis=0)[0] for k in (middle // 2, (middle + 1) // 2))
-        medians[t] = np.where(count >= least, 0.5 * (low + high), np.nan)
+        low, high = (np.take_along_axis(ordered, k[None], axis=0)[0] for k in (middle // 2, (middle + 1) // 2))
+        medians[t] = np.where(count >= min_observations, 0.5 * (low + high), np.nan)
     return medians
 
 
 def capacity(book: Book, median_turnover: Array, buckets: int = LIQUIDITY_BUCKETS) -> Capacity | Missing:
-    """How much capital the names can take that the portfolio enters, leaves or reverses, by their liquidity.
+    """How much capital the names take that the portfolio enters, leaves or reverses, by their liquidity.
 
-    Each session's such names are ranked by `median_turnover` [T, N] and cut into `buckets` of equal number. The small
-    trades that bring a name kept on its side back to equal weight are turnover, but say nothing about capacity: with
-    them the median name would be one that is hardly traded. A name whose median turnover value is 0 takes no capital.
+    Each session's such names are ranked by `median_turnover` [T, N] and cut into `buckets` of equal number. Left out
+    are the small trades that bring a name kept on its side back to equal weight: they say nothing about capacity, and
+    with them the median name would be one that hardly trades. A name whose median turnover value is 0 takes no capital.
     """
     before = book.weights - book.trades
     traded = (book.trades != 0.0) & (book.weights * before <= 0.0)
-    known = traded & np.isfinite(median_turnover)
-    if not known.any():
+    counted = traded & np.isfinite(median_turnover)
+    if not counted.any():
         return Missing("the turnover value of none of the traded names is known")
-    place = np.full(known.shape, -1)
-    for t in np.flatnonzero(known.any(axis=1)):
-        names = np.flatnonzero(known[t])
+    bucket = np.full(counted.shape, -1)
+    for t in np.flatnonzero(counted.any(axis=1)):
+        names = np.flatnonzero(counted[t])
         order = np.argsort(median_turnover[t, names], kind="stable")
-        place[t, names[order]] = np.arange(len(names)) * buckets // len(names)
+        bucket[t, names[order]] = np.arange(len(names)) * buckets // len(names)
     with np.errstate(divide="ignore"):
-        share = np.abs(book.trades[known]) / median_turnover[known]
-    turnover, number = median_turnover[known], place[known]
+        share = np.abs(book.trades[counted]) / median_turnover[counted]
+    turnover, number = median_turnover[counted], bucket[counted]
     rows = [
         _bucket(f"{k + 1} of {buckets}", share[number == k], turnover[number == k])
         for k in range(buckets)
         if (number == k).any()
     ]
-    return Capacity((*rows, _bucket("all", share, turnover)), int((traded & ~known).sum()))
+    return Capacity((*rows, _bucket("all", share, turnover)), int((traded & ~counted).sum()))
 
 
 def _bucket(name: str, share: Array, turnover: Array) -> Bucket:
@@ -278,15 +274,15 @@ def _bucket(name: str, share: Array, turnover: Array) -> Bucket:
 
 
 def size_tilt(book: Book, median_turnover: Array) -> SizeTilt | Missing:
-    """Mean rank by turnover value of the long minus the short names; a stand-in for size, as there are no shares.
+    """Mean rank by turnover value of the long minus the short names; it stands in for size, as there are no shares.
 
     Ranks are (average rank - 1) / (n - 1) over the session's ranked stocks whose turnover value is known, so equal legs
     differ by 0 and opposite ends by almost 1. Names without one are left out.
     """
-    known = book.ranked & np.isfinite(median_turnover)
-    count = known.sum(axis=1, keepdims=True)
-    rank = (metrics.average_ranks(median_turnover, known) - 1.0) / np.maximum(count - 1, 1)
-    tilts = _leg_mean(rank, known & (book.weights > 0.0)) - _leg_mean(rank, known & (book.weights < 0.0))
+    ranked = book.ranked & np.isfinite(median_turnover)
+    count = ranked.sum(axis=1, keepdims=True)
+    rank = (metrics.average_ranks(median_turnover, ranked) - 1.0) / np.maximum(count - 1, 1)
+    tilts = _leg_mean(rank, ranked & (book.weights > 0.0)) - _leg_mean(rank, ranked & (book.weights < 0.0))
     if not np.isfinite(tilts).any():
         return Missing("no session has a name with a known turnover value in both legs")
     return SizeTilt(_mean(tilts), tilts)
@@ -326,7 +322,7 @@ def sector_exposure(
 ) -> SectorExposure | Missing:
     """Net weight (long minus short) per sector over the sessions that hold a portfolio.
 
-    weights [T, N]; number [T, N] indexes `names`, -1 is a stock whose sector is unknown and makes a group of its own.
+    weights [T, N]; number [T, N] indexes `names`. -1 is a stock of unknown sector: those make a group of their own.
     """
     held = weights.any(axis=1)
     if not held.any():
@@ -335,8 +331,8 @@ def sector_exposure(
     if not (number[weights != 0.0] >= 0).any():
         return Missing("the sector of none of the names held is known")
     sectors = []
-    for place, name in enumerate([*names, UNKNOWN_SECTOR]):
-        of_sector = number == (place if place < len(names) else -1)
+    for k, name in enumerate([*names, UNKNOWN_SECTOR]):
+        of_sector = number == (k if k < len(names) else -1)
         if (of_sector & (weights != 0.0)).any():
             net = np.where(of_sector, weights, 0.0).sum(axis=1)
             at = int(np.abs(net).argmax())

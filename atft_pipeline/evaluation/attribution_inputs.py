@@ -28,11 +28,10 @@ from atft_pipeline.evaluation.attribution import (
     attribute,
     trailing_median,
 )
+from atft_pipeline.evaluation.evaluate import SPLITS
 from atft_pipeline.evaluation.predictions_table import ScorePanel, score_panel
+from atft_pipeline.evaluation.slices import marked_slice
 from atft_pipeline.storage.artifact import Period, read_artifact, read_manifest, resolved
-
-SPLITS: tuple[str, ...] = ("validation", "test")
-
 
 # From files ------------------------------------------------------------------------------------------------------
 
@@ -40,19 +39,19 @@ SPLITS: tuple[str, ...] = ("validation", "test")
 def attribute_predictions(
     predictions: Path, config: EvaluationConfig, *, dataset: Path, dataset_fingerprint: str | None
 ) -> dict[str, Attribution | Missing]:
-    """Split -> attribution of horizon 1 in the configured slice, from a run's predictions and the dataset it names.
+    """Split -> attribution of horizon 1 in the configured slice, from a run's predictions and dataset.
 
-    The dataset must still be the one the run was made on; its prices are found beside it by their fingerprint. What
-    cannot be read, or is not what the run saw, is missing with its reason; nothing is raised.
+    The dataset must still be the one the run was made on; its prices are found beside it by their fingerprint. An input
+    that cannot be read, or that has changed since the run, is missing with its reason. Nothing is raised.
     """
     try:
         table = read_artifact(predictions)
     except InputError as error:
         return {split: Missing(str(error)) for split in SPLITS}
-    universe: Slice | None = "liquid" if config.universe == "liquid" else None
+    universe = marked_slice(config.universe)
     panels = {split: _panel(table, split, universe) for split in SPLITS}
-    known = [panel.sessions for panel in panels.values() if isinstance(panel, ScorePanel)]
-    ends: list[date] = [day for sessions in known for day in sessions[[0, -1]].tolist()]
+    scored = [panel.sessions for panel in panels.values() if isinstance(panel, ScorePanel)]
+    ends: list[date] = [day for sessions in scored for day in sessions[[0, -1]].tolist()]
     context = _Context(dataset, dataset_fingerprint, (min(ends), max(ends)) if ends else None)
     return {
         split: panel if isinstance(panel, Missing) else _attributed(panel, context, config)
@@ -76,8 +75,7 @@ def _attributed(panel: ScorePanel, context: _Context, config: EvaluationConfig) 
 
 
 class _Context:
-    """The dataset of a run, of a period at least, and its prices, each read once; what is missing is remembered with
-    its reason."""
+    """A run's dataset, at least for a period, and its prices, each read once. A missing input keeps its reason."""
 
     def __init__(self, dataset: Path, fingerprint: str | None, period: Period | None = None) -> None:
         self.missing: Missing | None = None
@@ -98,10 +96,10 @@ class _Context:
     def around(self, sessions: Days, codes: NDArray[Any]) -> Surroundings:
         if self.missing:
             return Surroundings(self.missing, self.missing, (), self.missing)
-        place = _Cells.of(self.members, sessions, codes)
-        names, number = _sectors(self.members, place)
+        cells = _Cells.of(self.members, sessions, codes)
+        names, number = _sectors(self.members, cells)
         return Surroundings(
-            market=_market(self.members, place),
+            market=_market(self.members, cells),
             sector=number if (number >= 0).any() else Missing("Sector33Code is null for every stock scored"),
             sector_names=names,
             median_turnover=self._median_turnover(sessions, codes),
@@ -110,60 +108,60 @@ class _Context:
     def _median_turnover(self, sessions: Days, codes: NDArray[Any]) -> Array | Missing:
         if isinstance(self.turnover, Missing):
             return self.turnover
-        known = np.unique(_days(self.turnover))
-        first = max(int(np.searchsorted(known, sessions[0])) - TURNOVER_WINDOW_SESSIONS + 1, 0)
-        window = known[first : int(np.searchsorted(known, sessions[-1], side="right"))]
+        quoted = np.unique(_days(self.turnover))
+        first = max(int(np.searchsorted(quoted, sessions[0])) - TURNOVER_WINDOW_SESSIONS + 1, 0)
+        window = quoted[first : int(np.searchsorted(quoted, sessions[-1], side="right"))]
         at = np.searchsorted(window, sessions)
         if len(window) == 0 or (window[np.minimum(at, len(window) - 1)] != sessions).any():
             return Missing("the prices beside the dataset lack sessions that were scored")
         quotes = _between(self.turnover, window[0], window[-1])
-        place = _Cells.of(quotes, window, codes)
-        dense = np.full(place.shape, np.nan)
+        cells = _Cells.of(quotes, window, codes)
+        dense = np.full(cells.shape, np.nan)
         values = _floats(quotes.column("TurnoverValue"))
-        dense[place.session[place.inside], place.stock[place.inside]] = values[place.inside]
+        dense[cells.session[cells.inside], cells.stock[cells.inside]] = values[cells.inside]
         if not np.isfinite(dense).any():
             return Missing("TurnoverValue is null for every stock scored")
         return trailing_median(dense)[at]
 
 
-def _market(members: pa.Table, place: _Cells) -> Array | Missing:
+def _market(members: pa.Table, cells: _Cells) -> Array | Missing:
     """Mean `target_1d` of the investable stocks, scored or not: the targets are free of quarantined quotes."""
     target = _floats(members.column("target_1d"))
-    used = (place.session >= 0) & np.isfinite(target) & _flags(members.column("is_investable"))
-    count = np.bincount(place.session[used], minlength=place.shape[0])
-    total = np.bincount(place.session[used], weights=target[used], minlength=place.shape[0])
+    used = (cells.session >= 0) & np.isfinite(target) & _flags(members.column("is_investable"))
+    count = np.bincount(cells.session[used], minlength=cells.shape[0])
+    total = np.bincount(cells.session[used], weights=target[used], minlength=cells.shape[0])
     if not count.any():
         return Missing("no investable stock has a target_1d in these sessions")
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
-def _sectors(members: pa.Table, place: _Cells) -> tuple[tuple[str, ...], NDArray[np.int64]]:
+def _sectors(members: pa.Table, cells: _Cells) -> tuple[tuple[str, ...], NDArray[np.int64]]:
     coded = _encoded(members.column("Sector33Code"))
     number = pc.fill_null(coded.indices, -1).to_numpy(zero_copy_only=False).astype(np.int64)
-    dense = np.full(place.shape, -1, np.int64)
-    dense[place.session[place.inside], place.stock[place.inside]] = number[place.inside]
+    dense = np.full(cells.shape, -1, np.int64)
+    dense[cells.session[cells.inside], cells.stock[cells.inside]] = number[cells.inside]
     return tuple(coded.dictionary.to_pylist()), dense
 
 
 def _turnover_values(dataset: Path, manifest: Mapping[str, Any]) -> pa.Table | Missing:
-    """Date, Code and TurnoverValue of the prices that the dataset was made from: it holds no quotes of its own."""
+    """Date, Code and TurnoverValue of the prices that the dataset was made from; the dataset itself holds no quotes."""
     fingerprint = manifest.get("prices_fingerprint")
     if fingerprint is None:
         return Missing(f"{dataset} is one file and keeps no prices: no turnover value; build it as a folder of months")
     suffix = ".manifest.json"
     for file in sorted(resolved(dataset).parent.glob(f"*{suffix}")):
-        product = file.with_name(file.name.removesuffix(suffix))
+        artifact = file.with_name(file.name.removesuffix(suffix))
         try:
-            if read_manifest(product, kind="prices")["fingerprint"] == fingerprint:
-                return read_artifact(product, ["Date", "Code", "TurnoverValue"])
+            if read_manifest(artifact, kind="prices")["fingerprint"] == fingerprint:
+                return read_artifact(artifact, ["Date", "Code", "TurnoverValue"])
         except InputError:
-            continue  # another product, or damaged prices: neither has the quotes
+            continue  # another artifact, or damaged prices: neither has the quotes
     return Missing(f"no readable prices {fingerprint[:12]} beside {dataset}: no turnover value")
 
 
 @dataclass(frozen=True)
 class _Cells:
-    """Where the rows of a long table lie in a panel; -1 outside it."""
+    """Session and stock indices of a long table's rows in a panel; -1 outside it."""
 
     session: NDArray[np.int64]
     stock: NDArray[np.int64]
@@ -181,7 +179,7 @@ class _Cells:
 
 
 def _position(values: NDArray[Any], among: NDArray[Any]) -> NDArray[np.int64]:
-    """Index of each value in the ascending `among`, -1 where it is not there."""
+    """Index of each value in the ascending `among`, -1 where `among` lacks it."""
     if not len(among):
         return np.full(len(values), -1, np.int64)
     at = np.minimum(np.searchsorted(among, values), len(among) - 1)

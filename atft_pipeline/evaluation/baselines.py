@@ -1,30 +1,32 @@
 """Scores of models that a network has to beat, fitted on the same training sessions and judged by the same evaluation.
 
-T sessions, N stocks, F features. Inputs are the panel's normalised features; a missing one is 0, which is the mean of
-its session, and nothing else is added. Targets are forward returns as the network sees them: z-scores of each session
-over its universe (ddof 1), clipped to ±5; of horizon 1 unless another is asked for. Validation and test are scored and
-never looked at.
+T sessions, N stocks, F features. Inputs are the panel's normalised features; a missing one is 0, the mean of its
+session. Targets are the forward returns that the network is trained on: z-scores of each session over its universe
+(ddof 1), clipped to ±5, of horizon 1 unless another is named. No fit reads a validation or test session.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from atft_pipeline.config.schema import HORIZONS
+from atft_pipeline.config.schema import HORIZONS, EvaluationConfig
 from atft_pipeline.errors import InputError
+from atft_pipeline.evaluation.evaluate import SPLITS, Evaluation, evaluate_panel
 from atft_pipeline.evaluation.reversal import one_factor_reversal
+from atft_pipeline.evaluation.slices import panel_of_slice
 
-if TYPE_CHECKING:  # blocks imports torch, which neither fit needs
+if TYPE_CHECKING:
     from atft_pipeline.batches.panel import Panel
     from atft_pipeline.dataset.splits import Split
 
 TARGET_CLIP = 5.0
 RIDGE_PENALTY = 0.01
-"""Per training row: with standardised features each coefficient shrinks by about one percent, while exact copies among
-the inputs stay solvable."""
+"""Per training row. With standardised features each coefficient shrinks by about one percent, and features that are
+exact copies of each other remain solvable."""
 
 LIGHTGBM_TREES = 300
 LIGHTGBM_LEAF_ROWS = 200
@@ -40,7 +42,7 @@ _LIGHTGBM: dict[str, object] = {
     "force_row_wise": True,
     "verbosity": -1,
 }
-"""Fixed in advance: many weak trees with large leaves, as one-day returns are nearly all noise."""
+"""Not tuned: many weak trees with large leaves, because one-day returns are nearly all noise."""
 
 Features = NDArray[np.float32]
 
@@ -50,12 +52,12 @@ def standardised_targets(targets: NDArray[np.floating], member: NDArray[np.bool_
 
     NaN outside the universe, where the target is missing, and in sessions with fewer than two or without dispersion.
     """
-    known = member & np.isfinite(targets)
-    count = known.sum(axis=1, keepdims=True)
-    values = np.where(known, targets, 0.0).astype(np.float64)
-    centred = np.where(known, values - values.sum(axis=1, keepdims=True) / np.maximum(count, 1), 0.0)
+    has_target = member & np.isfinite(targets)
+    count = has_target.sum(axis=1, keepdims=True)
+    values = np.where(has_target, targets, 0.0).astype(np.float64)
+    centred = np.where(has_target, values - values.sum(axis=1, keepdims=True) / np.maximum(count, 1), 0.0)
     std = np.sqrt((centred**2).sum(axis=1, keepdims=True) / np.maximum(count - 1, 1))
-    usable = known & (std > 0.0)
+    usable = has_target & (std > 0.0)
     return np.where(usable, np.clip(centred / np.where(std > 0.0, std, 1.0), -TARGET_CLIP, TARGET_CLIP), np.nan)
 
 
@@ -71,7 +73,7 @@ def lightgbm(X: Features, y: NDArray[np.float64], X_new: Features, *, seed: int)
     """Predictions [M] of gradient-boosted trees fitted on X [n, F], y [n], for X_new [M, F]; the same for one seed."""
     from lightgbm import Booster, Dataset, train
 
-    # A small market would leave no split at the leaf size that a large one needs.
+    # At the leaf size that a large market needs, a small one has no split at all.
     leaf = min(LIGHTGBM_LEAF_ROWS, max(len(X) // 50, 1))
     settings = _LIGHTGBM | {"min_child_samples": leaf, "seed": seed}
     booster: Booster = train(settings, Dataset(X, label=y), num_boost_round=LIGHTGBM_TREES)
@@ -79,7 +81,7 @@ def lightgbm(X: Features, y: NDArray[np.float64], X_new: Features, *, seed: int)
 
 
 def fit_baselines(panel: Panel, split: Split, seed: int) -> dict[str, NDArray[np.float64]]:
-    """Scores [T, N] of `ridge`, `lightgbm` and `reversal`, NaN but for members in validation and test sessions.
+    """Scores [T, N] of `ridge`, `lightgbm` and `reversal`; NaN except for members in validation and test sessions.
 
     `reversal` is the better of the 1- and 5-session reversal, sign included, decided on the training sessions.
     Raises InputError where no training row has a target.
@@ -95,8 +97,26 @@ def fit_baselines(panel: Panel, split: Split, seed: int) -> dict[str, NDArray[np
     return scores
 
 
+def evaluate_baselines(
+    scores: Mapping[str, NDArray[np.float64]], panel: Panel, split: Split, config: EvaluationConfig
+) -> dict[str, dict[str, Evaluation]]:
+    """Model -> split -> evaluation, with bootstrap, of the scores of `fit_baselines`: that of the network."""
+    return {
+        model: {
+            part: evaluate_panel(
+                values[getattr(split, part)],
+                panel_of_slice(panel, getattr(split, part), config.universe),
+                config,
+                bootstrap=True,
+            )
+            for part in SPLITS
+        }
+        for model, values in scores.items()
+    }
+
+
 def fit_ridge(panel: Panel, split: Split, asked: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Scores [T, N] of `ridge` on the sessions `asked`, those of the training too where they are asked for.
+    """Scores [T, N] of `ridge` on the sessions `asked`, which may include training sessions.
 
     NaN elsewhere and outside the universe. Raises InputError where no training row has a target.
     """
@@ -107,9 +127,9 @@ def fit_ridge(panel: Panel, split: Split, asked: NDArray[np.int64]) -> NDArray[n
 
 
 def fit_lightgbm(panel: Panel, split: Split, seed: int, *, horizon_sessions: int) -> NDArray[np.float64]:
-    """Scores [T, N] of `lightgbm` fitted to the targets of one horizon, NaN but for members in validation and test.
+    """Scores [T, N] of `lightgbm` fitted to the targets of one horizon; NaN except for members in validation and test.
 
-    For horizon 1 it is the one of `fit_baselines`. Raises InputError where no training row has a target.
+    For horizon 1 they are those of `fit_baselines`. Raises InputError where no training row has a target.
     """
     X, y, X_new, asked = _rows(panel, split, horizon_sessions)
     return _placed(lightgbm(X, y, X_new, seed=seed), asked)
@@ -127,7 +147,7 @@ def _rows(
     train[split.train] = True
     scored = np.zeros(len(panel.sessions), bool)
     scored[np.concatenate([split.validation, split.test])] = True
-    # Only the training sessions are standardised: nothing of the others' targets exists here.
+    # Only the training sessions are standardised, so that no other target can enter the fit.
     y = np.full(targets.shape, np.nan)
     y[train] = standardised_targets(targets[train], panel.member[train])
     fitted, asked = np.isfinite(y), panel.member & scored[:, None]

@@ -15,21 +15,20 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import NDArray
 
+from atft_pipeline.storage.json_values import finite_or_none
+
 _NORMAL = NormalDist()
 _NO_DISPERSION = 1e-12  # relative to the largest value: a constant series has a rounding std, not 0
 _MIN_BOOTSTRAP_SESSIONS = 20
+BOOTSTRAP_SEED = 20
+"""Of every bootstrap interval that is reported: the same returns have the same interval."""
 
 Series = NDArray[np.floating]
 
 
-def _finite(values: Series) -> NDArray[np.float64]:
+def _finite_values(values: Series) -> NDArray[np.float64]:
     wide: NDArray[np.float64] = np.asarray(values, np.float64)
     return wide[np.isfinite(wide)]
-
-
-def finite_or_none(value: float) -> float | None:
-    """`value` as JSON can hold it."""
-    return float(value) if math.isfinite(value) else None
 
 
 def information_coefficient(scores: Series, targets: Series) -> NDArray[np.float64]:
@@ -88,7 +87,7 @@ def mean_and_error(values: Series, horizon_sessions: int = 1) -> tuple[float, fl
     Bartlett weights over 2(h - 1) lags, which miss a sixth of it (over h - 1 lags a third).
     Source: Newey and West (1987), eq. 5.
     """
-    values = _finite(values)
+    values = _finite_values(values)
     count = len(values)
     if count == 0:
         return math.nan, math.nan
@@ -106,7 +105,7 @@ def sharpe(returns: Series) -> float:
 
     The same ratio of a daily IC is its ICIR.
     """
-    returns = _finite(returns)
+    returns = _finite_values(returns)
     if len(returns) < 2 or np.ptp(returns) <= _NO_DISPERSION * np.abs(returns).max():
         return math.nan
     return float(returns.mean() / returns.std(ddof=1))
@@ -130,7 +129,7 @@ def sharpe_standard_error(returns: Series) -> float:
     With normal returns it is Lo's sqrt((1 + SR^2/2) / (n - 1)): 0.063 at 250 sessions.
     Source: Mertens (2002); Bailey and Lopez de Prado (2012), eq. 4; Lo (2002) for the normal case.
     """
-    returns, ratio = _finite(returns), sharpe(returns)
+    returns, ratio = _finite_values(returns), sharpe(returns)
     return math.sqrt(_error_numerator(returns, ratio) / (len(returns) - 1)) if math.isfinite(ratio) else math.nan
 
 
@@ -141,7 +140,7 @@ def lo_annualised_sharpe(returns: Series, days_per_year: int, lags: int | None =
     autocorrelations cannot be estimated from a few hundred sessions. NaN where the estimated variance is not positive.
     Source: Lo (2002), eq. 20 and 21.
     """
-    returns, ratio = _finite(returns), sharpe(returns)
+    returns, ratio = _finite_values(returns), sharpe(returns)
     if not math.isfinite(ratio):
         return math.nan
     chosen = math.floor(4.0 * (len(returns) / 100.0) ** (2.0 / 9.0)) if lags is None else lags
@@ -153,33 +152,43 @@ def lo_annualised_sharpe(returns: Series, days_per_year: int, lags: int | None =
     return ratio * days_per_year / math.sqrt(variance) if variance > 0.0 else math.nan
 
 
-def probabilistic_sharpe(returns: Series) -> float:
-    """Probability that the true per-session Sharpe is above 0, PSR(0): the normal law at `sharpe` / its error.
+def probabilistic_sharpe(returns: Series, benchmark: float = 0.0) -> float:
+    """Probability that the true per-session Sharpe is above `benchmark`: the normal law at (`sharpe` - it) / its error.
 
-    skfolio has it too, to the last digits; it is taken from the error here because every epoch of a run records both
-    and a GPU machine has no skfolio.
     Source: Bailey and Lopez de Prado (2012), eq. 8.
     """
     error = sharpe_standard_error(returns)
-    return _NORMAL.cdf(sharpe(returns) / error) if error > 0.0 else math.nan
+    return _NORMAL.cdf((sharpe(returns) - benchmark) / error) if error > 0.0 else math.nan
+
+
+def expected_best_sharpe(trials: int, sharpe_std: float) -> float:
+    """Sharpe that the best of `trials` independent worthless models is expected to show; 0 for one model.
+
+    `sharpe_std` is the standard deviation of their Sharpes. The approximation is 8 % low for two trials and 2 % high
+    for ten.
+    Source: Bailey and Lopez de Prado (2014), eq. 5.
+    """
+    if trials == 1:
+        return 0.0
+    quantiles = (_NORMAL.inv_cdf(1.0 - 1.0 / n) for n in (trials, trials * math.e))
+    weights = (1.0 - np.euler_gamma, np.euler_gamma)
+    return sharpe_std * sum(weight * quantile for weight, quantile in zip(weights, quantiles, strict=True))
 
 
 def deflated_sharpe(returns: Series, trials: int, sharpe_std: float | None = None) -> float:
-    """PSR against the Sharpe that the best of `trials` worthless attempts would show; PSR(0) for one trial.
+    """PSR against the Sharpe that the best of `trials` worthless models would show; PSR(0) for one trial.
 
-    `sharpe_std` is the std of the Sharpes of the trials, by default what chance alone gives, 1 / sqrt(n - 1). NaN below
-    3 sessions. Imports skfolio only for more than one trial: the training path, which counts one, lives without it.
-    Source: Bailey and Lopez de Prado (2014), eq. 5 for the benchmark.
+    `sharpe_std` is the standard deviation of the trials' Sharpes, by default what chance alone gives, 1 / sqrt(n - 1).
+    NaN below 3 sessions.
+    Source: Bailey and Lopez de Prado (2014).
     """
     if trials == 1:
         return probabilistic_sharpe(returns)
-    returns = _finite(returns)
-    if not math.isfinite(sharpe(returns)):
+    returns = _finite_values(returns)
+    if len(returns) < 3:
         return math.nan
-    from skfolio.measures import expected_max_sharpe_ratio, probabilistic_sharpe_ratio
-
     spread = 1.0 / math.sqrt(len(returns) - 1) if sharpe_std is None else sharpe_std
-    return float(probabilistic_sharpe_ratio(returns, expected_max_sharpe_ratio(trials, spread)))
+    return probabilistic_sharpe(returns, expected_best_sharpe(trials, spread))
 
 
 def minimum_track_record(returns: Series, benchmark: float = 0.0, confidence: float = 0.95) -> float:
@@ -187,7 +196,7 @@ def minimum_track_record(returns: Series, benchmark: float = 0.0, confidence: fl
 
     Source: Bailey and Lopez de Prado (2012), eq. 11.
     """
-    returns, ratio = _finite(returns), sharpe(returns)
+    returns, ratio = _finite_values(returns), sharpe(returns)
     if not ratio > benchmark:
         return math.nan
     return 1.0 + _error_numerator(returns, ratio) * (_NORMAL.inv_cdf(confidence) / (ratio - benchmark)) ** 2
@@ -195,7 +204,7 @@ def minimum_track_record(returns: Series, benchmark: float = 0.0, confidence: fl
 
 def max_drawdown(returns: Series) -> float:
     """Largest loss from a peak of compounded wealth, the start included: between -1 and 0; NaN without a session."""
-    returns = _finite(returns)
+    returns = _finite_values(returns)
     if len(returns) == 0:
         return math.nan
     wealth = np.concatenate([[1.0], np.cumprod(np.maximum(1.0 + returns, 0.0))])
@@ -216,7 +225,7 @@ def bootstrap_interval(
     the training path lives without it.
     Source: Politis and Romano (1994); block length: Politis and White (2004), Patton et al. (2009).
     """
-    returns = _finite(returns)
+    returns = _finite_values(returns)
     if len(returns) < _MIN_BOOTSTRAP_SESSIONS or not math.isfinite(sharpe(returns)):
         return math.nan, math.nan
     from arch.bootstrap import StationaryBootstrap, optimal_block_length
@@ -236,13 +245,13 @@ def can_bootstrap() -> bool:
 
 
 def paired_difference(
-    ours: Series, theirs: Series, *, samples: int, seed: int, horizon_sessions: int = 1
+    ours: Series, theirs: Series, *, samples: int, seed: int = BOOTSTRAP_SEED, horizon_sessions: int = 1
 ) -> dict[str, float | int | None]:
     """`difference` of two daily series, mean over the sessions that both have; `se`, `ci_low`, `ci_high`, `sessions`.
 
     The interval is the stationary bootstrap's; None where it cannot be computed.
     """
-    daily = _finite(np.asarray(ours, np.float64) - np.asarray(theirs, np.float64))
+    daily = _finite_values(np.asarray(ours, np.float64) - np.asarray(theirs, np.float64))
     mean, error = mean_and_error(daily, horizon_sessions)
     low, high = math.nan, math.nan
     if can_bootstrap():

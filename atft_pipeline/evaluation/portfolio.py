@@ -1,9 +1,9 @@
-"""Daily returns of the portfolios that a score would have held: the only code that turns scores into money.
+"""Daily returns of the portfolios that a score would have held: the only code that turns scores into returns.
 
 T sessions, N stocks. `scores[t]` is known at the close of session t. `targets[t]` is the forward return from the
-execution price: with the default, next open and one session, it is earned from the open of t+1 to the open of t+2.
-A position of session t is entered at the start of that interval and left, or kept, at its end, so the value filed under
-t can be known only after the close of t+1. Columns are codes in ascending order, which is what breaks ties.
+execution price: with the default, next open and one session, it is earned from the open of t+1 to the open of t+2. A
+position of session t is entered at the start of that interval and left, or kept, at its end. The value filed under t is
+therefore known only at the end of its interval. Columns are codes in ascending order, which breaks ties.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def long_short(
     differences to the weights of the session before, which have drifted with their returns:
     w (1 + r) / (1 + gross). The first session's turnover is the entry, 2. Net = gross - cost_bps/1e4 * turnover.
     A session with floor(n * quantile) < 1 has no portfolio (NaN); the next one trades against the last weights held.
-    Capital lost whole (1 + gross <= 0) leaves nothing to drift: the next session is an entry again.
+    After a total loss (1 + gross <= 0) no weight is left: the next session is an entry again.
     """
     usable = rankable(scores, targets)
     weights = long_short_weights(scores, usable, quantile)
@@ -127,10 +127,10 @@ def long_short_tranches(
     quantile: float,
     cost_bps: float,
 ) -> DailyPortfolio:
-    """Daily returns of a score whose horizon overlaps: h sub-portfolios, one formed each session and held h sessions.
+    """Daily returns of a score whose horizon spans h sessions: h tranches, one formed each session, each held for h.
 
-    Each new tranche gets 1/h of the capital and then drifts untouched until it is replaced, so the returns of
-    successive sessions share no forecast interval twice. `returns_1d` [T, N] is the one-session forward return
+    Each new tranche gets 1/h of the capital and drifts without trades until it is replaced, so that every session's
+    return is counted once although the forecasts overlap. `returns_1d` [T, N] is the one-session forward return
     (`target_1d`); a holding without one earns 0 that session. A tranche of a session without a portfolio is cash.
     The book is reported from session h-1 on, when every tranche is invested; that session pays for all the entries.
     """

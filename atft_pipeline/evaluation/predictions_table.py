@@ -6,7 +6,7 @@ import importlib.util
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from atft_pipeline.config.schema import HORIZONS, EvaluationConfig
 from atft_pipeline.config.slices import SLICES, Slice
 from atft_pipeline.errors import InputError
-from atft_pipeline.evaluation.evaluate import Evaluation, evaluate, invalid
+from atft_pipeline.evaluation.evaluate import Evaluation, EvaluationPanel, evaluate_panel, invalid
 from atft_pipeline.storage.artifact import read_artifact
 
 _HORIZON_COLUMN = re.compile(r"^(?P<stem>.*)_(?P<sessions>[1-9]\d*)d$")
@@ -33,12 +33,12 @@ class TableEvaluation:
     by_slice: dict[str, Evaluation]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain JSON: the statistics of all rows at the top level, `by_split` and `by_slice` only where known."""
-        parts = {"by_split": self.by_split, "by_slice": self.by_slice}
+        """Plain JSON: statistics of all rows at the top level, `by_split` and `by_slice` where the table has them."""
+        groups = {"by_split": self.by_split, "by_slice": self.by_slice}
         nested = {
-            key: {name: evaluation.as_dict() for name, evaluation in part.items()}
-            for key, part in parts.items()
-            if part
+            key: {name: evaluation.as_dict() for name, evaluation in group.items()}
+            for key, group in groups.items()
+            if group
         }
         return {**self.overall.as_dict(), **nested}
 
@@ -60,37 +60,30 @@ def evaluate_table(
     Date is a date, a timestamp (its own zone's day) or an ISO string; integer codes are read as strings. A null or NaN
     target is dropped and counted, a null or NaN score beside a target makes the evaluation invalid. `split` and
     `universe` keep only the rows of that split (column `split`) and slice (columns is_investable, is_liquid).
-    A target named like `target_5d` is overlapping: its portfolio is held in tranches on `target_1d`, and without that
-    column the notes say that the daily returns overlap.
+    A target named like `target_5d` overlaps with the next session's: its portfolio is held in tranches on `target_1d`,
+    and without that column the notes say that the daily returns overlap.
 
     Raises InputError: a missing column, a column of another type, no rows, keys that are null or not unique, and what
-    `evaluate` refuses.
+    `evaluate_panel` refuses.
     """
     horizon, one_session = _horizon(target, table.column_names)
     frame = _Frame.of(table, (score, target, *([one_session] if one_session else [])))
     chosen = frame.chosen(split, universe)
+    overlapping = horizon > 1 and one_session is None
 
     def evaluated(rows: NDArray[np.bool_]) -> Evaluation:
         sessions, codes, cells, member = frame.panel(rows)
-        result = evaluate(
-            cells[score],
-            cells[target],
+        panel = EvaluationPanel(
             sessions,
             codes,
-            config,
-            days_per_year=days_per_year,
-            bootstrap=bootstrap,
-            trials=trials,
-            member=member,
+            cells[target],
+            days_per_year,
+            member,
             horizon_sessions=horizon if one_session else 1,
             returns_1d=cells[one_session] if one_session else None,
         )
-        if horizon == 1 or one_session:
-            return result
-        note = (
-            f"{target} spans {horizon} sessions and there is no target_1d: daily returns overlap, the Sharpe flatters"
-        )
-        return Evaluation(result.sessions, result.daily, result.statistics, result.valid, result.reason, (note,))
+        result = evaluate_panel(cells[score], panel, config, bootstrap=bootstrap, trials=trials)
+        return replace(result, notes=(_overlap(target, horizon),)) if overlapping else result
 
     overall = evaluated(chosen)
     by_split = {}
@@ -107,7 +100,7 @@ def evaluate_table(
 
 @dataclass(frozen=True)
 class ScorePanel:
-    """Scores and targets of a predictions table, dense: T sessions and N codes, both ascending."""
+    """Scores and targets of a predictions table as dense arrays: T sessions and N codes, both ascending."""
 
     sessions: NDArray[np.datetime64]
     codes: NDArray[Any]
@@ -148,8 +141,8 @@ def evaluate_file(
     if target is None:
         of_horizon = score.replace("score", "target", 1)
         # A score under another name would else be held against itself.
-        known = "target" not in columns and of_horizon in columns and of_horizon != score
-        target = of_horizon if known else "target"
+        has_own_target = "target" not in columns and of_horizon in columns and of_horizon != score
+        target = of_horizon if has_own_target else "target"
     try:
         result = evaluate_table(
             table,
@@ -168,16 +161,26 @@ def evaluate_file(
 
 
 def _or_refusal(evaluated: Callable[[NDArray[np.bool_]], Evaluation], rows: NDArray[np.bool_]) -> Evaluation:
-    """A part that is too small to evaluate is reported as such beside the whole, which was not."""
+    """The evaluation of a split or slice; an invalid one with the reason where it is too small for any.
+
+    The whole table was evaluated, so a small part of it is no reason to refuse it.
+    """
     try:
         return evaluated(rows)
     except InputError as refusal:
-        none = np.zeros(0, "datetime64[D]")
-        return invalid(none, np.zeros((0, 0), bool), 0, str(refusal))
+        no_sessions = np.zeros(0, "datetime64[D]")
+        return invalid(no_sessions, np.zeros((0, 0), bool), 0, str(refusal))
+
+
+def _overlap(target: str, horizon_sessions: int) -> str:
+    return (
+        f"{target} spans {horizon_sessions} sessions and there is no target_1d: daily returns overlap, the Sharpe"
+        " flatters"
+    )
 
 
 def _horizon(target: str, columns: Sequence[str]) -> tuple[int, str | None]:
-    """Sessions that `target` spans by its name, and the one-session column beside it, if it is needed and there."""
+    """Sessions that `target` spans by its name, and the one-session column beside it where it is needed and present."""
     match = _HORIZON_COLUMN.match(target)
     if match is None or match["sessions"] == "1":
         return 1, None
@@ -200,7 +203,7 @@ class _Frame:
                     " (--score and --target name the columns to use)"
                 )
             if table.column_names.count(name) > 1:
-                raise InputError(f"predictions: column {name} is there more than once; keep one of them")
+                raise InputError(f"predictions: column {name} appears more than once; keep one of them")
         if table.num_rows == 0:
             raise InputError("predictions: the table has no rows; expected one row per session and stock")
         values = {name: _numbers(table, name) for name in columns}

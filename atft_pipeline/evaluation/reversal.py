@@ -1,4 +1,4 @@
-"""The best one-factor reversal: what a model has to be worth more than."""
+"""The best one-factor reversal: the score that a model has to beat."""
 
 from __future__ import annotations
 
@@ -41,20 +41,22 @@ def one_factor_reversal(
 
     features [T, N, F], targets [T, N] one-session forward returns, member [T, N]; `train` are the indices of the
     training sessions, the only ones whose targets are read. A member whose return is missing scores 0, the session's
-    mean. Named for the usual finding, a negative sign; whichever sign training shows is kept.
+    mean. It is called a reversal because the sign is usually negative; the sign that earned more in training is kept.
 
     Raises InputError where neither feature is present.
     """
     names = [name for name in REVERSAL_FEATURES if name in feature_names]
     if not names:
         raise InputError(f"reversal: expected one of the features {', '.join(REVERSAL_FEATURES)}, found neither")
-    known = np.where(member[train], targets[train], np.nan)
+    train_targets = np.where(member[train], targets[train], np.nan)
     best: Reversal | None = None
     for name in names:
         values = np.asarray(features[:, :, list(feature_names).index(name)], np.float64)
         returns = np.where(member, np.where(np.isfinite(values), values, 0.0), np.nan)
         for sign in (-1, 1):
-            earned = metrics.sharpe(long_short(sign * returns[train], known, quantile=quantile, cost_bps=0.0).gross)
+            earned = metrics.sharpe(
+                long_short(sign * returns[train], train_targets, quantile=quantile, cost_bps=0.0).gross
+            )
             earned = earned if math.isfinite(earned) else -math.inf
             if best is None or earned > best.train_sharpe:
                 best = Reversal(sign * returns, name, sign, earned)

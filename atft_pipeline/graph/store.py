@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import date
 from itertools import pairwise, takewhile
@@ -133,12 +133,20 @@ def _write_table(file: Path, table: pa.Table) -> None:
 # --- from a dataset on disk ---------------------------------------------------------------------------------
 
 
-def build_graph_file(dataset: Path, out: Path, config: GraphConfig, previous: Path | None = None) -> dict[str, Any]:
+def build_graph_file(
+    dataset: Path,
+    out: Path,
+    config: GraphConfig,
+    previous: Path | None = None,
+    *,
+    advance: Callable[[str, int, int], None] = lambda *_: None,
+) -> dict[str, Any]:
     """Builds the graph of the dataset at `dataset`, writes it and its manifest to `out`, and returns the manifest.
 
     previous: an earlier graph, possibly at `out` itself. Where dataset, `previous` and `out` are by month, a month
     whose inputs are the earlier one's is linked from it, and of a month that grew the unchanged first refreshes are
     kept; only what the rest needs is read. The manifest names `months_computed` and `months_reused`.
+    `advance` hears how many months are computed.
 
     Raises InputError when the dataset has too few sessions for a graph, or nothing in the universe.
     """
@@ -164,7 +172,9 @@ def build_graph_file(dataset: Path, out: Path, config: GraphConfig, previous: Pa
         with replacing_artifact(out) as folder:
             folder.mkdir()
             parts = {month.name: earlier.link(month, folder) for month in reused}
-            parts |= {month.name: _compute_partition(rows, membership, month, earlier, folder) for month in computed}
+            for done, month in enumerate(computed, start=1):
+                parts[month.name] = _compute_partition(rows, membership, month, earlier, folder)
+                advance("graph", done, len(computed))
         counts = [parts[month.name] for month in planned]
     else:
         graph = graph_at(membership, [rows.local(membership, w) for month in planned for w in month.windows], config)

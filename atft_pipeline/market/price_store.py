@@ -10,7 +10,7 @@ from __future__ import annotations
 import datetime as dt
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -58,13 +58,19 @@ SIDECARS = (STATE, QUARANTINE)
 
 
 def update_prices(
-    source: Source, others: CheckedTables, out: Path, config: DatasetConfig, previous: Path | None = None
+    source: Source,
+    others: CheckedTables,
+    out: Path,
+    config: DatasetConfig,
+    previous: Path | None = None,
+    *,
+    advance: Callable[[str, int, int], None] = lambda *_: None,
 ) -> tuple[dict[str, Any], ContractReport]:
     """Builds the adjusted prices of the source at `out`; their manifest, and the report on what was written.
 
     others: the source's other tables. With `previous`, an earlier artifact of the same configuration and code, months
     before the first whose raw rows differ are taken over, and the pass is continued from there; `changes` in the
-    manifest says which input differed first in which month.
+    manifest says which input differed first in which month. `advance` hears how many months of all are done.
 
     Raises: InputError when raw rows break their contract, or fewer than two common stocks trade.
     """
@@ -85,7 +91,7 @@ def update_prices(
     with writing_partitions(out, [STATE], earlier) as writer:
         for month in changes.kept:
             writer.take_over(month)
-        for result in _passes(raw, others.tables, config, state):
+        for result in _passes(raw, others.tables, config, state, advance):
             parts |= _write(writer, result)
             reports.append(check_prices(result.prices, needs_universe=False))
             quarantine.append(result.quarantine)
@@ -294,7 +300,11 @@ def _late_codes(result: PricesResult) -> set[str]:
 
 
 def _passes(
-    raw: _RawFiles, others: Mapping[str, pl.DataFrame], config: DatasetConfig, state: UniverseState | None
+    raw: _RawFiles,
+    others: Mapping[str, pl.DataFrame],
+    config: DatasetConfig,
+    state: UniverseState | None,
+    advance: Callable[[str, int, int], None],
 ) -> Iterator[PricesResult]:
     """The universe of one span of months after the other, from `state` on."""
     after = None if state is None else state.sessions[-1]
@@ -316,6 +326,7 @@ def _passes(
         result = build_prices({**others, "prices": frame}, config, state, until)
         yield result
         state = result.state
+        advance("prices", list(months).index(span[-1]) + 1, len(months))
 
 
 def _write(writer: PartitionWriter, result: PricesResult) -> dict[str, dict[str, Any]]:

@@ -18,7 +18,14 @@ from typing import Any, Literal
 
 from atft_pipeline.errors import InputError
 from atft_pipeline.runs.reader import Record, open_record
-from atft_pipeline.verdict.milestones import MAX_DEGENERACY_RESETS, MILESTONES, Milestone, Progress, progress_milestones
+from atft_pipeline.runs.state import has_crashed
+from atft_pipeline.verdict.milestones import (
+    MAX_DEGENERACY_RESETS,
+    MILESTONES,
+    Milestone,
+    TrainingProgress,
+    progress_milestones,
+)
 
 State = Literal["finished", "invalid", "unfinished", "missing", "unreadable", "other dataset", "other split", "stale"]
 
@@ -249,7 +256,7 @@ def _state(record: Record) -> tuple[State, str]:
     if status != "finished":
         how = str(record.run.get("reason") or status)
         if status == "running":
-            how = "still training" if record.is_locked else "killed"
+            how = "still training" if record.state == "running" else str(record.state)
         return "unfinished", f"{done} of {planned} epochs: {how}"
     valid = record.rows(
         "SELECT value FROM evals WHERE epoch = ? AND split = 'validation' AND slice = ? AND metric = 'valid'",
@@ -284,7 +291,7 @@ def _row(run: _Run, fingerprint: str | None, common: Mapping[str, Any] | None) -
         return Row(run.name, run.state, run.reason)
     planned = record.epochs_planned
     if run.state in ("unreadable", "unfinished"):
-        crashed = run.state == "unfinished" and not record.is_locked
+        crashed = run.state == "unfinished" and record.state != "running"
         stopped = (Milestone("no_crash", None, 1.0, "no crash", False),) if crashed else ()
         return Row(run.name, run.state, run.reason, epochs=planned, milestones=stopped)
     if run.fingerprint != fingerprint:
@@ -315,7 +322,8 @@ def _measured(run: _Run, record: Record, planned: int | None) -> Row:
 
     resets, warnings = (_count(record, metric) for metric in ("degeneracy_reset", "gradient_warning"))
     sharpes = {epoch: value for epoch, (value, _) in record.evaluation("sharpe_daily").items()}
-    milestones = progress_milestones(Progress(sharpes, warnings, resets, crashed=False), planned or last)
+    progress = TrainingProgress(sharpes, warnings, resets, crashed=has_crashed(record.run))
+    milestones = progress_milestones(progress, planned or last)
     expectation = next((m for m in reversed(milestones) if m.name.startswith("sharpe_")), None)
     (sharpe, sharpe_se), (sharpe_test, sharpe_test_se) = figure("sharpe_daily"), figure("sharpe_daily", "test")
     return Row(

@@ -15,8 +15,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from atft_pipeline.monitoring.figures import colour, count, duration, gibibytes, number, one_line
 from atft_pipeline.monitoring.monitor import Frame, Watched
-from atft_pipeline.monitoring.progress import Curve, Progress, newest
+from atft_pipeline.monitoring.progress import Curve, RunProgress, newest
 
 BARS = "▁▂▃▄▅▆▇█"
 SPARK_EPOCHS = 16
@@ -25,8 +26,6 @@ SMALLEST_RANGE = math.log(2.0)
 """A sparkline's height is at least a factor of 2, so that noise around a level reads as flat."""
 PLAIN_WIDTH = 100
 """Columns of a frame that goes to a file or a pipe."""
-COLOURS = {"running": "green", "finished": "cyan"}
-GIBIBYTE = 2.0**30
 
 
 @contextmanager
@@ -65,7 +64,7 @@ def draw(frame: Frame, panels: int | None = None) -> RenderableType:
     """Panels of the first `panels` runs that go on (None: of all), rows of the others, and the warnings below."""
     going_on = [run for run in frame.runs if run.progress.goes_on][:panels]
     rows = [run for run in frame.runs if run not in going_on]
-    parts: list[RenderableType] = [Text(f"{_clean(frame.place)}  {frame.time}", style="dim")]
+    parts: list[RenderableType] = [Text(f"{one_line(frame.place)}  {frame.time}", style="dim")]
     parts += [_panel(run.progress) for run in going_on]
     if rows:
         parts.append(_rows([run.progress for run in rows]))
@@ -81,40 +80,43 @@ def draw(frame: Frame, panels: int | None = None) -> RenderableType:
 # One run ----------------------------------------------------------------------------------------------------------
 
 
-def _panel(run: Progress) -> RenderableType:
+def _panel(run: RunProgress) -> RenderableType:
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="bold", no_wrap=True)
     grid.add_column()
     grid.add_row("epoch", _progress(run))
     grid.add_row(
         "loss",
-        f"train {_number(newest(run.train_loss))} {sparkline(run.train_loss)}   "
-        f"validation {_number(newest(run.validation_loss))} {sparkline(run.validation_loss)}",
+        f"train {number(newest(run.train_loss))} {sparkline(run.train_loss)}   "
+        f"validation {number(newest(run.validation_loss))} {sparkline(run.validation_loss)}",
     )
     grid.add_row("evaluation", _evaluation(run))
-    grid.add_row("learning rate", _number(run.lr))
+    grid.add_row("learning rate", number(run.lr))
     grid.add_row("gradient l2", _gradients(run.gradient_l2))
     grid.add_row(
         "predictions",
-        f"dispersion ratio {_number(newest(run.dispersion_ratio))} {sparkline(run.dispersion_ratio)}   "
-        f"degeneracy events {_count(run.degeneracy_events)}, resets {_count(run.degeneracy_resets)}",
+        f"dispersion ratio {number(newest(run.dispersion_ratio))} {sparkline(run.dispersion_ratio)}   "
+        f"degeneracy events {count(run.degeneracy_events)}, resets {count(run.degeneracy_resets)}",
     )
     grid.add_row("machine", _machine(run))
     return Panel(
-        grid, title=Text(f"{_clean(run.run)}  {_clean(run.state)}"), title_align="left", border_style=_colour(run)
+        grid,
+        title=Text(f"{one_line(run.run)}  {one_line(run.state)}"),
+        title_align="left",
+        border_style=colour(run.state),
     )
 
 
-def _progress(run: Progress) -> RenderableType:
+def _progress(run: RunProgress) -> RenderableType:
     line = Table.grid(padding=(0, 2))
     since = "" if run.since_epoch_s is None else f"   newest epoch written {duration(run.since_epoch_s)} ago"
     left = "not measured" if run.eta_s is None else duration(run.eta_s)
     bar = ProgressBar(total=run.epochs or 1, completed=run.epoch or 0, width=24)
-    line.add_row(f"{_count(run.epoch)}/{_count(run.epochs)}", bar, f"ETA {left}{since}")
+    line.add_row(f"{count(run.epoch)}/{count(run.epochs)}", bar, f"ETA {left}{since}")
     return line
 
 
-def _evaluation(run: Progress) -> str:
+def _evaluation(run: RunProgress) -> str:
     if run.epoch_evaluated is None:
         return "not measured"
     if run.evaluation_valid is False:
@@ -131,7 +133,7 @@ def _gradients(curves: Mapping[str, Curve]) -> RenderableType:
     """Two components a line, so that a model of seven takes four."""
     if not curves:
         return Text("not measured")
-    cells = [(_clean(name), _number(newest(curve)), sparkline(curve)) for name, curve in curves.items()]
+    cells = [(one_line(name), number(newest(curve)), sparkline(curve)) for name, curve in curves.items()]
     half = (len(cells) + 1) // 2
     table = Table.grid(padding=(0, 1))
     for left, right in zip(cells[:half], [*cells[half:], ("", "", "")], strict=False):
@@ -139,17 +141,17 @@ def _gradients(curves: Mapping[str, Curve]) -> RenderableType:
     return table
 
 
-def _machine(run: Progress) -> str:
+def _machine(run: RunProgress) -> str:
     speed = "samples/s not measured" if run.samples_per_s is None else f"{run.samples_per_s:,.0f} samples/s"
     used = "not measured" if run.gpu_utilisation is None else f"{run.gpu_utilisation:.0%}"
-    memory, rss = _gibibytes(run.gpu_memory_bytes), _gibibytes(run.peak_rss_bytes)
+    memory, rss = gibibytes(run.gpu_memory_bytes), gibibytes(run.peak_rss_bytes)
     return f"{speed}   GPU {used}, its memory {memory}   peak RSS {rss}"
 
 
 # Rows and sentences -----------------------------------------------------------------------------------------------
 
 
-def _rows(runs: list[Progress]) -> RenderableType:
+def _rows(runs: list[RunProgress]) -> RenderableType:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("run", overflow="fold")
     table.add_column("state")
@@ -158,15 +160,15 @@ def _rows(runs: list[Progress]) -> RenderableType:
     table.add_column("verdict")
     for run in runs:
         sharpe, ic = (
-            "invalid" if run.evaluation_valid is False else _number(v) for v in (run.sharpe_daily, run.ic_mean)
+            "invalid" if run.evaluation_valid is False else number(v) for v in (run.sharpe_daily, run.ic_mean)
         )
         table.add_row(
-            Text(_clean(run.run)),
-            Text(_clean(run.state), style=_colour(run)),
-            f"{_count(run.epoch, '-')}/{_count(run.epochs, '-')}",
-            *(_number(value, "-") for value in (newest(run.train_loss), newest(run.validation_loss))),
+            Text(one_line(run.run)),
+            Text(one_line(run.state), style=colour(run.state)),
+            f"{count(run.epoch, '-')}/{count(run.epochs, '-')}",
+            *(number(value, "-") for value in (newest(run.train_loss), newest(run.validation_loss))),
             *("-" if value == "not measured" else value for value in (sharpe, ic)),
-            Text(_clean(run.verdict or "-")),
+            Text(one_line(run.verdict or "-"), style=colour(run.verdict)),
         )
     return table
 
@@ -177,8 +179,8 @@ def _problems(run: Watched) -> list[str]:
     return [*ended, *run.progress.problems, *unassessed]
 
 
-def _sentence(run: Progress, problem: str) -> Text:
-    return Text(f"{_clean(run.run)}: {_clean(problem)}", style="yellow")
+def _sentence(run: RunProgress, problem: str) -> Text:
+    return Text(f"{one_line(run.run)}: {one_line(problem)}", style="yellow")
 
 
 def _warnings(frame: Frame) -> list[RenderableType]:
@@ -188,9 +190,9 @@ def _warnings(frame: Frame) -> list[RenderableType]:
         for warning in run.warnings:
             since = f"since epoch {warning.since_epoch}{' or earlier' if warning.or_earlier else ''}"
             text = f"WARNING {run.progress.run}, {since}: {warning.cause} [{warning.rule}]; {warning.evidence}"
-            lines.append(Text(_clean(text), style="bold red"))
+            lines.append(Text(one_line(text), style="bold red"))
         if run.warnings:
-            lines.append(Text(f"  what to do: atft diagnose {_clean(run.progress.run_dir)}", style="red"))
+            lines.append(Text(f"  what to do: atft diagnose {one_line(run.progress.run_dir)}", style="red"))
     judged = [run for run in frame.runs if run.progress.goes_on and run.unassessed is None]
     if judged and not lines:
         lines.append(Text("no warning: no rule has fired for three epochs in a row", style="dim"))
@@ -214,34 +216,3 @@ def sparkline(curve: Curve) -> str:
     lowest = (max(finite) + min(finite) - extent) / 2
     steps = [None if value is None else int((value - lowest) / extent * (len(BARS) - 1) + 0.5) for value in logs]
     return "".join("_" if step is None else BARS[step] for step in steps)
-
-
-def duration(seconds: float) -> str:
-    """`45 s`, `4 min 05 s`, `2 h 03 min`."""
-    whole = int(seconds + 0.5)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-
-
-def _number(value: float | None, absent: str = "not measured") -> str:
-    return absent if value is None else f"{value:.4g}"
-
-
-def _count(value: int | None, absent: str = "not measured") -> str:
-    return absent if value is None else str(value)
-
-
-def _gibibytes(value: float | None) -> str:
-    return "not measured" if value is None else f"{value / GIBIBYTE:.2f} GiB"
-
-
-def _colour(run: Progress) -> str:
-    return COLOURS.get(run.state, "red")
-
-
-def _clean(value: object) -> str:
-    """One line without control characters, whatever a record holds."""
-    return "".join(c if c.isprintable() else "?" for c in " ".join(str(value).split()))

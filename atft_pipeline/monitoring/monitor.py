@@ -15,8 +15,7 @@ from typing import Any
 
 from atft_pipeline.errors import InputError, unusable_path
 from atft_pipeline.monitoring.persistent_warnings import StandingWarning, standing_warnings
-from atft_pipeline.monitoring.progress import Progress, read_all_progress, read_progress
-from atft_pipeline.runs.lock import is_held
+from atft_pipeline.monitoring.progress import RunProgress, has_ended, read_all_progress, read_progress
 from atft_pipeline.training.distributed.interrupts import pause
 
 ENDED_SHOWN = 5
@@ -30,7 +29,7 @@ class Watched:
     `unassessed`: why there are none, where the rules could not be held against the run.
     """
 
-    progress: Progress
+    progress: RunProgress
     warnings: tuple[StandingWarning, ...] = ()
     unassessed: str | None = None
 
@@ -99,7 +98,7 @@ def watch_run(run_dir: Path, show: Callable[[Frame], None], *, every_s: float, o
         frame = look(time.time())
         show(frame)
         (run,) = frame.runs
-        if _has_ended(run.progress):
+        if has_ended(run.progress):
             return 0 if run.progress.has_succeeded else 1
         if once:
             return 0
@@ -111,18 +110,11 @@ def _require_pause(every_s: float) -> None:
         raise InputError(f"--every {every_s:g}: expected a number of seconds above 0")
 
 
-def _has_ended(progress: Progress) -> bool:
-    """A run that starts has no run.json yet, but a process that holds it."""
-    if progress.state == "unreadable":
-        return not is_held(progress.run_dir)
-    return not progress.goes_on
-
-
-def _is_always_shown(progress: Progress) -> bool:
+def _is_always_shown(progress: RunProgress) -> bool:
     return progress.goes_on or progress.state == "unreadable"
 
 
-def _assessed(progress: Progress) -> Watched:
+def _assessed(progress: RunProgress) -> Watched:
     """With the run's standing warnings; a run that cannot be read has said so already."""
     if progress.state == "unreadable":
         return Watched(progress)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Mapping
@@ -13,20 +12,23 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from atft_pipeline.errors import InputError, unusable_path
+from atft_pipeline.runs.documents import read_document
 from atft_pipeline.runs.header import read_run
 from atft_pipeline.runs.lock import is_held
-from atft_pipeline.runs.tables import TABLES, read_table, series_values
+from atft_pipeline.runs.paths import UnreadableFile
+from atft_pipeline.runs.state import run_state
+from atft_pipeline.runs.tables import read_part, read_table, series_values
+from atft_pipeline.storage.json_values import finite_or_none
 
 Curve = Mapping[int, float]
 """Epoch -> value, ascending; NaN where what was recorded is not finite."""
 
-Key = tuple[str, ...]
+CurveKey = tuple[str, ...]
 """What names a curve: (metric, split, component, term) in `series`, (metric, split, slice) in `evals`."""
 
-KEYS: dict[str, tuple[str, ...]] = {
+CURVE_KEYS: dict[str, tuple[str, ...]] = {
     "series": ("metric", "split", "component", "term"),
     "evals": ("metric", "split", "slice"),
 }
@@ -36,7 +38,7 @@ PASSING = ("passed", "not_applicable")
 
 
 @dataclass(frozen=True)
-class Progress:
+class RunProgress:
     """One run at one moment. None, or an empty curve, where something is not measured; never 0 instead.
 
     `problems`: what could not be read, a sentence each. `eta_s` counts down between epochs; `since_epoch_s` is the time
@@ -94,25 +96,21 @@ class Progress:
 
 def newest(curve: Curve) -> float | None:
     """The value of the newest epoch; None where there is none, or it is not finite."""
-    return _finite(curve.get(max(curve))) if curve else None
+    return finite_or_none(curve.get(max(curve))) if curve else None
 
 
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
-
-
-def read_progress(run_dir: Path, now_s: float) -> Progress:
+def read_progress(run_dir: Path, now_s: float) -> RunProgress:
     """One run at `now_s` (seconds since 1970), from the parts that can be read."""
     name = run_dir.name or run_dir.resolve().name
     try:
         return _read(run_dir, name, now_s)
     except InputError as error:
-        return Progress(name, run_dir, "unreadable", problems=(str(error),))
+        return RunProgress(name, run_dir, "unreadable", problems=(str(error),))
     except OSError as error:
-        return Progress(name, run_dir, "unreadable", problems=(str(unusable_path(error)),))
+        return RunProgress(name, run_dir, "unreadable", problems=(str(unusable_path(error)),))
 
 
-def _read(run_dir: Path, name: str, now_s: float) -> Progress:
+def _read(run_dir: Path, name: str, now_s: float) -> RunProgress:
     header = read_run(run_dir)
     state = run_state(run_dir, header)
     problems: list[str] = []
@@ -123,7 +121,7 @@ def _read(run_dir: Path, name: str, now_s: float) -> Progress:
         problems.append("run.json does not say how many epochs are done and planned: a run of another version")
     since_s = _since_newest_part(run_dir, now_s) if state == "running" else None
     verdict = _verdict(run_dir, problems) if state == "finished" else None
-    return Progress(
+    return RunProgress(
         run=name,
         run_dir=run_dir,
         state=state,
@@ -150,7 +148,7 @@ def _read(run_dir: Path, name: str, now_s: float) -> Progress:
     )
 
 
-def read_all_progress(runs: Path, now_s: float) -> list[Progress]:
+def read_all_progress(runs: Path, now_s: float) -> list[RunProgress]:
     """Every run directory under `runs`, newest start first.
 
     Raises InputError when the folder does not exist.
@@ -164,16 +162,15 @@ def read_all_progress(runs: Path, now_s: float) -> list[Progress]:
 # Curves of a run's tables -----------------------------------------------------------------------------------------
 
 
-def _curves(run_dir: Path, table: str, problems: list[str]) -> dict[Key, dict[int, float]]:
+def _curves(run_dir: Path, table: str, problems: list[str]) -> dict[CurveKey, dict[int, float]]:
     """Curves of all readable parts; each part is opened once per process while it stays the same."""
-    curves: dict[Key, dict[int, float]] = {}
+    curves: dict[CurveKey, dict[int, float]] = {}
     for path in sorted((run_dir / table).glob("epoch_*.parquet")):
         try:
             state = path.stat()
             rows = _epoch_rows(path, state.st_mtime_ns, state.st_size, table)
-        except (OSError, pa.ArrowException, KeyError) as error:
-            why = (str(error).splitlines() or [type(error).__name__])[0][:120]
-            problems.append(f"{table}/{path.name} is left out: torn, or of another version ({why})")
+        except (OSError, UnreadableFile) as error:
+            problems.append(f"{table}/{path.name} is left out: {error}")
             continue
         for key, epoch, value in rows:
             curves.setdefault(key, {})[epoch] = value
@@ -181,28 +178,30 @@ def _curves(run_dir: Path, table: str, problems: list[str]) -> dict[Key, dict[in
 
 
 @lru_cache(maxsize=8192)
-def _epoch_rows(path: Path, changed_ns: int, size: int, table: str) -> tuple[tuple[Key, int, float], ...]:  # noqa: ARG001
+def _epoch_rows(path: Path, changed_ns: int, size: int, table: str) -> tuple[tuple[CurveKey, int, float], ...]:  # noqa: ARG001
     """(key, epoch, value) of the figures of whole epochs; time and size tell a changed part from a known one."""
-    rows = pq.ParquetFile(path).read().select(TABLES[table].names).cast(TABLES[table])
+    rows = read_part(path, table)
     if "step" in rows.schema.names:
         rows = rows.filter(pc.is_null(rows["step"]))
     return tuple(
         (
-            tuple(row[name] or "" for name in KEYS[table]),
+            tuple(row[name] or "" for name in CURVE_KEYS[table]),
             row["epoch"],
             math.nan if row["value"] is None else row["value"],
         )
-        for row in rows.select([*KEYS[table], "epoch", "value"]).to_pylist()
+        for row in rows.select([*CURVE_KEYS[table], "epoch", "value"]).to_pylist()
         if row["epoch"] is not None
     )
 
 
-def _count(series: Mapping[Key, Curve], metric: str) -> int | None:
+def _count(series: Mapping[CurveKey, Curve], metric: str) -> int | None:
     curve = series.get((metric, "validation", "", ""))
     return None if curve is None else int(sum(value for value in curve.values() if math.isfinite(value)))
 
 
-def _left_s(series: Mapping[Key, Curve], epoch: int | None, epochs: int | None, since_s: float | None) -> float | None:
+def _left_s(
+    series: Mapping[CurveKey, Curve], epoch: int | None, epochs: int | None, since_s: float | None
+) -> float | None:
     """Seconds to the end of a run that goes on; the epoch in progress has taken `since_s` of its own."""
     length = epoch_length_s(
         series.get(("epoch_s", "train", "", ""), {}), series.get(("validation_s", "validation", "", ""), {})
@@ -212,16 +211,16 @@ def _left_s(series: Mapping[Key, Curve], epoch: int | None, epochs: int | None, 
     return round((epochs - epoch) * length - min(since_s, length), 1) if epoch < epochs else 0.0
 
 
-def _evaluation(evals: Mapping[Key, Curve], universe: str) -> dict[str, Any]:
+def _evaluation(evals: Mapping[CurveKey, Curve], universe: str) -> dict[str, Any]:
     """The newest evaluation of the validation split in the criterion's slice."""
     valid = evals.get(("valid", "validation", universe), {})
     sharpe = evals.get(("sharpe_daily", "validation", universe), {})
     if not (valid or sharpe):
         return {}
     epoch = max([*valid, *sharpe])
-    is_valid = _finite(valid.get(epoch))
+    is_valid = finite_or_none(valid.get(epoch))
     figures = {
-        metric: _finite(evals.get((metric, "validation", universe), {}).get(epoch))
+        metric: finite_or_none(evals.get((metric, "validation", universe), {}).get(epoch))
         for metric in ("sharpe_daily", "sharpe_se", "ic_mean")
     }
     return {"epoch_evaluated": epoch, "evaluation_valid": None if is_valid is None else is_valid > 0} | figures
@@ -251,13 +250,13 @@ def _text(value: object) -> str | None:
 def _verdict(run_dir: Path, problems: list[str]) -> str | None:
     """Status of verdict.json; None, and why, where there is none to read."""
     try:
-        content = json.loads((run_dir / "verdict.json").read_text(encoding="utf-8"))
-        return str(content["status"])
-    except FileNotFoundError:
-        problems.append("verdict.json: not written, although the run has finished")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        problems.append(f"verdict.json cannot be read ({error})")
-    return None
+        status = read_document(run_dir, "verdict.json").get("status")
+    except UnreadableFile as error:
+        problems.append(f"verdict.json: {error}, although the run has finished")
+        return None
+    if status is None:
+        problems.append("verdict.json: holds no status")
+    return _text(status)
 
 
 def _since_newest_part(run_dir: Path, now_s: float) -> float | None:
@@ -308,13 +307,11 @@ def run_snapshot(run_dir: Path) -> dict[str, Any]:
     }
 
 
-def run_state(run_dir: Path, header: Mapping[str, Any]) -> str:
-    """What the header says, or `killed` where it says running and no process holds the run."""
-    if header["status"] != "running" or is_held(run_dir):
-        return str(header["status"])
-    # It may have ended between the two looks.
-    ended = read_run(run_dir)["status"]
-    return "killed" if ended == "running" else str(ended)
+def has_ended(progress: RunProgress) -> bool:
+    """Whether no process writes the run any more. One that starts cannot be read yet, but a process holds it."""
+    if progress.state == "unreadable":
+        return not is_held(progress.run_dir)
+    return not progress.goes_on
 
 
 def epoch_length_s(trained_s: Mapping[int, float], validated_s: Mapping[int, float]) -> float | None:

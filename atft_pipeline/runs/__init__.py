@@ -1,1 +1,1 @@
-"""The run directory: its keys, its tables, one writer and one reader."""
+"""The run directory: its keys, its tables, its state, one writer and one reader."""

@@ -1,4 +1,4 @@
-"""What decides a run, and the keys that follow from it."""
+"""The fields that decide a run's result, and the keys that follow from them."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ from atft_pipeline.config.schema import PipelineConfig
 from atft_pipeline.storage.artifact import sha256_of
 from atft_pipeline.storage.code_version import code_revision
 
-PLACEMENT: tuple[str, ...] = ("panel", "loader_workers")
-"""Fields of `train` that decide where and when, and no figure: a run may go on with others, and is the same run."""
+NON_DECIDING_FIELDS: tuple[str, ...] = ("panel", "loader_workers")
+"""Fields of `train` that do not decide the result: they say where and when, and a run may go on with others."""
 
 
-def decisive(config: PipelineConfig) -> dict[str, Any]:
-    """The configuration as a dictionary, without what changes no result."""
+def deciding_values(config: PipelineConfig) -> dict[str, Any]:
+    """The fields of the configuration that decide the result."""
     values = to_dict(config)
-    return values | {"train": {name: value for name, value in values["train"].items() if name not in PLACEMENT}}
+    train = {name: value for name, value in values["train"].items() if name not in NON_DECIDING_FIELDS}
+    return values | {"train": train}
 
 
 def config_key(config: PipelineConfig) -> str:
-    """Hash of the configuration apart from the number of epochs: runs that a 20-epoch verdict speaks for share it."""
-    values = decisive(config)
+    """Hash of the configuration without the number of epochs: a 20-epoch verdict speaks for the runs that share it."""
+    values = deciding_values(config)
     del values["train"]["epochs"]
     return sha256_of(values)[:12]
 
@@ -31,10 +32,11 @@ def run_key(
 ) -> str:
     """Hash of configuration, code and data; the suffix of the run's directory.
 
-    Several processes are part of it: they add in another order and draw other dropout, and one key means the same bits.
+    One key means the same bits. Several processes sum in another order and draw other dropout, so their number is part
+    of the key.
     """
     parts = {
-        "config": decisive(config),
+        "config": deciding_values(config),
         "code": code_revision("run"),
         "dataset": dataset_fingerprint,
         "graph": graph_fingerprint,

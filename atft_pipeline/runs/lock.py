@@ -1,4 +1,4 @@
-"""One writer per run directory: the lock goes with the process, so a killed run leaves none behind."""
+"""One writer per run directory. The lock ends with the process that holds it, so a killed run leaves none behind."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import IO
 from atft_pipeline.errors import InputError
 
 LOCK_ATTEMPTS, LOCK_PAUSE_S = 5, 0.05
-"""A reader that asks whether a run is held (`is_held`) holds it itself for an instant; a writer tries again."""
+"""`is_held` takes the lock itself for an instant, so a writer that meets it tries again."""
 
 
 @contextmanager
 def exclusive(run_dir: Path) -> Iterator[None]:
-    """Holds the run directory for one writer; the lock goes with the process, so a killed run leaves none behind."""
+    """Holds the run directory for one writer. Raises InputError where another process holds it."""
     run_dir.mkdir(parents=True, exist_ok=True)
     with (run_dir / ".lock").open("w") as handle:
         for _ in range(LOCK_ATTEMPTS):
@@ -30,7 +30,7 @@ def exclusive(run_dir: Path) -> Iterator[None]:
 
 
 def is_held(run_dir: Path) -> bool:
-    """Whether a process is writing the run: one that says `running` and is not held was killed."""
+    """Whether a process is writing the run."""
     lock = run_dir / ".lock"
     if not lock.exists():
         return False
@@ -39,7 +39,7 @@ def is_held(run_dir: Path) -> bool:
 
 
 def _locked(handle: IO[str], kind: int) -> bool:
-    """Takes a lock of `kind` until the file is closed; False where another process holds one against it."""
+    """Takes a lock of `kind` until the file is closed; False where the lock of another process excludes it."""
     try:
         fcntl.flock(handle, kind | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -1,12 +1,11 @@
-"""An experiment against the run that it explains, session by session, and where the result is kept.
+"""An experiment compared with the run that it explains, session by session, and where the result is kept.
 
-The result lies in the explained run's own directory, `RUN_DIR/probes/experiment_a.json`, so that its report needs no
-other run's files.
+The result is kept in the explained run's own directory, `RUN_DIR/probes/experiment_a.json`, so that the report of a run
+needs no files of another run.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -20,17 +19,17 @@ from numpy.typing import NDArray
 from atft_pipeline.config.overrides import from_dict, leaves
 from atft_pipeline.config.schema import EXPERIMENT_IDS
 from atft_pipeline.errors import InputError
-from atft_pipeline.evaluation.metrics import finite_or_none, paired_difference, sharpe
+from atft_pipeline.evaluation.metrics import paired_difference, sharpe
+from atft_pipeline.runs.documents import read_document
 from atft_pipeline.runs.header import read_run
-from atft_pipeline.runs.keys import PLACEMENT
+from atft_pipeline.runs.keys import NON_DECIDING_FIELDS
 from atft_pipeline.runs.tables import read_table
 from atft_pipeline.storage.atomic import write_json
+from atft_pipeline.storage.json_values import finite_or_none
 
 SPLIT = "validation"
 SIGNIFICANT_SE = 1.96
-"""Standard errors beyond which a difference is called one where no interval was computed."""
-
-_BOOTSTRAP_SEED = 20
+"""Standard errors beyond which a difference counts as one, where no interval was computed."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class PairedResult:
-    """What a run earns against another on the same validation sessions, both at the same epoch."""
+    """What an experiment earns more than the explained run, on the same validation sessions and at the same epoch."""
 
     explained: str
     """Name of the run that is explained."""
@@ -68,12 +67,12 @@ class PairedResult:
     """Name of the other run."""
     experiment_dir: str
     changed: dict[str, list[Any]]
-    """Field -> its value in the explained run and in the other one, where they differ."""
+    """Field -> its value in the explained run and in the experiment, where they differ."""
     same_code: bool
     dataset_fingerprint: str
     slice: str
     epoch: int
-    """Last epoch that both have evaluated."""
+    """The last epoch that both have evaluated."""
     sessions: int
     ic: Difference
     gross: Difference
@@ -88,17 +87,17 @@ Daily = dict[date, tuple[float, float]]
 
 
 def compare_runs(run_dir: Path, other_dir: Path) -> PairedResult:
-    """The run in `other_dir` against the one in `run_dir`, in the slice of the latter's criterion.
+    """The run in `other_dir` compared with the run in `run_dir`, in the slice of the latter's criterion.
 
-    Raises InputError where one has no readable record, where they are of different datasets or validate on different
-    sessions, and where no epoch was evaluated in both.
+    Raises InputError where a record cannot be read, where the datasets or the validation sessions differ, and where no
+    epoch was evaluated in both.
     """
     run, other = read_run(run_dir), read_run(other_dir)
-    theirs, ours = _fingerprint(run, run_dir), _fingerprint(other, other_dir)
-    if ours != theirs:
+    fingerprint, other_fingerprint = _fingerprint(run, run_dir), _fingerprint(other, other_dir)
+    if other_fingerprint != fingerprint:
         raise InputError(
-            f"{other_dir}: was trained on dataset {ours[:12]}, {run_dir} on {theirs[:12]}; runs are compared on one"
-            " dataset only"
+            f"{other_dir}: was trained on dataset {other_fingerprint[:12]}, {run_dir} on {fingerprint[:12]}; runs are"
+            " compared on one dataset only"
         )
     config = from_dict(_config(run, run_dir)).evaluation
     by_epoch, other_by_epoch = _daily(run_dir, config.universe), _daily(other_dir, config.universe)
@@ -125,7 +124,7 @@ def compare_runs(run_dir: Path, other_dir: Path) -> PairedResult:
         experiment_dir=str(other_dir),
         changed=_changed(_config(run, run_dir), _config(other, other_dir)),
         same_code=run.get("code_revision") == other.get("code_revision"),
-        dataset_fingerprint=theirs,
+        dataset_fingerprint=fingerprint,
         slice=config.universe,
         epoch=epoch,
         sessions=len(daily),
@@ -137,7 +136,7 @@ def compare_runs(run_dir: Path, other_dir: Path) -> PairedResult:
 
 
 def evaluated_epochs(run_dir: Path) -> list[int]:
-    """Epochs whose validation sessions have figures in the slice of the criterion: those that can be compared."""
+    """Epochs that can be compared: their validation sessions have figures in the slice of the criterion."""
     config = from_dict(_config(read_run(run_dir), run_dir)).evaluation
     return sorted(_daily(run_dir, config.universe))
 
@@ -156,7 +155,7 @@ def _config(run: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:
 
 
 def _daily(run_dir: Path, universe: str) -> dict[int, Daily]:
-    """Epoch -> its validation sessions; an epoch without a finite value (an invalid evaluation) is left out."""
+    """Epoch -> its validation sessions. An epoch without a finite value, an invalid evaluation, is left out."""
     epochs: dict[int, Daily] = {}
     for row in read_table(run_dir, "daily").to_pylist():
         if (row["split"], row["slice"]) == (SPLIT, universe):
@@ -171,14 +170,15 @@ def _columns(daily: Daily) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
 
 
 def _paired(ours: NDArray[np.float64], theirs: NDArray[np.float64], samples: int) -> dict[str, Any]:
-    return paired_difference(ours, theirs, samples=samples, seed=_BOOTSTRAP_SEED)
+    return paired_difference(ours, theirs, samples=samples)
 
 
 def _changed(config: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, list[Any]]:
-    mine, theirs = leaves(config), leaves(other)
-    ignored = {f"train.{name}" for name in PLACEMENT}
-    fields = [name for name in sorted(mine.keys() | theirs.keys()) if name not in ignored]
-    return {name: [mine.get(name), theirs.get(name)] for name in fields if mine.get(name) != theirs.get(name)}
+    values, other_values = leaves(config), leaves(other)
+    ignored = {f"train.{name}" for name in NON_DECIDING_FIELDS}
+    fields = [name for name in sorted(values.keys() | other_values.keys()) if name not in ignored]
+    pairs = {name: [values.get(name), other_values.get(name)] for name in fields}
+    return {name: [old, new] for name, (old, new) in pairs.items() if old != new}
 
 
 def _listed(epochs: Mapping[int, Daily]) -> str:
@@ -200,23 +200,23 @@ def result_path(run_dir: Path, id: str) -> Path:
 
 
 def write_experiment_result(run_dir: Path, id: str, result: PairedResult) -> Path:
-    """Keeps the result with the run that it explains; an earlier one of the same experiment is replaced in one step."""
+    """Keeps the result with the run that it explains. An earlier result of the same experiment is replaced at once."""
     path = result_path(run_dir, id)
     write_json(path, asdict(result))
     return path
 
 
 def read_experiment_results(run_dir: Path) -> dict[str, PairedResult]:
-    """Experiment -> its result, for those that were run. Raises InputError for a file that is no such result."""
-    paths = {id: result_path(run_dir, id) for id in EXPERIMENT_IDS}
-    return {id: _read_result(path) for id, path in paths.items() if path.exists()}
+    """Experiment -> its result, for the experiments that were run. Raises InputError for a file that is no result."""
+    return {id: _read_result(run_dir, id) for id in EXPERIMENT_IDS if result_path(run_dir, id).exists()}
 
 
-def _read_result(path: Path) -> PairedResult:
+def _read_result(run_dir: Path, id: str) -> PairedResult:
+    path = result_path(run_dir, id)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_document(run_dir, str(path.relative_to(run_dir)))
         return PairedResult(**(values | {name: Difference(**values[name]) for name in ("ic", "gross")}))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (InputError, KeyError, TypeError) as error:
         raise InputError(
             f"{path}: not the result of an experiment ({type(error).__name__}: {error}); delete it and run the"
             " experiment again"
@@ -224,13 +224,12 @@ def _read_result(path: Path) -> PairedResult:
 
 
 def experiment_rows(run_dir: Path) -> list[dict[str, str]]:
-    """A row per experiment that was run, as a report shows it; a result that cannot be read says so in its row."""
+    """A row of the report per experiment that was run. The row of a result that cannot be read says so."""
     rows = []
     for id in EXPERIMENT_IDS:
-        path = result_path(run_dir, id)
-        if path.exists():
+        if result_path(run_dir, id).exists():
             try:
-                rows.append({"experiment": id} | _row(_read_result(path)))
+                rows.append({"experiment": id} | _row(_read_result(run_dir, id)))
             except InputError as error:
                 rows.append({"experiment": id} | dict.fromkeys(_COLUMNS, "not readable") | {"changed": str(error)})
     return rows

@@ -1,14 +1,12 @@
-"""One run directory as it lies on disk, half-written ones included: tables in DuckDB, run.json, verdict.json.
+"""A whole run directory for the diagnosis: run.json, verdict.json, predictions, and the tables in DuckDB.
 
-What cannot be read is named in `missing` instead of raised: a killed run leaves torn files, and needs a diagnosis most.
+A file that cannot be read raises nothing and is named in `missing`: a killed run leaves torn files, and it needs a
+diagnosis most.
 """
 
 from __future__ import annotations
 
-import fcntl
-import json
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,19 +18,24 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from atft_pipeline.errors import InputError
+from atft_pipeline.runs.documents import read_document
 from atft_pipeline.runs.header import located
-from atft_pipeline.runs.tables import TABLES
+from atft_pipeline.runs.lock import is_held
+from atft_pipeline.runs.paths import UnreadableFile, files_until, first_line, part_epoch, require_inside
+from atft_pipeline.runs.state import RUNNING, run_state
+from atft_pipeline.runs.tables import TABLES, read_part
 
 KEYS: dict[str, str] = {
     "series": "step, epoch, split, component, term, metric",
     "evals": "epoch, split, slice, metric",
     "daily": "epoch, split, slice, date",
 }
-"""What names a row: of two rows with the same key (an epoch repeated after a restart) the later part counts."""
+"""Columns that identify a row. Of two rows with the same key (an epoch repeated after a restart) the one in the later
+partition counts."""
 
 EpochRows = dict[tuple[str, str], list[tuple[str, str, int, float]]]
-"""(metric, term) -> (split, component, epoch, value) of the rows of whole epochs whose value is finite: nearly all rows
-are of steps, and nearly all questions about epochs."""
+"""(metric, term) -> (split, component, epoch, value) of the per-epoch rows whose value is finite. They are kept apart
+because nearly all rows are of steps, and nearly all questions are about epochs."""
 
 Curve = dict[int, float]
 """Epoch -> value, ascending, NaN and null left out."""
@@ -40,9 +43,9 @@ Curve = dict[int, float]
 
 @dataclass(frozen=True)
 class Record:
-    """A run's own record. `missing` names every file that was expected and could not be used, and why.
+    """The record of one run. `missing` names every file that was expected and could not be used, and why.
 
-    `is_past`: the record as it stood at an earlier epoch, after which the run went on.
+    `is_past`: the record as it stood at the end of an earlier epoch.
     """
 
     run_dir: Path
@@ -62,39 +65,39 @@ class Record:
         return None if not rows or rows[0][0] is None else float(rows[0][0])
 
     def config(self, dotted: str) -> Any:
-        """The field of the run's configuration, or None where run.json does not have it."""
+        """A field of the run's configuration; None where run.json does not have it."""
         value: Any = self.run.get("config")
         for name in dotted.split("."):
             value = value.get(name) if isinstance(value, dict) else None
         return value
 
     def number(self, dotted: str, default: float) -> float:
-        """A number of the configuration; `default` where it is absent or something else (a run of another version)."""
+        """A number of the configuration; `default` where it is absent or no number, as in a run of another version."""
         return as_number(self.config(dotted), default)
 
     @property
     def phases(self) -> list[dict[str, Any]]:
-        """Loss phases of the configuration that have weights."""
+        """The loss phases of the configuration that have weights."""
         phases = self.config("train.loss.phases")
         return [p for p in phases if _section(p, "weights")] if isinstance(phases, list) else []
 
     @property
     def criterion(self) -> dict[str, Any]:
-        """The verdict's criterion; empty before there is one."""
+        """The criterion in the verdict; empty before there is one."""
         return _section(self.verdict, "criterion")
 
     def curve(self, metric: str, *, split: str | None = None, component: str | None = None, term: str = "") -> Curve:
         """A per-epoch series; `split` and `component` None accept any."""
-        found = {
+        by_epoch = {
             epoch: value
             for its_split, its_component, epoch, value in self.epoch_rows.get((metric, term), ())
             if split in (None, its_split) and component in (None, its_component)
         }
-        return dict(sorted(found.items()))
+        return dict(sorted(by_epoch.items()))
 
     def components(self, metric: str) -> list[str]:
-        found = {row[1] for (name, _), rows in self.epoch_rows.items() if name == metric for row in rows}
-        return sorted(str(component) for component in found if component)
+        components = {row[1] for (name, _), rows in self.epoch_rows.items() if name == metric for row in rows}
+        return sorted(str(component) for component in components if component)
 
     def evaluation(self, metric: str, split: str = "validation") -> dict[int, tuple[float, float | None]]:
         """Epoch -> (value, standard error or None) of a statistic in the criterion's slice."""
@@ -109,7 +112,7 @@ class Record:
 
     @property
     def slice(self) -> str:
-        """The slice the criterion is held against, by verdict, then configuration."""
+        """The slice that the criterion reads, as the verdict says, else the configuration."""
         recorded = self.criterion.get("slice") or self.config("evaluation.universe")
         return str(recorded) if recorded else "liquid"
 
@@ -123,24 +126,19 @@ class Record:
 
     @property
     def is_locked(self) -> bool:
-        """Whether a process is writing this run right now: it holds `.lock`, which dies with it.
+        """Whether a process is writing this run. For a past epoch: always True, the run went on after it."""
+        return self.is_past or is_held(self.run_dir)
 
-        At an epoch after which the run went on one was.
-        """
-        if self.is_past:
-            return True
-        try:
-            with (self.run_dir / ".lock").open() as handle:
-                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except FileNotFoundError:
-            return False
-        except BlockingIOError:
-            return True
-        return False
+    @property
+    def state(self) -> str | None:
+        """The run's state (`run_state`); None where run.json does not say one. For a past epoch: `running`."""
+        if self.run.get("status") is None:
+            return None
+        return RUNNING if self.is_past else run_state(self.run_dir, self.run)
 
     @property
     def epochs_done(self) -> int:
-        """Epochs with a record; run.json may lag behind the tables of a killed run."""
+        """The newest epoch with a record. The run.json of a killed run may lag behind its tables."""
         recorded = self.scalar("SELECT max(epoch) FROM series WHERE step IS NULL")
         evaluated = self.scalar("SELECT max(epoch) FROM evals")
         return int(max(recorded or 0, evaluated or 0, as_number(self.run.get("epochs_done"), 0)))
@@ -152,10 +150,10 @@ class Record:
 
 
 def open_record(run_dir: Path, until_epoch: int | None = None) -> Record:
-    """Everything of `run_dir` that can be read, and no number from outside it.
+    """Everything in `run_dir` that can be read, and no number from outside it.
 
-    With `until_epoch` as it stood at the end of that epoch: rows and predictions of later epochs are left out, and
-    where the run has gone on since, so is the verdict, and run.json says `running`.
+    With `until_epoch`, the record as it stood at the end of that epoch: rows and predictions of later epochs are left
+    out. Where the run has gone on since, the verdict is left out too, and run.json says `running`.
 
     Raises InputError where the folder does not exist or holds nothing readable of a run.
     """
@@ -184,31 +182,19 @@ def open_record(run_dir: Path, until_epoch: int | None = None) -> Record:
 
 
 def _epoch_rows(connection: duckdb.DuckDBPyConnection) -> EpochRows:
-    found: EpochRows = {}
+    by_curve: EpochRows = {}
     rows = connection.execute(
         """SELECT metric, coalesce(term, ''), split, component, epoch, value FROM series
            WHERE step IS NULL AND epoch IS NOT NULL AND isfinite(value)"""
     ).fetchall()
     for metric, term, split, component, epoch, value in rows:
-        found.setdefault((metric, term), []).append((split, component, int(epoch), float(value)))
-    return found
-
-
-def part_epoch(path: Path) -> int | None:
-    """The epoch that the name of a part or of a predictions file says; None where it says none."""
-    match = re.fullmatch(r"epoch_(\d+)", path.stem)
-    return int(match.group(1)) if match else None
+        by_curve.setdefault((metric, term), []).append((split, component, int(epoch), float(value)))
+    return by_curve
 
 
 def _newest_epoch(run_dir: Path, run: dict[str, Any]) -> float:
     named = [part_epoch(path) or 0 for name in TABLES for path in (run_dir / name).glob("epoch_*.parquet")]
     return max([as_number(run.get("epochs_done"), 0), *named])
-
-
-def _parts(folder: Path, pattern: str, until_epoch: int | None) -> list[Path]:
-    """Files of `folder` by name, without those of epochs after `until_epoch`."""
-    paths = sorted(folder.glob(pattern))
-    return [path for path in paths if until_epoch is None or (part_epoch(path) or 0) <= until_epoch]
 
 
 def as_number(value: object, default: float) -> float:
@@ -222,32 +208,26 @@ def _section(values: object, name: str) -> dict[str, Any]:
 
 
 def _read_json(run_dir: Path, name: str, missing: list[str]) -> dict[str, Any]:
-    path = run_dir / name
-    problem = _outside(path, run_dir)
-    if problem is None:
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            if isinstance(values, dict):
-                return values
-            problem = "not a JSON object"
-        except FileNotFoundError:
-            problem = "not written"
-        except (OSError, ValueError) as error:
-            problem = f"unreadable ({_first_line(error)})"
-    missing.append(f"{name}: {problem}")
-    return {}
+    try:
+        return read_document(run_dir, name)
+    except UnreadableFile as error:
+        missing.append(f"{name}: {error}")
+        return {}
 
 
 def _load_table(
     connection: duckdb.DuckDBPyConnection, run_dir: Path, name: str, until_epoch: int | None, missing: list[str]
 ) -> int:
-    """Creates table `name` from its readable parts; returns the number of rows."""
+    """Creates table `name` from its readable partitions; returns the number of rows."""
     parts = []
-    paths = _parts(run_dir / name, "*.parquet", until_epoch)
+    paths = files_until(run_dir / name, "*.parquet", until_epoch)
     for number, path in enumerate(paths):
-        part = _read_part(path, run_dir, TABLES[name], missing)
-        if part is not None:
-            parts.append(part.append_column("part", pa.repeat(pa.scalar(number, pa.int32()), part.num_rows)))
+        try:
+            part = read_part(path, name)
+        except UnreadableFile as error:
+            missing.append(f"{name}/{path.name}: {error}")
+            continue
+        parts.append(part.append_column("part", pa.repeat(pa.scalar(number, pa.int32()), part.num_rows)))
     if not paths:
         missing.append(f"{name}/: no parts written")
     schema = TABLES[name].append(pa.field("part", pa.int32()))
@@ -273,44 +253,29 @@ def _has_finite(values: pa.ChunkedArray) -> bool:
     return bool(pc.any(pc.is_finite(values)).as_py())
 
 
-def _read_part(path: Path, run_dir: Path, schema: pa.Schema, missing: list[str]) -> pa.Table | None:
-    problem = _outside(path, run_dir)
-    if problem is None:
-        try:
-            found = pq.ParquetFile(path).read()
-            lacking = [name for name in schema.names if name not in found.schema.names]
-            if not lacking:
-                return found.select(schema.names).cast(schema)
-            problem = f"column {lacking[0]} is missing"
-        except (OSError, pa.ArrowException) as error:
-            problem = f"torn or unreadable ({_first_line(error)})"
-    missing.append(f"{path.parent.name}/{path.name}: {problem}")
-    return None
-
-
 def _find_predictions(run_dir: Path, until_epoch: int | None, missing: list[str]) -> dict[int, Path]:
-    found: dict[int, Path] = {}
-    for path in _parts(run_dir / "predictions", "epoch_*.parquet", until_epoch):
+    by_epoch: dict[int, Path] = {}
+    for path in files_until(run_dir / "predictions", "epoch_*.parquet", until_epoch):
         epoch = part_epoch(path)
-        problem = _outside(path, run_dir)
-        if problem is None:
-            try:
-                pq.ParquetFile(path).close()
-            except (OSError, pa.ArrowException) as error:
-                problem = f"torn or unreadable ({_first_line(error)})"
-        if problem is not None:
-            missing.append(f"predictions/{path.name}: {problem}")
-        elif epoch is not None:
-            found[epoch] = path
-    if not found:
+        try:
+            require_inside(path, run_dir)
+            pq.ParquetFile(path).close()
+        except UnreadableFile as error:
+            missing.append(f"predictions/{path.name}: {error}")
+        except (OSError, pa.ArrowException) as error:
+            missing.append(f"predictions/{path.name}: torn or unreadable ({first_line(error)})")
+        else:
+            if epoch is not None:
+                by_epoch[epoch] = path
+    if not by_epoch:
         missing.append("predictions/: none readable")
-    return found
+    return by_epoch
 
 
 def read_scores(path: Path, horizons: Sequence[int]) -> pa.Table | None:
-    """Scores and targets of a predictions file as float64 beside Date, Code, split and is_liquid.
+    """Scores and targets of a predictions file as float64, beside Date, Code, split and is_liquid.
 
-    None where it cannot be read, or a column is missing or holds something else than its name says.
+    None where the file cannot be read, or a column is missing or of another type than its name says.
     """
     fields: list[tuple[str, pa.DataType]] = [("Date", pa.date32()), ("Code", pa.string()), ("split", pa.string())]
     fields += [("is_liquid", pa.bool_())]
@@ -320,13 +285,3 @@ def read_scores(path: Path, horizons: Sequence[int]) -> pa.Table | None:
         return pq.ParquetFile(path).read(columns=schema.names).select(schema.names).cast(schema)
     except (OSError, KeyError, pa.ArrowException):
         return None
-
-
-def _outside(path: Path, run_dir: Path) -> str | None:
-    """A link that leaves the run is how a number of another run once came to be reported as this one's."""
-    inside = path.resolve().is_relative_to(run_dir.resolve())
-    return None if inside else "a link to a file outside this run, not read"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:120]

@@ -1,8 +1,7 @@
-"""The writer of a run directory, `output/runs/<name>-<key>/`: header, tables, one part per table and epoch."""
+"""The writer of a run directory: `run.json`, and one partition per table and epoch."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,11 +12,12 @@ import pyarrow.parquet as pq
 
 from atft_pipeline.runs.tables import TABLES
 from atft_pipeline.storage.atomic import replacing, write_json
+from atft_pipeline.storage.json_values import finite_or_none
 
 
 @dataclass
 class RunRecord:
-    """Writer of one run directory. Rows gather in memory and become one part per table at `close_epoch`."""
+    """Writer of one run directory. Rows gather in memory; `close_epoch` writes them as one partition per table."""
 
     run_dir: Path
     header: dict[str, Any]
@@ -39,7 +39,7 @@ class RunRecord:
         component: str = "",
         term: str = "",
     ) -> None:
-        """One number. A value that is not finite is kept: that it was not is the finding."""
+        """Adds one number to `series`. A value that is not finite is kept as evidence."""
         self._rows["series"].append(
             {
                 "step": step,
@@ -53,11 +53,12 @@ class RunRecord:
         )
 
     def log_evaluation(self, rows: list[dict[str, Any]], daily: list[dict[str, Any]]) -> None:
+        """Adds rows to `evals` and `daily`."""
         self._rows["evals"].extend(rows)
         self._rows["daily"].extend(daily)
 
     def close_epoch(self, epoch: int) -> None:
-        """Writes the gathered rows as this epoch's parts and forgets them."""
+        """Writes the gathered rows as this epoch's partitions and forgets them."""
         for name, schema in TABLES.items():
             write_parquet(
                 self.run_dir / name / f"epoch_{epoch:03d}.parquet", pa.Table.from_pylist(self._rows[name], schema)
@@ -65,8 +66,8 @@ class RunRecord:
             self._rows[name].clear()
 
 
-class UnwrittenRecord(RunRecord):
-    """The record of a process that does not lead: it takes what a record takes and leaves nothing."""
+class NullRecord(RunRecord):
+    """The record of a process that is not the leader: it accepts every call and writes nothing."""
 
     def update(self, **fields: Any) -> None:
         self.header.update(fields)
@@ -77,6 +78,7 @@ class UnwrittenRecord(RunRecord):
 
 
 def write_parquet(path: Path, table: pa.Table) -> None:
+    """Writes `table` to `path`, atomically."""
     with replacing(path) as temporary:
         pq.write_table(table, temporary, compression="zstd")
 
@@ -86,10 +88,6 @@ def statistics_rows(
 ) -> list[dict[str, Any]]:
     """Rows of `evals` from `metric -> (value, unit, standard error)`; None and NaN become null."""
     return [
-        columns | {"metric": metric, "unit": unit, "value": _finite(value), "se": _finite(se)}
+        columns | {"metric": metric, "unit": unit, "value": finite_or_none(value), "se": finite_or_none(se)}
         for metric, (value, unit, se) in statistics.items()
     ]
-
-
-def _finite(value: float | None) -> float | None:
-    return float(value) if value is not None and math.isfinite(value) else None

@@ -1,7 +1,7 @@
 """The tables of a run directory: their schemas, and how they are read.
 
-Tables are folders of parquet parts, one part per epoch, each renamed into place when complete. DuckDB reads them while
-the run goes on (`read_parquet('RUN/series/*.parquet')`), and a killed run loses at most its current epoch.
+A table is a folder of parquet partitions, one per epoch, each renamed into place when it is complete. DuckDB reads them
+while the run goes on (`read_parquet('RUN/series/*.parquet')`), and a killed run loses at most its current epoch.
 """
 
 from __future__ import annotations
@@ -9,9 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from atft_pipeline.errors import InputError
+from atft_pipeline.runs.paths import UnreadableFile, files_until, first_line, require_inside
 
 SERIES = pa.schema(
     [
@@ -58,25 +60,40 @@ TABLES: dict[str, pa.Schema] = {"series": SERIES, "evals": EVALS, "daily": DAILY
 
 
 def read_table(run_dir: Path, name: str) -> pa.Table:
-    """All complete parts of `series`, `evals` or `daily`, oldest epoch first; an empty table before the first epoch.
+    """All complete partitions of `series`, `evals` or `daily`, oldest epoch first; empty before the first epoch.
 
-    Raises InputError for a part that cannot be read.
+    Raises InputError for a partition that cannot be read.
     """
-    tables = [_read_part(part, TABLES[name]) for part in sorted((run_dir / name).glob("epoch_*.parquet"))]
-    return pa.concat_tables(tables) if tables else TABLES[name].empty_table()
+    partitions = []
+    for path in files_until(run_dir / name, "epoch_*.parquet"):
+        try:
+            partitions.append(read_part(path, name))
+        except UnreadableFile as error:
+            raise InputError(f"{path}: not a readable part of a run's record ({error}); train the run again") from error
+    return pa.concat_tables(partitions) if partitions else TABLES[name].empty_table()
 
 
-def _read_part(part: Path, schema: pa.Schema) -> pa.Table:
+def read_part(path: Path, name: str) -> pa.Table:
+    """One partition of table `name`, with the columns of its schema.
+
+    Raises UnreadableFile where it is torn, lacks a column, or leaves the run directory.
+    """
+    schema = TABLES[name]
+    require_inside(path, path.parents[1])
     try:
-        return pq.read_table(part, schema=schema)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise InputError(f"{part}: not a readable part of a run's record ({error}); train the run again") from error
+        table = pq.ParquetFile(path).read()
+        lacking = [column for column in schema.names if column not in table.schema.names]
+        if not lacking:
+            return table.select(schema.names).cast(schema)
+    except (OSError, pa.ArrowException) as error:
+        raise UnreadableFile(f"torn or unreadable ({first_line(error)})") from error
+    raise UnreadableFile(f"column {lacking[0]} is missing")
 
 
 def series_values(series: pa.Table, metric: str, **where: str) -> dict[int, float]:
     """Epoch -> value of the per-epoch rows of `metric` whose columns equal `where`."""
-    return {
-        row["epoch"]: row["value"]
-        for row in series.to_pylist()
-        if row["step"] is None and row["metric"] == metric and all(row[k] == v for k, v in where.items())
-    }
+    chosen = pc.and_(pc.is_null(series["step"]), pc.equal(series["metric"], metric))
+    for column, value in where.items():
+        chosen = pc.and_(chosen, pc.equal(series[column], value))
+    rows = series.filter(chosen)
+    return dict(zip(rows["epoch"].to_pylist(), rows["value"].to_pylist(), strict=True))

@@ -1,4 +1,4 @@
-"""Collapse of predictions: how dispersed they are within a session, and when the head must be drawn again."""
+"""Collapse of predictions: how dispersed they are within a session, and when the head must be re-drawn."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from numpy.typing import NDArray
 
 from atft_pipeline.batches.panel import Panel
 from atft_pipeline.config.schema import GuardConfig
-from atft_pipeline.training.scoring import Scores
+from atft_pipeline.training.judging.scoring import Scores
 
 
 class DegeneracyGuard:
-    """Counts checks of collapsed predictions in a row and says when the head must be re-drawn."""
+    """Counts consecutive checks with collapsed predictions, and says when the head must be re-drawn."""
 
     def __init__(self, config: GuardConfig) -> None:
         self.config = config
         self.low_checks = 0
 
     def check(self, dispersion_ratio: float, epoch: int) -> tuple[bool, bool]:
-        """(event, reset): whether this check is under the threshold, and whether it completes `patience` in a row."""
+        """(event, reset): this check is under the threshold; it is the last of `patience` such checks in a row."""
         event = epoch > self.config.warmup_epochs and not dispersion_ratio >= self.config.dispersion_ratio
         self.low_checks = self.low_checks + 1 if event else 0
         reset = self.low_checks >= self.config.patience

@@ -1,6 +1,6 @@
-"""How a run ends before its time: what its record says, and one sentence on the cause and the way on.
+"""How a run ends early: what its record says, and one sentence on the cause and the way on.
 
-Everything here runs after something went wrong; a healthy step pays nothing for it.
+Everything here runs after something went wrong, so a healthy step pays nothing for it.
 """
 
 from __future__ import annotations
@@ -27,25 +27,24 @@ from atft_pipeline.runs.record import RunRecord
 from atft_pipeline.training.distributed.interrupts import handled
 
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-"""A full disk, a used quota, a file over the process's limit."""
+"""Errors of a full disk, a used quota, and a file over the process's limit."""
 
 
 @contextmanager
 def early_end_recorded(record: RunRecord) -> Iterator[None]:
-    """Records how the block ended if it ended early: `failed`, or `interrupted` by whoever runs it.
+    """Records an early end of the block: `failed`, or `interrupted` by whoever runs it.
 
-    Every interrupt is a BaseException that is no Exception, Dagster's too. What was written stays, and the same run
-    goes on after its last complete epoch. A run without `run.json` has left nothing, and stays so.
+    A BaseException that is no Exception counts as an interrupt, also that of a scheduler. What was written stays, and
+    the same run goes on after its last complete epoch. Where there is no `run.json`, none is written.
 
-    Raises: RunFailure where there is no room to write, RunInterrupted for Ctrl-C, anything else as it came.
+    Raises: RunFailure where there is no room to write, RunInterrupted for Ctrl-C, any other error unchanged.
     """
     try:
         yield
     except BaseException as error:
         sentence, status = _sentence(record, error), "failed" if isinstance(error, Exception) else "interrupted"
-        with handled(
-            signal.SIG_IGN, signal.SIGINT, signal.SIGTERM
-        ):  # a second Ctrl-C would leave a run that says it runs
+        # A second Ctrl-C would leave a record that says the run goes on.
+        with handled(signal.SIG_IGN, signal.SIGINT, signal.SIGTERM):
             if (record.run_dir / "run.json").exists():
                 with suppress(OSError):  # no room even for this: the run then reads as killed
                     record.update(status=status, reason=sentence or _reason(error), ended=now())
@@ -57,7 +56,7 @@ def early_end_recorded(record: RunRecord) -> Iterator[None]:
 
 
 def _sentence(record: RunRecord, error: BaseException) -> str:
-    """What an interrupt or a disk without room leaves; empty for any other error."""
+    """What an interrupt or a full disk has left, and the way on; empty for any other error."""
     done, planned = record.header.get("epochs_done", 0), record.header["epochs_planned"]
     kept = f"epoch {done} of {planned} is kept" if done else "no epoch was complete"
     if not isinstance(error, Exception):
@@ -74,29 +73,29 @@ def _reason(error: BaseException) -> str:
 # Numbers that are not finite -------------------------------------------------------------------------------------
 
 
-class Culprit(NamedTuple):
-    """Where numbers first stop being finite."""
+class NonFiniteOrigin(NamedTuple):
+    """The tensor that is the first without finite numbers."""
 
     tensor: str
-    """For the record: a loss term, an activation or a parameter by its name in the model."""
+    """Its name for the record: a loss term, an activation, or a parameter of the model."""
     sentence: str
 
 
-def non_finite_loss(terms: Mapping[str, Tensor], model: nn.Module, block: Block) -> Culprit:
-    """Which of the loss `terms` is not finite, and which activation of a second forward pass is first."""
+def non_finite_loss(terms: Mapping[str, Tensor], model: nn.Module, block: Block) -> NonFiniteOrigin:
+    """The loss `terms` that are not finite, and the first such activation of a second forward pass."""
     broken = [name for name, value in terms.items() if not bool(torch.isfinite(value))]
     which = f"loss term {', '.join(broken)}" if broken else "no loss term alone, but their sum"
-    place = first_non_finite(model, block)
-    if place is None:
-        return Culprit(", ".join(broken), f"{which}; all activations of a second forward pass are finite")
-    component, tensor = place
-    return Culprit(tensor, f"{which}; first in the forward pass is the {tensor}, in component {component}")
+    origin = first_non_finite(model, block)
+    if origin is None:
+        return NonFiniteOrigin(", ".join(broken), f"{which}; all activations of a second forward pass are finite")
+    component, tensor = origin
+    return NonFiniteOrigin(tensor, f"{which}; first in the forward pass is the {tensor}, in component {component}")
 
 
-def non_finite_gradient(model: nn.Module) -> Culprit:
+def non_finite_gradient(model: nn.Module) -> NonFiniteOrigin:
     """The parameter whose gradient is the first on the way back from the loss that is not finite.
 
-    Parameters are registered in the order of the forward pass, so it is the last of those that are broken.
+    Parameters are registered in the order of the forward pass, so the first on the way back is the last one registered.
     """
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     broken = [name for name, gradient in gradients.items() if not bool(gradient.isfinite().all())]
@@ -105,30 +104,30 @@ def non_finite_gradient(model: nn.Module) -> Culprit:
     else:
         name = max(gradients, key=lambda name: float(gradients[name].abs().max()))
         what = "the norm alone; the largest gradient is that of"
-    return Culprit(name, f"{what} {name}, in component {name.split('.')[0]}")
+    return NonFiniteOrigin(name, f"{what} {name}, in component {name.split('.')[0]}")
 
 
 @torch.no_grad()
 def first_non_finite(model: nn.Module, block: Block) -> tuple[str, str] | None:
     """Component and tensor that are first not finite in a forward pass; None where all are.
 
-    Looks, in the order of execution, at the inputs, own parameters and output of every module. Dropout draws again, so
-    what depended on the draw may not show.
+    The inputs, parameters and output of every module are checked in the order of execution. Dropout draws anew, so a
+    fault that depended on the draw may not show.
     """
-    found: list[tuple[str, str]] = []
+    origins: list[tuple[str, str]] = []
 
-    def look(module_name: str, what: str, value: Any) -> None:
-        if not found and not all(bool(tensor.isfinite().all()) for tensor in _tensors(value)):
-            found.append((module_name.split(".")[0], f"{what} of {module_name}"))
+    def check(module_name: str, what: str, value: Any) -> None:
+        if not origins and not all(bool(tensor.isfinite().all()) for tensor in _tensors(value)):
+            origins.append((module_name.split(".")[0], f"{what} of {module_name}"))
 
     def watch(name: str, module: nn.Module) -> list[Any]:
         def before(_: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-            look(name, "input", [*arguments, *options.values()])
+            check(name, "input", [*arguments, *options.values()])
             for parameter_name, parameter in module.named_parameters(recurse=False):
-                look(name, parameter_name, parameter)
+                check(name, parameter_name, parameter)
 
         def after(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-            look(name, "output", output)
+            check(name, "output", output)
 
         return [
             module.register_forward_pre_hook(before, with_kwargs=True),
@@ -136,14 +135,14 @@ def first_non_finite(model: nn.Module, block: Block) -> tuple[str, str] | None:
         ]
 
     for what, value in (("x", block.x), ("edge_attr", block.neighbours.attributes)):
-        look("block", what, value)
+        check("block", what, value)
     hooks = [hook for name, module in model.named_modules() if name for hook in watch(name, module)]
     try:
         model(block)
     finally:
         for hook in hooks:
             hook.remove()
-    return found[0] if found else None
+    return origins[0] if origins else None
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -161,10 +160,10 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 def shortage_of_memory_explained(
     data: BlockDataset, sessions: NDArray[np.int64], batch_size: int, attempt: Callable[[NDArray[np.int64]], None]
 ) -> Iterator[None]:
-    """Turns an allocation that fails into a RunFailure that says which `train.batch_size` would fit.
+    """Turns a failed allocation into a RunFailure that says which `train.batch_size` would fit.
 
-    `attempt` does what a training step does with a block's sessions; it is tried on the largest block of ever smaller
-    batch sizes.
+    `attempt` does what a training step does with the sessions of a block. It is tried on the largest block of smaller
+    and smaller batch sizes.
     """
     try:
         yield
@@ -185,7 +184,7 @@ def shortage_of_memory_explained(
 
 @contextmanager
 def construction_explained() -> Iterator[None]:
-    """Turns an allocation that fails before the first step into a RunFailure: no batch size would help."""
+    """Turns a failed allocation before the first step into a RunFailure; no batch size would help there."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -198,7 +197,7 @@ def construction_explained() -> Iterator[None]:
 
 
 def smaller_batches(data: BlockDataset, sessions: NDArray[np.int64], batch_size: int) -> dict[int, NDArray[np.int64]]:
-    """Batch size -> sessions of its largest block: half the samples each time, at last one session."""
+    """Batch size -> sessions of its largest block. The samples are halved each time, down to one session."""
     members = data.panel.member.sum(axis=1)
 
     def largest(size: int) -> NDArray[np.int64]:
@@ -223,7 +222,7 @@ def _fits(attempt: Callable[[NDArray[np.int64]], None], sessions: NDArray[np.int
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed; torch has an exception of its own only for accelerators."""
+    """Whether an allocation failed. Torch has an exception of its own for accelerators only."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
         isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
     )

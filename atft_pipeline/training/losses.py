@@ -5,7 +5,7 @@ z-scores (ddof 0) clipped at ± `TARGET_CLIP`. A stock counts where it is a memb
 horizon when at least two such stocks differ in their target. The mean over an empty set of sessions is 0, without
 gradient. With an eps inside every root, all terms and their gradients are finite on constant predictions.
 
-Scores are compared as they are, not standardised: the dispersion of the predictions is part of what is learned.
+Scores are not standardised: the dispersion of the predictions is part of what is learned.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from atft_pipeline.config.schema import LOSS_TERMS, LossConfig
 
 TARGET_CLIP: float = 5.0
 SCORE_VARIANCE_EPS: float = 1e-8
-"""Added to the score's variance in correlations: a std of 1e-4, far under a healthy 0.014."""
+"""Added to the variance of the scores in correlations. It is a std of 1e-4, far under a healthy one of 0.014."""
 
 RANK_ANCHORS: int = 32
 RANK_TEMPERATURE: float = 0.1
-"""Width of a soft rank's step, in std of the session's scores."""
+"""Width of the step of a soft rank, in std of the session's scores."""
 
 SHARPE_SESSIONS: int = 16
-"""Fewer sessions give no usable std; smaller batches borrow from earlier ones."""
+"""Sessions that the Sharpe term needs for a usable std. Smaller batches borrow from earlier ones."""
 
 RETURN_VARIANCE_EPS: float = 1e-8
-"""Added to the portfolio return's variance: a daily std of 1e-4, a hundredth of a usual one."""
+"""Added to the variance of the portfolio return. It is a daily std of 1e-4, a hundredth of a usual one."""
 
 EXPOSURE_EPS: float = 1e-6
 """Added to the mean absolute score that scales the soft portfolio's weights."""
 
 DISPERSION_FLOOR: float = 0.02
-"""Ratio of within-session std of predictions to the target's under which the variance penalty starts; healthy networks
-have 0.014 to 0.1, and a larger floor would work against the squared error."""
+"""Ratio of within-session stds, predictions over target, under which the variance penalty starts. Healthy networks have
+0.014 to 0.1. A larger floor would work against the squared error."""
 
 
 class LossTerms(NamedTuple):
@@ -68,13 +68,13 @@ class Batch(NamedTuple):
 def standardise(scores: Tensor, target: Tensor, member: Tensor) -> Batch:
     """The batch that the terms read: `scores, target: [N, S, H]` (NaN targets are missing), `member: [N, S]`."""
     valid = member.unsqueeze(-1) & target.isfinite()
-    found = valid.sum(dim=0)
-    count = found.clamp(min=1).to(scores.dtype)
+    valid_stocks = valid.sum(dim=0)
+    count = valid_stocks.clamp(min=1).to(scores.dtype)
     returns = torch.where(valid, target, 0.0).to(scores.dtype)
     centred = torch.where(valid, returns - returns.sum(dim=0) / count, 0.0)
     std = ((centred * centred).sum(dim=0) / count).sqrt()
-    # Relative to the returns' size: the mean of equal returns is off by rounding, and that is not dispersion.
-    usable = (found >= 2) & (std > 1e-6 * returns.abs().amax(dim=0))
+    # Relative to the size of the returns: the mean of equal returns has a rounding error, which is no dispersion.
+    usable = (valid_stocks >= 2) & (std > 1e-6 * returns.abs().amax(dim=0))
     valid = valid & usable
     z = torch.where(valid, centred / torch.where(usable, std, 1.0), 0.0).clamp(-TARGET_CLIP, TARGET_CLIP)
     return Batch(torch.where(valid, scores, 0.0), z, returns, valid, count, usable)
@@ -100,8 +100,8 @@ def rank_correlation_loss(batch: Batch) -> Tensor:
     infinite = torch.where(batch.valid, batch.score, torch.inf)
     ordered = infinite.sort(dim=0).values  # [N, S, H], invalid last
     steps = (torch.arange(RANK_ANCHORS, device=ordered.device) + 0.5) / RANK_ANCHORS
-    places = (steps[:, None, None] * batch.stocks).long().clamp(max=len(ordered) - 1)  # [A, S, H]
-    anchors = torch.where(batch.usable, ordered.gather(0, places), 0.0)
+    positions = (steps[:, None, None] * batch.stocks).long().clamp(max=len(ordered) - 1)  # [A, S, H]
+    anchors = torch.where(batch.usable, ordered.gather(0, positions), 0.0)
     mean = batch.score.sum(dim=0) / batch.stocks
     deviation = torch.where(batch.valid, batch.score - mean, 0.0)
     width = RANK_TEMPERATURE * (deviation.square().sum(dim=0) / batch.stocks + SCORE_VARIANCE_EPS).sqrt()  # [S, H]
@@ -112,8 +112,8 @@ def rank_correlation_loss(batch: Batch) -> Tensor:
 def variance_penalty(batch: Batch) -> Tensor:
     """(1 - std(score) / (floor * std(z)))^2 where the ratio is under the floor, else 0: `[S, H]`.
 
-    Exactly constant predictions have no direction to spread in: the gradient is 0 there, and re-drawing the head is the
-    degeneracy guard's work.
+    The gradient is 0 on exactly constant predictions, which have no direction to spread in. There the degeneracy guard
+    re-draws the head.
     """
     ratio = (_variance(batch.score, batch) + 1e-12).sqrt() / (_variance(batch.z, batch) + 1e-12).sqrt()
     return (1.0 - ratio / DISPERSION_FLOOR).clamp(min=0.0).square()
@@ -147,7 +147,7 @@ SESSION_TERMS = {
 
 
 def averaged(term: str, batch: Batch, horizon_weights: Sequence[float]) -> Tensor:
-    """Mean of a term over the usable sessions of each horizon, then the horizons by their weights."""
+    """Mean of a term over the usable sessions of each horizon, then the weighted mean over horizons."""
     by_session = torch.where(batch.usable, SESSION_TERMS[term](batch), 0.0)  # [S, H]
     by_horizon = by_session.sum(dim=0) / batch.usable.sum(dim=0).clamp(min=1)
     weights = torch.tensor(horizon_weights)
@@ -157,23 +157,23 @@ def averaged(term: str, batch: Batch, horizon_weights: Sequence[float]) -> Tenso
 class CompositeLoss:
     """Weighted sum of the terms, with the weights of the epoch's phase.
 
-    The Sharpe term joins the batch's portfolio returns to the newest ones of earlier batches of the same epoch
-    (detached) until it sees `SHARPE_SESSIONS`; before there are as many it is 0. The memory is emptied when the epoch
-    changes, so that a run restarted from a checkpoint repeats what it would have done, and evaluation under no_grad
-    keeps its own.
+    The Sharpe term needs `SHARPE_SESSIONS` returns. It adds the newest returns of earlier batches of the epoch
+    (detached) to those of the batch, and is 0 while these are too few. The earlier returns are dropped when the epoch
+    changes, so that a run restarted from a checkpoint repeats what it would have done. Evaluation under no_grad keeps
+    its own.
     """
 
     def __init__(self, config: LossConfig) -> None:
         self.config = config
-        self._memory: dict[bool, Tensor] = {}
-        self._memory_epoch = 0
+        self._earlier_returns: dict[bool, Tensor] = {}
+        self._earlier_epoch = 0
 
     def __call__(
         self, scores: Tensor, target: Tensor, member: Tensor, epoch: int, *, with_idle: bool = True
     ) -> LossTerms:
         """Loss of `scores: [N, S, H]` against raw `target: [N, S, H]` over `member: [N, S]` in `epoch`, from 1.
 
-        A term of weight 0 is computed too, without gradient, for the record; not so where `with_idle` is False.
+        A term of weight 0 is computed for the record, without gradient, unless `with_idle` is False.
         """
         weights = self.config.weights_at(epoch)
         batch = standardise(scores, target, member)
@@ -195,14 +195,14 @@ class CompositeLoss:
         return LossTerms(total, raw, weighted)
 
     def _sharpe(self, batch: Batch, epoch: int) -> Tensor:
-        if epoch != self._memory_epoch:
-            self._memory, self._memory_epoch = {}, epoch
+        if epoch != self._earlier_epoch:
+            self._earlier_returns, self._earlier_epoch = {}, epoch
         returns = portfolio_returns(batch)
         training = batch.score.requires_grad
-        earlier = self._memory.get(training, returns.new_empty(0))
+        earlier = self._earlier_returns.get(training, returns.new_empty(0))
         lacking = max(SHARPE_SESSIONS - len(returns), 0)
         joined = torch.cat([earlier[len(earlier) - min(lacking, len(earlier)) :], returns])
-        self._memory[training] = torch.cat([earlier, returns.detach()])[-SHARPE_SESSIONS:]
+        self._earlier_returns[training] = torch.cat([earlier, returns.detach()])[-SHARPE_SESSIONS:]
         return negative_sharpe(joined) if len(joined) >= SHARPE_SESSIONS else 0.0 * returns.sum()
 
 

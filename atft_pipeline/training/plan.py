@@ -1,4 +1,4 @@
-"""A run before it starts: what decides it, the key that follows, and the directory it may write to."""
+"""A run before it starts: what decides its result, its key, and the directory that it may write to."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from atft_pipeline.runs.header import now, read_run
 from atft_pipeline.runs.keys import config_key, run_key
 from atft_pipeline.storage.artifact import read_manifest
 from atft_pipeline.storage.code_version import code_revision
-from atft_pipeline.training.distributed.process_group import ALONE, Processes
+from atft_pipeline.training.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 
 
-def resolve_device(name: str, processes: Processes = ALONE) -> torch.device:
-    """`auto` is the first CUDA device where there is one, else the CPU; of several processes each has its own device.
+def resolve_device(name: str, processes: ProcessGroup = SINGLE_PROCESS) -> torch.device:
+    """`auto` is the first CUDA device where there is one, else the CPU. Each of several processes has its own device.
 
     Raises InputError for a device that this machine or this library does not have, and for one device for several
     processes.
@@ -38,14 +38,14 @@ def resolve_device(name: str, processes: Processes = ALONE) -> torch.device:
         name, index = f"cuda:{processes.local_rank}", str(processes.local_rank)
     if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
         raise InputError(f"device: expected auto, cpu or cuda, found {name!r}")
-    if kind == "cuda" and int(index or 0) >= (found := torch.cuda.device_count()):
-        raise InputError(f"device: {name} was asked for and this machine has {found or 'no'} CUDA devices; use cpu")
+    if kind == "cuda" and int(index or 0) >= (devices := torch.cuda.device_count()):
+        raise InputError(f"device: {name} was asked for and this machine has {devices or 'no'} CUDA devices; use cpu")
     return torch.device(name)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run before it starts: what decides it, and the key that follows."""
+    """What decides the result of a run, and the key that follows from it."""
 
     config: PipelineConfig
     dataset: Path
@@ -65,10 +65,11 @@ class Plan:
 
 
 def plan_run(config: PipelineConfig, dataset: Path, graph: Path, processes: int = 1) -> Plan:
-    """Ties a configuration to a dataset and its graph, and to the number of processes that will train it.
+    """The plan of a run: configuration, dataset, graph, and the number of processes.
 
-    The `dataset` and `graph` sections become those the files were made with: they describe data, and cannot be changed
-    at training time. Raises InputError when the graph was built on another dataset.
+    The sections `dataset` and `graph` become those that the files were made with: they describe data, and training
+    cannot change them. Raises InputError when the graph was built on another dataset, when the criterion reads stocks
+    that the model never scores, and when the history is shorter than a window of the model.
     """
     data = read_manifest(dataset, kind="ml_dataset")
     edges = read_manifest(graph, kind="stock_graph")
@@ -92,12 +93,11 @@ def plan_run(config: PipelineConfig, dataset: Path, graph: Path, processes: int 
     return Plan(used, dataset, graph, data, edges, processes)
 
 
-def claim_directory(run_dir: Path, key: str, *, force: bool) -> Path:
-    """The directory to write to: `run_dir`, or with `force` and a finished run there the next attempt beside it.
+def resolve_run_dir(run_dir: Path, key: str, *, force: bool) -> Path:
+    """The directory to write to: `run_dir`; with `force` and a finished run in it, the next attempt beside it.
 
-    An attempt of this key that was not finished goes on.
-
-    Nothing is written. Raises InputError when `run_dir` is a file, a folder of something else or another run.
+    An unfinished attempt of this key is resumed. Nothing is written here. Raises InputError when `run_dir` is a file,
+    holds something else, or holds another run.
     """
     if run_dir.exists() and not run_dir.is_dir():
         raise InputError(f"run directory {run_dir}: is a file; choose another directory")
@@ -118,7 +118,7 @@ def claim_directory(run_dir: Path, key: str, *, force: bool) -> Path:
 
 
 def _is_of_a_starting_run(name: str) -> bool:
-    """Whether a run that was killed before its first `run.json` may have left this."""
+    """Whether a run that was killed before its first `run.json` may have left a file of this name."""
     return name == ".lock" or name.startswith(".run.json.")
 
 
@@ -130,7 +130,7 @@ def _is_unfinished(run_dir: Path, key: str) -> bool:
 
 
 def run_header(plan: Plan, run_dir: Path, device: torch.device, overrides: dict[str, Any]) -> dict[str, Any]:
-    """First content of `run.json`."""
+    """The content of `run.json` when a run starts."""
     data = plan.dataset_manifest
     return {
         "name": run_dir.name,

@@ -1,4 +1,4 @@
-"""Averaged weights: what is evaluated and kept."""
+"""The average of the weights over steps."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from atft_pipeline.model.atft_gat_fan import ATFTGATFAN
 
 
 class WeightAverage:
-    """Exponential moving average of the weights, the model that is evaluated and kept.
+    """Exponential moving average of the weights: the model that is evaluated and kept.
 
-    The decay ramps up as (1 + step) / (10 + step), so that early epochs are not dominated by the initial weights.
-    With decay 0 the average is the model itself.
+    The decay ramps up as (1 + step) / (10 + step), so that the initial weights do not dominate early epochs. With decay
+    0 the average is the model itself.
     """
 
     def __init__(self, model: ATFTGATFAN, decay: float) -> None:
@@ -22,6 +22,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, model: ATFTGATFAN, step: int) -> None:
+        """Call after each optimizer step, `step` from 0."""
         if self.decay == 0:
             return
         decay = min(self.decay, (1 + step) / (10 + step))

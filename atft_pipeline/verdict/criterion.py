@@ -1,8 +1,8 @@
-"""The verdict on a run and the gate of the long one: pure rules over numbers that others measured.
+"""The verdict on a run: pure rules over numbers that were measured elsewhere.
 
 The success criterion: `sharpe_daily`, gross, horizon 1, in the configured slice of the validation split, with the
 weights at the end of the criterion epoch, is strictly above the threshold. It is read at that epoch only, never as a
-maximum, and only of a run whose validity battery holds.
+maximum over epochs, and only where the validity checks pass.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import Any, Literal
 from atft_pipeline.config.schema import EvaluationConfig
 from atft_pipeline.storage.json_values import finite_or_none, plain_json
 from atft_pipeline.verdict.health import HealthItem
-from atft_pipeline.verdict.milestones import Progress, milestone_warning, progress_milestones
+from atft_pipeline.verdict.milestones import TrainingProgress, milestone_warning, progress_milestones
 from atft_pipeline.verdict.validity import ValidityItem
 
 Status = Literal["passed", "failed", "invalid", "not_applicable"]
 
 SUFFICIENT_PSR = 0.95
-"""A pass with a lower probability of a positive Sharpe reads "insufficient evidence"."""
+"""Probability of a positive Sharpe below which a pass reads "insufficient evidence"."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class CriterionEvidence:
 
 
 CRITERION_FIELDS: tuple[str, ...] = ("criterion_sharpe", "criterion_epoch", "universe", "quantile")
-"""Fields of the evaluation that define the criterion; their defaults are the definition."""
+"""Fields of the evaluation that define the criterion. Their defaults are the definition."""
 
 
 def changed_criterion(config: EvaluationConfig) -> str | None:
@@ -59,19 +59,24 @@ def judge(
     evidence: CriterionEvidence | None,
     validity: Sequence[ValidityItem],
     health: Sequence[HealthItem],
-    progress: Progress,
+    progress: TrainingProgress,
     reversal_sharpe: float | None,
     final: Mapping[str, Any],
     identifiers: Mapping[str, str | None],
     warnings: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Content of `verdict.json`, plain JSON types, NaN as null.
+    """Content of `verdict.json` in plain JSON types, NaN as null.
 
-    Order of the rules: a run that stopped before the criterion epoch although it was planned to reach it fails; an
-    invalid evaluation or a validity item that failed, is not assessable or was never measured is `invalid`; a run
-    planned shorter is `not_applicable`; then the threshold decides, and a missing value never passes.
-    `identifiers` holds run_key, config_key, dataset_fingerprint, weights_hash and predictions_hash; `warnings` are
-    further ones, such as the lag scan's. `reversal_sharpe` is that of the best one-factor reversal under the same
+    The first rule that applies decides:
+
+    1. A run that was planned to reach the criterion epoch and stopped before it is `failed`.
+    2. A run with an invalid evaluation is `invalid`, and so is one with a validity item that failed, is not assessable
+       or was never measured.
+    3. A run that was planned shorter is `not_applicable`.
+    4. The threshold decides between `passed` and `failed`. A missing value never passes.
+
+    `identifiers` holds run_key, config_key, dataset_fingerprint, weights_hash and predictions_hash. `warnings` are
+    added to those of the rules. `reversal_sharpe` is the Sharpe of the best one-factor reversal under the same
     evaluation.
     """
     status, why = _status(config, epochs_planned, epochs_done, evidence, validity)
@@ -81,21 +86,10 @@ def judge(
     return {
         "status": status,
         "summary": _summary(status, why, config, evidence),
-        "criterion": {
-            "metric": "sharpe_daily",
-            "threshold": config.criterion_sharpe,
-            "epoch": config.criterion_epoch,
-            "value": finite_or_none(evidence.value) if evidence else None,
-            "se": finite_or_none(evidence.se) if evidence else None,
-            "psr_0": finite_or_none(evidence.psr_0) if evidence else None,
-            "split": "validation",
-            "slice": config.universe,
-            "sessions": evidence.sessions if evidence else None,
-            "gross": True,
-        },
+        "criterion": _criterion_section(config, evidence),
         "final": plain_json(final),
         "warnings": [
-            *([f"not the success criterion as defined: {changed}"] if (changed := changed_criterion(config)) else []),
+            *_changed_warning(config),
             *_evidence_warnings(status, evidence),
             *_reversal_warning(evidence, reversal_sharpe),
             *(f"training health: {item.name}: {item.explanation}" for item in health if item.passed is not True),
@@ -107,6 +101,22 @@ def judge(
         "milestones": [plain_json(asdict(item)) for item in milestones],
         "reversal_sharpe": finite_or_none(reversal_sharpe),
         **identifiers,
+    }
+
+
+def _criterion_section(config: EvaluationConfig, evidence: CriterionEvidence | None) -> dict[str, Any]:
+    """What was asked of the run, and what was measured at the criterion epoch."""
+    return {
+        "metric": "sharpe_daily",
+        "threshold": config.criterion_sharpe,
+        "epoch": config.criterion_epoch,
+        "value": finite_or_none(evidence.value) if evidence else None,
+        "se": finite_or_none(evidence.se) if evidence else None,
+        "psr_0": finite_or_none(evidence.psr_0) if evidence else None,
+        "split": "validation",
+        "slice": config.universe,
+        "sessions": evidence.sessions if evidence else None,
+        "gross": True,
     }
 
 
@@ -123,7 +133,7 @@ def _status(
     if evidence is not None and not evidence.valid:
         return "invalid", evidence.reason
     if not validity:
-        return "invalid", "the validity battery was not run"
+        return "invalid", "the validity checks were not run"
     for item in validity:
         if item.passed is False:
             return "invalid", f"{item.name}: {item.explanation}"
@@ -139,7 +149,7 @@ def _status(
 
 
 def _summary(status: Status, why: str, config: EvaluationConfig, evidence: CriterionEvidence | None) -> str:
-    """One line that needs no other context."""
+    """The verdict in one line that needs no other context."""
     label = status.replace("_", " ")
     if why:
         return f"{label}: {' '.join(why.split())}"
@@ -152,12 +162,12 @@ def _summary(status: Status, why: str, config: EvaluationConfig, evidence: Crite
     if label != status and (psr := finite_or_none(evidence.psr_0)) is not None:
         figures.append(f"PSR(0) {psr:.2f} < {SUFFICIENT_PSR}")
     sign = ">" if status == "passed" else "not above"
-    sharpe, threshold = _apart(float(evidence.value or 0.0), config.criterion_sharpe)
+    sharpe, threshold = _distinguishable(float(evidence.value or 0.0), config.criterion_sharpe)
     return f"{label}: Sharpe {sharpe} ({'; '.join(figures)}) {sign} {threshold}"
 
 
-def _apart(value: float, threshold: float) -> tuple[str, str]:
-    """Both as text, with the digits it takes to see on which side the value lies: 0.1002 > 0.10, not 0.100 > 0.10."""
+def _distinguishable(value: float, threshold: float) -> tuple[str, str]:
+    """Both as text, with enough digits to see on which side the value lies: 0.1002 > 0.10, not 0.100 > 0.10."""
     for digits in range(3, 10):
         text = f"{value:.{digits}f}"
         if value == threshold or float(text) != threshold:
@@ -170,13 +180,18 @@ def _sufficient(evidence: CriterionEvidence) -> bool:
     return psr is not None and psr >= SUFFICIENT_PSR
 
 
+def _changed_warning(config: EvaluationConfig) -> list[str]:
+    changed = changed_criterion(config)
+    return [] if changed is None else [f"not the success criterion as defined: {changed}"]
+
+
 def _evidence_warnings(status: Status, evidence: CriterionEvidence | None) -> list[str]:
     if status != "passed" or evidence is None or _sufficient(evidence):
         return []
     psr = finite_or_none(evidence.psr_0)
-    known = "unknown" if psr is None else f"{psr:.2f}"
+    shown = "unknown" if psr is None else f"{psr:.2f}"
     return [
-        f"insufficient evidence: PSR(0) is {known}, below {SUFFICIENT_PSR}; more validation sessions would settle it"
+        f"insufficient evidence: PSR(0) is {shown}, below {SUFFICIENT_PSR}; more validation sessions would settle it"
     ]
 
 
@@ -185,7 +200,7 @@ def _reversal_warning(evidence: CriterionEvidence | None, reversal_sharpe: float
     if evidence is None or value is None:
         return []
     if reversal is None:
-        return ["the one-factor reversal was not measured: nothing says that the model is worth more than one factor"]
+        return ["the one-factor reversal was not measured: so it is open whether the model earns more than one factor"]
     if reversal < value:
         return []
     return [f"one-factor reversal earns as much: daily Sharpe {reversal:.3f} against the model's {value:.3f}"]

@@ -1,4 +1,4 @@
-"""The gate of the long run: whether the short run's success criterion speaks for it."""
+"""The gate of the long run: it opens when the short run of the same data and configuration has passed."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# The gate of the long run -----------------------------------------------------------------------------------------
-
 
 @dataclass(frozen=True)
 class GateDecision:
+    """Whether the gate is open, and why."""
+
     open: bool
     message: str
     override_recorded: str | None = None
@@ -24,14 +24,16 @@ def gate_decision(
     override_reason: str | None = None,
     *,
     model: str = "model_20ep",
+    way_on: str = "train it again until it passes",
 ) -> GateDecision:
-    """Whether the long run may start, given the last evaluation of the short run's success criterion.
+    """Whether the long run may start, given the last check of the short run's success criterion.
 
-    `check`: `status` (a verdict's), `timestamp` in seconds, `dataset_fingerprint`, `config_key` (epochs apart), and
-    where known `summary` and `run_id`. `materialization`: `timestamp` and where known `run_id` of the last
-    materialization of `model`; a check of the same `run_id` belongs to it whatever the order of the two events.
+    `check`: the verdict's `status`, `timestamp` in seconds, `dataset_fingerprint`, `config_key` (which leaves out the
+    epochs), and where known `summary` and `run_id`. `materialization`: `timestamp` and where known `run_id` of the last
+    materialization of `model`. A check with the same `run_id` belongs to it, whatever the order of the two events.
     `current`: `dataset_fingerprint` and `config_key` of the long run. An `override_reason` opens the gate and is
-    recorded, even where it was not needed; a blank one counts as none.
+    recorded, even where it was not needed; a blank one counts as none. `way_on` tells the reader of a shut gate what
+    opens it.
     """
     refusal = _refusal(check, materialization, current, model)
     reason = (override_reason or "").strip() or None
@@ -40,11 +42,7 @@ def gate_decision(
         return GateDecision(True, f"gate open: {model}: {summary}", reason)
     if reason is not None:
         return GateDecision(True, f"gate opened by override ({reason}), although {refusal}", reason)
-    return GateDecision(
-        False,
-        f"gate shut: {refusal}; run `dagster asset materialize --select {model}`, or set override_reason in this"
-        " asset's config",
-    )
+    return GateDecision(False, f"gate shut: {refusal}; {way_on}")
 
 
 def _refusal(
@@ -63,8 +61,8 @@ def _refusal(
         return f"the last evaluation of the success criterion is older than the last materialization of {model}"
     for key, what in (("dataset_fingerprint", "another dataset"), ("config_key", "another configuration")):
         if not check.get(key) or check.get(key) != current.get(key):
-            found, expected = str(check.get(key) or "unknown")[:12], str(current.get(key) or "unknown")[:12]
-            return f"the verdict of {model} is of {what} ({key} {found}, now {expected})"
+            judged, expected = str(check.get(key) or "unknown")[:12], str(current.get(key) or "unknown")[:12]
+            return f"the verdict of {model} is of {what} ({key} {judged}, now {expected})"
     status = str(check.get("status"))
     if status != "passed":
         return f"the success criterion of {model} {_REFUSED.get(status, f'has status {status}')}{_quoted(check)}"

@@ -1,4 +1,7 @@
-"""Training health: finite losses, gradients everywhere, weights that moved, predictions that differ."""
+"""Training health: finite losses, gradients in every component, weights that moved, predictions that differ.
+
+A health item that fails warns and never decides.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,16 @@ from dataclasses import dataclass
 from atft_pipeline.storage.json_values import finite_or_none
 
 GRADIENT_FLOOR_L2 = 1e-7
+"""Mean gradient l2 of a component under which nothing reaches it."""
+
 HEALTHY_DISPERSION_RATIO = 1e-3
+"""Std of predictions over the target's, within a session, under which predictions count as constant."""
 
 
 @dataclass(frozen=True)
 class HealthItem:
+    """One measurement of training health against its tolerance."""
+
     name: str
     passed: bool | None
     """None: not recorded."""
@@ -21,11 +29,8 @@ class HealthItem:
     explanation: str
 
 
-# Training health ------------------------------------------------------------------------------------------------
-
-
 def finite_losses(losses: Sequence[float | None]) -> HealthItem:
-    """Passes when every recorded loss of a step or epoch is finite; value: how many are not."""
+    """Passes when every recorded loss of a step or an epoch is finite. Value: how many are not."""
     if not losses:
         return HealthItem("finite_losses", None, None, 0.0, "no loss is recorded")
     broken = sum(finite_or_none(loss) is None for loss in losses)
@@ -33,7 +38,7 @@ def finite_losses(losses: Sequence[float | None]) -> HealthItem:
 
 
 def gradients_reach_components(grad_l2: Mapping[str, float | None]) -> HealthItem:
-    """Passes when the mean gradient l2 of every trainable component is at least 1e-7; value: the smallest."""
+    """Passes when every trainable component has a mean gradient l2 of at least 1e-7. Value: the smallest."""
     name = "gradients_reach_every_component"
     if not grad_l2:
         return HealthItem(name, None, None, GRADIENT_FLOOR_L2, "no component's gradient is recorded")
@@ -49,9 +54,9 @@ def gradients_reach_components(grad_l2: Mapping[str, float | None]) -> HealthIte
 
 
 def parameters_moved(movement: Mapping[str, float | None]) -> HealthItem:
-    """Passes when the weights of every component differ from their initial ones; value: the smallest movement.
+    """Passes when the weights of every component differ from their initial ones. Value: the smallest movement.
 
-    `movement` is the l2 distance from the initial weights per component with trainable parameters.
+    `movement`: component with trainable parameters -> l2 distance from its initial weights.
     """
     if not movement:
         return HealthItem("parameters_moved", None, None, 0.0, "no component's movement is recorded")

@@ -1,4 +1,4 @@
-"""The expectations of the validation report; missing one warns and never decides."""
+"""The expectations of the validation report. A run that misses one is warned of; the verdict does not change."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ TARGET_SHARPE = 0.849
 
 
 @dataclass(frozen=True)
-class Progress:
-    """What the milestones are held against."""
+class TrainingProgress:
+    """What a run has reached, as far as the milestones ask."""
 
     sharpe_by_epoch: Mapping[int, float | None] = field(default_factory=dict)
-    """Validation `sharpe_daily` of the epochs evaluated."""
+    """Epoch -> `sharpe_daily` of validation."""
     gradient_warnings: int | None = 0
     degeneracy_resets: int | None = 0
     crashed: bool = False
+    """Whether a start of the run failed or was killed before a later one finished it."""
 
 
 @dataclass(frozen=True)
 class Milestone:
-    """An expectation of the validation report; missing it warns, it never decides."""
+    """One expectation of the validation report."""
 
     name: str
     epoch: int | None
@@ -36,12 +37,12 @@ class Milestone:
 
 
 MILESTONES: tuple[tuple[int, float, float], ...] = ((5, 0.08, 0.10), (20, 0.10, 0.15), (50, 0.15, 0.30))
-"""Epoch and the range of the daily Sharpe expected by then; above the range is no miss."""
+"""Epoch, and the range of the daily Sharpe expected by then. A Sharpe above the range is no miss."""
 BEYOND_50: tuple[float, float] = (0.30, 0.85)
 
 
-def progress_milestones(progress: Progress, epochs_planned: int) -> list[Milestone]:
-    """The report's expectations, as far as the run was planned to reach them."""
+def progress_milestones(progress: TrainingProgress, epochs_planned: int) -> list[Milestone]:
+    """The expectations that the run was planned to reach."""
     items = []
     for epoch, low, high in MILESTONES:
         if epoch <= epochs_planned:
@@ -61,7 +62,7 @@ def progress_milestones(progress: Progress, epochs_planned: int) -> list[Milesto
     return items
 
 
-def _sharpe_milestone(name: str, epoch: int, low: float, high: float, progress: Progress) -> Milestone:
+def _sharpe_milestone(name: str, epoch: int, low: float, high: float, progress: TrainingProgress) -> Milestone:
     value = finite_or_none(progress.sharpe_by_epoch.get(epoch))
     expected = f"at least {low}" if math.isinf(high) else f"{low:.2f} to {high:.2f}"
     return Milestone(name, epoch, value, expected, None if value is None else value >= low)

@@ -1,8 +1,8 @@
-"""The validity battery: is a Sharpe this run's own, does it depend on the weights, and does the evaluation work at all?
+"""The validity checks: is a Sharpe this run's own, does it depend on the weights, and does the evaluation work at all?
 
-Every item is a pure function of arrays already computed. Passed is True, False, or None where the measurement is
-missing; None does not make a verdict valid. Thresholds are constants with their reason. Scores and returns are [T, N],
-NaN missing, as in evaluation.
+Every check is a pure function of arrays that are already computed. `passed` is True, False, or None where the
+measurement is missing; with None a verdict is not valid. Scores and returns are [T, N] with NaN for missing values, as
+in the evaluation.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from atft_pipeline.evaluation.metrics import information_coefficient, mean_and_e
 from atft_pipeline.evaluation.portfolio import long_short, rankable
 
 REINITIALISED_RANK_IC = 0.99
-"""Two draws of the weights agree far less; a score read from elsewhere agrees exactly."""
+"""The scores of two draws of the weights agree far less; scores that do not come from the weights agree exactly."""
 PERMUTATIONS = 100
 PERMUTATION_ERRORS = 4.0
 """Standard errors of the mean over permutations: a correct evaluation exceeds it once in 16,000."""
 REPEAT_TOLERANCE_CPU = 1e-3
 REPEAT_TOLERANCE_GPU = 5e-2
-"""Largest difference of two passes over the std of the scores. In float32 the law is 1e-5 absolute between block
-partitions, where sums are reordered, and the smallest healthy spread is 0.014; a GPU may run in bf16, with eight bits,
-and adds atomically."""
+"""Largest difference of two passes over the std of the scores. In float32 two block partitions, which reorder sums,
+differ by at most 1e-5, and the smallest healthy std is 0.014. A GPU may run in bf16, with eight bits, and its atomic
+additions have no fixed order."""
 REPEATED_STATISTICS: tuple[str, ...] = ("ic_mean", "rank_ic_mean", "sharpe_daily", "sharpe_daily_net", "turnover_mean")
 REPEATED_STATISTICS_TOLERANCE = 1e-2
-"""Absolute, relative above 1: nearly equal scores may swap ranks between two passes, and with them a name of a leg."""
+"""Absolute, relative above 1. Nearly equal scores may swap ranks between two passes, which changes a portfolio leg."""
 TARGET_TOLERANCE = 1e-6
 """Absolute, and relative above 1: float32 keeps seven digits of a return."""
 
 LOOKS_TOO_GOOD_IC = 0.15
 LOOKS_TOO_GOOD_SHARPE = 0.5
-RESTATES_THE_PAST = 0.10
-"""Margin by which a correlation with known returns may exceed the one with coming returns before the scan warns."""
+REPEATS_THE_PAST = 0.10
+"""Margin by which the correlation with known returns may exceed that with coming returns before the scan warns."""
 
 Array = NDArray[np.floating]
 MeanReturn = Callable[[Array, Array], float]
@@ -48,9 +48,11 @@ MeanReturn = Callable[[Array, Array], float]
 
 @dataclass(frozen=True)
 class ValidityItem:
+    """The result of one check."""
+
     name: str
     passed: bool | None
-    """None: not assessable, because what it measures is missing."""
+    """None: not assessable, a measurement is missing."""
     value: float | None
     tolerance: float | None
     explanation: str
@@ -60,7 +62,7 @@ class ValidityItem:
 
 
 def mean_long_short_return(quantile: float) -> MeanReturn:
-    """The portfolio of the evaluation, as a function of scores and targets: its mean gross return over sessions."""
+    """The mean gross return of the evaluation's portfolio, as a function of scores and targets."""
 
     def mean(scores: Array, targets: Array) -> float:
         return mean_and_error(long_short(scores, targets, quantile=quantile, cost_bps=0.0).gross)[0]
@@ -69,13 +71,14 @@ def mean_long_short_return(quantile: float) -> MeanReturn:
 
 
 def not_assessable(name: str, what: str) -> ValidityItem:
+    """The result of a check whose measurement is missing; `what` says why."""
     return ValidityItem(name, None, None, None, f"not assessable: {what}")
 
 
 def reinitialised_weights_score_differently(trained: Array, fresh: Array) -> ValidityItem:
     """Passes when the mean RankIC between the scores and those of newly drawn weights is at most 0.99.
 
-    A session where both rank nothing counts as equal, one where only one of the two does as different.
+    A session in which both have constant scores counts as equal, one in which only one has them as different.
     """
     name = "reinitialised_weights_score_differently"
     both = np.isfinite(trained) & np.isfinite(fresh)
@@ -117,7 +120,7 @@ def permuted_scores_earn_nothing(
         return not_assessable(name, "permuted scores have no portfolio; too few stocks per session")
     error = float(earned.std(ddof=1) / math.sqrt(len(earned)))
     mean = float(earned.mean())
-    # Without spread, nothing earned is nothing; anything earned every time alike is infinitely far from it.
+    # Without spread a mean of 0 is no earning at all; any other mean is infinitely many errors away from 0.
     value = mean / error if error > 0.0 else 0.0 if mean == 0.0 else math.copysign(math.inf, mean)
     passed = abs(value) <= PERMUTATION_ERRORS
     return ValidityItem(
@@ -133,9 +136,11 @@ def permuted_scores_earn_nothing(
 def _permuted(scores: Array, usable: NDArray[np.bool_], generator: np.random.Generator) -> Array:
     """Scores shuffled within each session among the usable cells; the others NaN."""
     shuffled = np.argsort(np.where(usable, generator.random(usable.shape), np.inf), axis=1)
-    places = np.argsort(~usable, axis=1, kind="stable")
+    usable_first = np.argsort(~usable, axis=1, kind="stable")
     result = np.full(usable.shape, np.nan)
-    np.put_along_axis(result, places, np.take_along_axis(np.asarray(scores, np.float64), shuffled, axis=1), axis=1)
+    np.put_along_axis(
+        result, usable_first, np.take_along_axis(np.asarray(scores, np.float64), shuffled, axis=1), axis=1
+    )
     result[~usable] = np.nan
     return result
 
@@ -146,13 +151,13 @@ def true_returns_earn_most(scores: Array, targets: Array, mean_return: MeanRetur
     value: the true returns' mean daily return minus the better of the two.
     """
     name = "true_returns_earn_most"
-    known = np.where(rankable(scores, targets), targets, np.nan)
-    oracle = mean_return(known, known)
-    rivals = [mean_return(np.asarray(side * scores), known) for side in (1.0, -1.0)]
+    rankable_targets = np.where(rankable(scores, targets), targets, np.nan)
+    oracle = mean_return(rankable_targets, rankable_targets)
+    rivals = [mean_return(np.asarray(side * scores), rankable_targets) for side in (1.0, -1.0)]
     if not math.isfinite(oracle) or not all(map(math.isfinite, rivals)):
         return not_assessable(name, "no session has enough stocks for a portfolio")
     value = oracle - max(rivals)
-    rounding = 1e-12  # the model may be the oracle itself, summed in another order
+    rounding = 1e-12  # the model may rank like the oracle, whose return is then summed in another order
     return ValidityItem(
         name,
         oracle > 0.0 and value >= -rounding,
@@ -173,8 +178,9 @@ def evaluating_twice_agrees(
 ) -> ValidityItem:
     """Passes when two passes of the same weights give the same scores, and statistics that follow.
 
-    value: largest |difference of scores| over the std (ddof 1) of the first, 0 when equal, held against `tolerance`.
-    Missing scores must be missing in both, and so must each of `REPEATED_STATISTICS`, which agree within 1e-2.
+    value: largest |difference of scores| over the std (ddof 1) of the first, 0 when equal; at most `tolerance` passes.
+    A score that is missing in one pass must be missing in both, and so must each of `REPEATED_STATISTICS`, which must
+    agree within 1e-2.
     """
     name = "evaluating_twice_agrees"
     present = np.isfinite(first)
@@ -201,8 +207,8 @@ def _same(a: float | None, b: float | None) -> bool:
 def forward_returns(open_: Array, close: Array, execution: str, horizon_sessions: int) -> NDArray[np.float64]:
     """Forward returns [T, N] from adjusted prices [T, N]: P[t + d + h] / P[t + d] - 1, NaN where a price is missing.
 
-    P is the open for `next_open`, else the close; d is 0 for `same_close`, else 1. Written independently of the
-    dataset's own targets, so that the two can be compared.
+    P is the open for `next_open`, else the close; d is 0 for `same_close`, else 1. This is written independently of the
+    dataset's targets, so that the two can be compared.
     """
     if execution not in EXECUTION_DELAY_SESSIONS:
         raise InputError(f"execution: expected one of {sorted(EXECUTION_DELAY_SESSIONS)}, found {execution!r}")
@@ -219,10 +225,10 @@ def forward_returns(open_: Array, close: Array, execution: str, horizon_sessions
 
 
 def targets_match_prices(used: Array, recomputed: Array, member: NDArray[np.bool_]) -> ValidityItem:
-    """Passes when every target used is the one recomputed from prices, within 1e-6 (relative above 1).
+    """Passes when every target used equals the one recomputed from prices, within 1e-6 (relative above 1).
 
-    All [T, N]. A target that prices do not give fails; one that prices give and the dataset left null is only
-    counted: quarantine may null it.
+    All arrays are [T, N]. A target without prices behind it fails. A target that prices give and the dataset left null
+    is only counted: quarantine may null it.
     """
     name = "targets_match_prices"
     present = member & np.isfinite(used)
@@ -248,9 +254,9 @@ def scores_changed(
 ) -> ValidityItem:
     """Passes when the hashes of weights and scores both differ from the last evaluated epoch's.
 
-    `previous` and `current` hold `weights_hash` and `predictions_hash`; before the first evaluated epoch pass those of
-    the initial weights. `learning_rate` is the largest since then (a cosine ends at 0): only where it was 0 may the
-    hashes stay.
+    `previous` and `current` hold `weights_hash` and `predictions_hash`; for the first evaluated epoch `previous` are
+    those of the initial weights. `learning_rate` is the largest since then. The hashes may stay only where it was 0, as
+    at the end of a cosine.
     """
     name = "scores_changed_since_last_epoch"
     keys = ("weights_hash", "predictions_hash")
@@ -268,7 +274,7 @@ def scores_changed(
     )
 
 
-def validity_battery(
+def validity_items(
     scores: Array,
     targets: Array,
     *,
@@ -284,10 +290,10 @@ def validity_battery(
     current_hashes: Mapping[str, str] | None = None,
     learning_rate: float | None = None,
 ) -> list[ValidityItem]:
-    """The six items for one set of scores and horizon-1 targets, both [T, N], in a fixed order.
+    """The six checks of one set of scores and horizon-1 targets, both [T, N], in a fixed order.
 
-    A measurement left out makes its item not assessable. `fresh_scores` are those of re-initialised weights,
-    `again_scores` those of a second pass, `recomputed_targets` those of `forward_returns`.
+    A check whose measurement is left out is not assessable. `fresh_scores` come from re-initialised weights,
+    `again_scores` from a second pass, `recomputed_targets` from `forward_returns`.
     """
     earns = mean_long_short_return(quantile)
     member = np.isfinite(scores)
@@ -314,24 +320,25 @@ def lag_scan(
     lags: Sequence[int] = tuple(range(-5, 6)),
     sharpe_daily: float | None = None,
 ) -> dict[str, Any]:
-    """Mean IC of the score of session t with the one-session return of t + lag, and warnings; never a veto.
+    """Mean IC of the score of session t with the one-session return of t + lag, and warnings, which veto nothing.
 
-    `returns` [T, N] are close-to-close returns of each session: lag 0 and below is known when the score is, lag 1 and
-    above is not. Warns when a known return correlates by 0.10 more than every coming one (a reversal or momentum model
-    does so by design), when a coming one exceeds an IC of 0.15, or when the daily Sharpe exceeds 0.5: too good to be
-    true until shown otherwise.
+    `returns` [T, N] are close-to-close returns of each session. Those at lag 0 and below are known when the score is
+    made, those at lag 1 and above are not. The scan warns of three things:
+
+    - a known return correlates by 0.10 more than every coming one, as in a reversal or momentum model by design;
+    - a coming return has an IC above 0.15, or the daily Sharpe is above 0.5: too good to be true until shown otherwise.
     """
     ic = {lag: mean_and_error(information_coefficient(scores, _shifted(returns, lag)))[0] for lag in lags}
     finite = {lag: value for lag, value in ic.items() if math.isfinite(value)}
     coming = max((abs(v) for lag, v in finite.items() if lag > 0), default=0.0)
-    known_lag, known = max(
+    known_lag, known_ic = max(
         ((lag, abs(v)) for lag, v in finite.items() if lag <= 0), key=lambda pair: pair[1], default=(0, 0.0)
     )
     warnings = []
-    if known > coming + RESTATES_THE_PAST:
+    if known_ic > coming + REPEATS_THE_PAST:
         warnings.append(
             f"lag scan: the score correlates {finite[known_lag]:+.2f} with the return at lag {known_lag}, known"
-            f" already, and at most {coming:.2f} with a coming one; it mostly restates the past"
+            f" already, and at most {coming:.2f} with a coming one; it mostly repeats returns that are already known"
         )
     if coming > LOOKS_TOO_GOOD_IC:
         warnings.append(
@@ -346,7 +353,7 @@ def lag_scan(
 
 
 def _shifted(returns: Array, lag: int) -> NDArray[np.float64]:
-    """[T, N] whose row t is row t + lag of `returns`, NaN beyond its ends."""
+    """[T, N]: row t is row t + lag of `returns`, NaN beyond its ends."""
     result = np.full(returns.shape, np.nan)
     T = len(returns)
     if abs(lag) < T:

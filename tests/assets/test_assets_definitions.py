@@ -12,7 +12,7 @@ import pytest
 from dagster_runs import EVER, UPSTREAM_CONFIG, make_source, outcomes, training
 
 from assets.definitions import defs
-from assets.metadata import markdown_table, numbers
+from assets.metadata import markdown_table, numeric_metadata
 from assets.training.training_run import RUN_LENGTHS
 from resources.execution import PRELOADED, one_process_per_step
 
@@ -64,7 +64,7 @@ def test_one_training_at_a_time_and_nothing_is_retried() -> None:
     ops = {op.name: op for assets_def in defs.resolve_all_job_defs() for op in assets_def.all_node_defs}
     assert {name for name, op in ops.items() if getattr(op, "pool", None) == "gpu"} == {
         "experiment",
-        *(f"{op}_{epochs}ep" for op in ("train", "delivery") for epochs in RUN_LENGTHS),
+        *(f"{op}_{epochs}ep" for op in ("train", "ensemble_scores") for epochs in RUN_LENGTHS),
     }
     assert not [name for name, op in ops.items() if getattr(op, "retry_policy", None)]
 
@@ -124,7 +124,7 @@ def test_nightly_job_trains_long_once_the_criterion_passed(tmp_path: Path, monke
 
 
 def test_figures_are_numbers_and_rows_are_a_table() -> None:
-    assert numbers({"a": 1, "b": 0.5, "c": None, "d": float("nan")}) == {
+    assert numeric_metadata({"a": 1, "b": 0.5, "c": None, "d": float("nan")}) == {
         "a": dg.MetadataValue.int(1),
         "b": dg.MetadataValue.float(0.5),
     }

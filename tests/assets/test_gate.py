@@ -10,7 +10,7 @@ import dagster as dg
 import pytest
 from dagster_runs import EVER, NEVER, UPSTREAM, UPSTREAM_CONFIG, failures, made, make, make_source, outcomes, training
 
-import atft_pipeline.training.trainer
+import atft_pipeline.training.train
 from assets.training.gate import GATE_MODEL, last_check, last_materialization
 from atft_pipeline.config.overrides import with_overrides
 from atft_pipeline.config.presets import preset
@@ -47,7 +47,7 @@ def work(upstream: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 def started(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What the long run records of its overrides once it starts; 120 epochs would show no more."""
     recorded: dict[str, Any] = {}
-    train = atft_pipeline.training.trainer.train
+    train = atft_pipeline.training.train.train
 
     def starts(settings: Any, *inputs: Any, overrides: dict[str, Any], **options: Any) -> Any:
         if settings.train.epochs < 120:
@@ -55,7 +55,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         recorded.update(overrides)
         raise RunFailure("seen enough")
 
-    monkeypatch.setattr(atft_pipeline.training.trainer, "train", starts)
+    monkeypatch.setattr(atft_pipeline.training.train, "train", starts)
     return recorded
 
 

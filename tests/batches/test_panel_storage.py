@@ -15,8 +15,7 @@ import pytest
 import torch
 from atft_process import content
 from numpy.typing import NDArray
-from test_training import trainer_of
-from training_runs import Data, header, record, settings, train_quietly
+from training_runs import Data, header, record, settings, train_quietly, trainer_of
 
 from atft_pipeline.batches import block_dataset, panel_storage
 from atft_pipeline.batches.block import Block, NeighbourTable

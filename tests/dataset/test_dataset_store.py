@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from markets.eventful_market import eventful_tables
 
-from atft_pipeline.cli.command import main
+from atft_pipeline.cli import main
 from atft_pipeline.config.schema import DatasetConfig
 from atft_pipeline.dataset import store
 from atft_pipeline.dataset.layout import read_membership

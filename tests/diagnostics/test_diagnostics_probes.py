@@ -18,7 +18,7 @@ from conftest import Trained
 from run_directories import healthy, honest_probes, write_probe
 from training_runs import Data, header, newest_predictions, settings, with_scores
 
-from atft_pipeline.cli.command import main
+from atft_pipeline.cli import main
 from atft_pipeline.config.overrides import to_dict
 from atft_pipeline.config.schema import DatasetConfig, GraphConfig
 from atft_pipeline.dataset.layout import TARGETS, write_dataset

@@ -6,18 +6,18 @@ a market of 60 stocks and six epochs, so that what the bench builds on is held b
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
-from atft_process import REPO
 
 from atft_pipeline.diagnostics.causes import BY_ID
 from atft_pipeline.diagnostics.posterior import rank
 from atft_pipeline.diagnostics.rules.rule import Finding
+from bench.diagnostics.diagnostics import BITES, bite, diagnosed
+from bench.diagnostics.faults import FAULTS, UNKNOWN_FAULTS
+from bench.diagnostics.planting import PRELOADED, Task, market
 
 SMALL = {
     "train.epochs": 6,
@@ -31,58 +31,37 @@ PLANTED = ("maximum_over_history", "cached_predictions", "target_shifted", "look
 
 
 @pytest.fixture(scope="module")
-def bench() -> Iterator[None]:
-    sys.path.insert(0, str(REPO / "bench"))
-    yield
-    sys.path.remove(str(REPO / "bench"))
-
-
-@pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("planted")
 
 
 def small(*faults: str) -> Any:
     """The task of one run."""
-    from planting import Task, market
-
     return Task(f"small-{'+'.join(faults) or 'healthy'}", market(7, size=(60, 260)), 3, faults, SMALL)
 
 
 def findings(folder: Path, *faults: str) -> list[Finding]:
-    from diagnostics import diagnosed
-
     return diagnosed(folder, small(*faults))
 
 
 @pytest.mark.parametrize("fault", PLANTED)
-@pytest.mark.usefixtures("bench")
 def test_planted_fault_is_the_first_cause(fault: str, folder: Path) -> None:
-    from faults import FAULTS
-
     ranking = rank(findings(folder, fault))
     assert ranking.causes[0].id == FAULTS[fault].cause, ranking.sentence
     assert ranking.conclusion == "cause", ranking.sentence
 
 
-@pytest.mark.usefixtures("bench")
 def test_what_is_imported_ahead_exists() -> None:
     """The server that processes are forked off says nothing of a module that is not there."""
-    from planting import PRELOADED
-
     assert all(find_spec(name) for name in PRELOADED)
 
 
-@pytest.mark.usefixtures("bench")
 def test_healthy_run_is_let_be(folder: Path) -> None:
     ranking = rank(findings(folder))
     assert ranking.conclusion not in ("cause", "unknown"), ranking.sentence
 
 
-@pytest.mark.usefixtures("bench")
 def test_a_plant_bites_and_the_same_run_once_more_does_not(folder: Path) -> None:
-    from diagnostics import BITES, bite, diagnosed
-
     for task in (small("ic_detached"), small()):
         diagnosed(folder, task)
     lost = bite(folder, small("ic_detached"))
@@ -91,9 +70,6 @@ def test_a_plant_bites_and_the_same_run_once_more_does_not(folder: Path) -> None
     assert bite(folder, small()) == 0.0
 
 
-@pytest.mark.usefixtures("bench")
 def test_every_plant_has_a_cause_and_every_cause_but_noise_a_plant() -> None:
-    from faults import FAULTS, UNKNOWN_FAULTS
-
     planted = {fault.cause for fault in FAULTS.values() if fault.id not in UNKNOWN_FAULTS}
     assert planted == {cause.id for cause in BY_ID.values() if cause.group != "noise"} - {"sharpe_term_light"}

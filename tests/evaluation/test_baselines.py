@@ -7,9 +7,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from atft_pipeline.config.schema import HORIZONS
+from atft_pipeline.config.schema import HORIZONS, EvaluationConfig
 from atft_pipeline.errors import InputError
-from atft_pipeline.evaluation.baselines import fit_baselines, fit_lightgbm, ridge, standardised_targets
+from atft_pipeline.evaluation.baselines import (
+    evaluate_baselines,
+    fit_baselines,
+    fit_lightgbm,
+    ridge,
+    standardised_targets,
+)
+from atft_pipeline.evaluation.evaluate import EvaluationPanel, evaluate_panel
 from atft_pipeline.evaluation.metrics import information_coefficient
 
 NAN = np.nan
@@ -34,6 +41,9 @@ def panel(seed=1):
         features=features,
         targets=targets,
         member=member,
+        investable=np.ones((T, N), bool),
+        liquid=np.broadcast_to(np.arange(N) >= 10, (T, N)),
+        manifest={"days_per_year": 245},
         feature_names=NAMES,
     )
 
@@ -113,6 +123,24 @@ def test_training_without_targets_is_refused():
     empty.targets[:70] = NAN
     with pytest.raises(InputError, match="no training row has a target"):
         fit_baselines(empty, SPLIT, seed=1)
+
+
+@pytest.mark.parametrize("universe", ["liquid", "all"])
+def test_each_split_of_a_slice_is_evaluated_as_the_network_is(scores, universe):
+    given, config = panel(), EvaluationConfig(universe=universe, bootstrap_samples=20)
+    stocks = slice(10, None) if universe == "liquid" else slice(1, None)  # the first is in no universe
+    evaluations = evaluate_baselines(scores, given, SPLIT, config)
+    assert all(list(by_split) == ["validation", "test"] for by_split in evaluations.values())
+    for model, by_split in evaluations.items():
+        for part, evaluation in by_split.items():
+            rows = getattr(SPLIT, part)
+            alone = EvaluationPanel(given.sessions[rows], given.codes[stocks], given.targets[rows, stocks, 0], 245)
+            expected = evaluate_panel(scores[model][rows, stocks], alone, config, bootstrap=True)
+            for name, value in expected.values().items():
+                found = evaluation.value(name)
+                assert found is None if value is None else found == pytest.approx(value, rel=1e-9), name
+        # The bootstrap needs 20 sessions, which the validation has.
+        assert by_split["validation"].value("sharpe_ci_low") is not None
 
 
 # One horizon ---------------------------------------------------------------------------------------------------

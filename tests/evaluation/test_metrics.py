@@ -7,11 +7,12 @@ import math
 import numpy as np
 import pytest
 from scipy import stats
-from skfolio.measures import deflated_sharpe_ratio, probabilistic_sharpe_ratio
+from skfolio.measures import deflated_sharpe_ratio, expected_max_sharpe_ratio, probabilistic_sharpe_ratio
 
 from atft_pipeline.evaluation.metrics import (
     bootstrap_interval,
     deflated_sharpe,
+    expected_best_sharpe,
     information_coefficient,
     lo_annualised_sharpe,
     max_drawdown,
@@ -106,9 +107,16 @@ SAMPLES = {
 }
 
 
+@pytest.mark.parametrize("benchmark", [0.0, 0.03, -0.2])
 @pytest.mark.parametrize("x", SAMPLES.values(), ids=SAMPLES)
-def test_psr_equals_skfolio(x):
-    assert probabilistic_sharpe(x) == pytest.approx(probabilistic_sharpe_ratio(x), abs=1e-12)
+def test_psr_equals_skfolio(x, benchmark):
+    assert probabilistic_sharpe(x, benchmark) == pytest.approx(probabilistic_sharpe_ratio(x, benchmark), abs=1e-12)
+
+
+@pytest.mark.parametrize("trials", [1, 2, 7, 1000])
+def test_the_expected_best_of_worthless_trials_equals_skfolio(trials):
+    expected = expected_max_sharpe_ratio(trials, 0.07)
+    assert expected_best_sharpe(trials, 0.07) == pytest.approx(expected, rel=1e-12, abs=1e-15)
 
 
 @pytest.mark.parametrize("x", SAMPLES.values(), ids=SAMPLES)

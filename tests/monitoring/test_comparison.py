@@ -430,7 +430,7 @@ def test_compare_exits_by_the_alarm(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert atft_here("compare", sound, tmp_path / "gone") == 0
     text = capsys.readouterr().out
     assert "gone: " + str(tmp_path / "gone") + ": no such run directory" in text
-    assert [line.split()[0] for line in text.splitlines()[2:6]] == ["runs:", "run", "state", "epochs"]
+    assert [line.split()[0] for line in text.splitlines()[1:5]] == ["runs:", "run", "state", "epochs"]
     assert "alarms: none" in text
 
 

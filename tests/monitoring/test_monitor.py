@@ -24,9 +24,10 @@ from run_directories import BASE_LR, EPOCHS, Tables, healthy
 from atft_pipeline.diagnostics.diagnose import diagnose
 from atft_pipeline.monitoring import monitor
 from atft_pipeline.monitoring import persistent_warnings as standing
-from atft_pipeline.monitoring.dashboard import duration, plain, sparkline
+from atft_pipeline.monitoring.dashboard import plain, sparkline
+from atft_pipeline.monitoring.figures import duration
 from atft_pipeline.monitoring.persistent_warnings import StandingWarning, complete_epochs, standing_warnings
-from atft_pipeline.monitoring.progress import Progress, read_progress
+from atft_pipeline.monitoring.progress import RunProgress, read_progress
 from atft_pipeline.runs.lock import exclusive
 from atft_pipeline.runs.reader import open_record
 from atft_pipeline.training.distributed import interrupts
@@ -496,7 +497,7 @@ def test_a_frame_too_tall_for_the_terminal_keeps_its_warnings() -> None:
 
     from atft_pipeline.monitoring.dashboard import fitted
 
-    running = Progress("run", Path("run"), "running", epoch=3, epochs=9)
+    running = RunProgress("run", Path("run"), "running", epoch=3, epochs=9)
     warned = monitor.Watched(running, (StandingWarning("rule", "cause", "evidence", 1, False),))
     frame = monitor.Frame(Path("runs"), "now", tuple([warned] * 4))
     heights = {}

@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import torch
 from atft_process import REPO
-from test_training import Stop, stop_in_training_step, train_until
-from training_runs import Data, header, settings, train_quietly
+from training_runs import Data, Stop, header, settings, stop_in_training_step, train_quietly, train_until
 
 from atft_pipeline.errors import InputError
 from atft_pipeline.training.checkpoints import read_checkpoint, write_checkpoint

@@ -10,7 +10,7 @@ import pytest
 from atft_pipeline.batches.panel import Panel
 from atft_pipeline.config.schema import GuardConfig
 from atft_pipeline.training.degeneracy import DegeneracyGuard, dispersions
-from atft_pipeline.training.scoring import Scores
+from atft_pipeline.training.judging.scoring import Scores
 
 LOW, HIGH = 1e-5, 0.05
 

@@ -18,19 +18,29 @@ from typing import Any
 import pytest
 import torch
 from atft_process import ATFT, TRAIN_SETTINGS, atft, atft_here, content, environment
-from test_training import Stop, poisoned, stop_in_training_step, train_until, trainer_of
-from training_runs import Data, header, record, settings, train_quietly
+from training_runs import (
+    Data,
+    Stop,
+    header,
+    poisoned,
+    record,
+    settings,
+    stop_in_training_step,
+    train_quietly,
+    train_until,
+    trainer_of,
+)
 
 from atft_pipeline.errors import InputError, RunFailure, RunInterrupted
 from atft_pipeline.model.atft_gat_fan import ATFTGATFAN
 from atft_pipeline.monitoring.progress import run_snapshot
 from atft_pipeline.runs.record import RunRecord
 from atft_pipeline.runs.tables import read_table
-from atft_pipeline.training import failures
-from atft_pipeline.training import trainer as training
+from atft_pipeline.training import failures, trainer
+from atft_pipeline.training import train as training
 from atft_pipeline.training.failures import early_end_recorded, first_non_finite, is_out_of_memory, smaller_batches
+from atft_pipeline.training.judging.scoring import weights_hash
 from atft_pipeline.training.losses import SESSION_TERMS
-from atft_pipeline.training.scoring import weights_hash
 from atft_pipeline.training.trainer import Trainer
 
 # Disk -----------------------------------------------------------------------------------------------------------
@@ -167,7 +177,9 @@ def test_an_interrupted_command_exits_130_and_goes_on_to_the_same_end(
     assert torch.load(run_dir / "checkpoints" / "resume.pt")["epoch"] == done
     capsys.readouterr()
     assert atft_here("status", "--runs", tmp_path) == 0
-    assert f"state interrupted  started {stopped['started']}  reason {sentence}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "interrupted" in said
+    assert f"{run_dir.name}: {sentence}" in said
 
     assert atft_here(*command(data, run_dir)) == 0
     assert f"goes on after epoch {done}" in capsys.readouterr().err
@@ -351,8 +363,8 @@ def test_a_healthy_run_never_looks_for_a_culprit(data: Data, tmp_path: Path, mon
         raise AssertionError
 
     monkeypatch.setattr(failures, "first_non_finite", never)
-    monkeypatch.setattr(training, "non_finite_loss", never)
-    monkeypatch.setattr(training, "non_finite_gradient", never)
+    monkeypatch.setattr(trainer, "non_finite_loss", never)
+    monkeypatch.setattr(trainer, "non_finite_gradient", never)
     train_quietly(settings(SHORT), data, tmp_path / "run")
 
 

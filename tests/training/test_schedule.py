@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
 
 from atft_pipeline.config.schema import ScheduleConfig
-from atft_pipeline.training.schedule import LearningRateSchedule
+from atft_pipeline.errors import InputError
+from atft_pipeline.training.schedule import SHAPES, LearningRateSchedule, planned_lr
+
+NAMES = get_args(get_type_hints(ScheduleConfig)["name"])
+"""Every schedule that the configuration allows."""
 
 
 def optimizer(lr: float = 1.0) -> torch.optim.SGD:
@@ -77,7 +84,7 @@ def test_a_loss_that_is_not_finite_is_no_improvement() -> None:
     assert schedule.lr == 0.5
 
 
-@pytest.mark.parametrize("name", ["cosine", "plateau", "constant"])
+@pytest.mark.parametrize("name", NAMES)
 def test_restart_continues_with_the_same_rates(name: str) -> None:
     config = ScheduleConfig(name=name, warmup_fraction=0.2, patience=0)  # type: ignore[arg-type]
     through = LearningRateSchedule(optimizer(), config, 12)
@@ -94,3 +101,42 @@ def test_restart_continues_with_the_same_rates(name: str) -> None:
     restarted.epoch_end(5.0)
     through.epoch_end(5.0)
     assert restarted.state_dict() == through.state_dict()
+
+
+# The plan ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_table_has_a_shape_for_every_schedule_that_configuration_allows() -> None:
+    assert set(SHAPES) == set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_training_runs_at_the_planned_rate(name: str) -> None:
+    config = ScheduleConfig(name=name, warmup_fraction=0.25, min_lr_ratio=0.1)  # type: ignore[arg-type]
+    trained = LearningRateSchedule(optimizer(2.0), config, total_steps=12)
+    for step in range(15):
+        assert trained.lr == planned_lr(config, 2.0, step, total_steps=12)
+        trained.step()
+
+
+def test_a_schedule_without_a_shape_is_refused() -> None:
+    config = ScheduleConfig()
+    object.__setattr__(config, "name", "linear")
+    with pytest.raises(InputError, match="expected one of cosine, plateau, constant, found 'linear'"):
+        planned_lr(config, 1.0, 3, total_steps=10)
+
+
+def test_plateau_lowers_no_rate_of_the_warm_up() -> None:
+    schedule = LearningRateSchedule(optimizer(), ScheduleConfig(name="plateau", warmup_fraction=0.4, patience=0), 10)
+    for _ in range(2):
+        schedule.epoch_end(math.nan)
+    seen = []
+    for _ in range(6):
+        seen.append(schedule.lr)
+        schedule.step()
+    assert seen == pytest.approx([0.25, 0.5, 0.75, 1.0, 0.25, 0.25])
+
+
+def test_the_plan_needs_no_torch() -> None:
+    code = "import sys; import atft_pipeline.training.schedule; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -18,19 +18,19 @@ from atft_pipeline.config.schema import HORIZONS, EvaluationConfig, LossConfig
 from atft_pipeline.dataset.splits import make_split
 from atft_pipeline.evaluation.evaluate import STATISTICS
 from atft_pipeline.evaluation.predictions_table import evaluate_table
+from atft_pipeline.evaluation.slices import evaluable_slices
 from atft_pipeline.graph.store import load_graph
 from atft_pipeline.model.atft_gat_fan import ATFTGATFAN
 from atft_pipeline.runs.tables import read_table
-from atft_pipeline.training.scoring import (
+from atft_pipeline.training.judging.epoch_evaluation import SCORING_BATCH_RATIO
+from atft_pipeline.training.judging.scoring import (
     Scores,
-    evaluable_slices,
     predictions_hash,
     score_sessions,
     to_device,
     weights_hash,
     write_predictions,
 )
-from atft_pipeline.training.trainer import SCORING_BATCH_RATIO
 
 CPU = torch.device("cpu")
 

@@ -18,7 +18,7 @@ from atft_pipeline.verdict.validity import (
     scores_changed,
     targets_match_prices,
     true_returns_earn_most,
-    validity_battery,
+    validity_items,
 )
 
 NAN = np.nan
@@ -273,10 +273,10 @@ def test_a_sound_run_passes_all_six_and_a_missing_measurement_never_passes():
         "current_hashes": {"weights_hash": "c", "predictions_hash": "d"},
         "learning_rate": 1e-3,
     }
-    items = validity_battery(scores, targets, quantile=0.2, seed=1, **sound)
+    items = validity_items(scores, targets, quantile=0.2, seed=1, **sound)
     assert [item.passed for item in items] == [True] * 6
     assert len({item.name for item in items}) == 6
-    bare = validity_battery(scores, targets, quantile=0.2, seed=1)
+    bare = validity_items(scores, targets, quantile=0.2, seed=1)
     assert [item.name for item in bare] == [item.name for item in items]
     assert [item.passed for item in bare] == [None, True, True, None, None, None]
 

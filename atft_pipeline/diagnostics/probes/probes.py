@@ -278,8 +278,8 @@ def replay(inputs: RunInputs) -> Figures:
 
     from atft_pipeline.runs.record import RunRecord
     from atft_pipeline.storage.code_version import code_revision
+    from atft_pipeline.training.judging.scoring import weights_hash
     from atft_pipeline.training.plan import plan_run, resolve_device, run_header
-    from atft_pipeline.training.scoring import weights_hash
     from atft_pipeline.training.trainer import Trainer
 
     record = inputs.record
@@ -329,7 +329,7 @@ def remedy(inputs: RunInputs, cause: str) -> Figures:
     The settings are those of this code: where a fault lies in code that has changed since, both are without it.
     """
     from atft_pipeline.config.overrides import with_overrides
-    from atft_pipeline.training.trainer import train
+    from atft_pipeline.training.train import train
 
     if cause not in REMEDIES:
         raise InputError("no settings remove this cause")

@@ -168,7 +168,7 @@ def headline(record: Record, signals: Signals, findings: Sequence[Finding], rank
 
 
 def _state(record: Record) -> str:
-    if record.run.get("status") == "running" and record.is_locked:
+    if record.state == "running":
         return f"Still training ({record.epochs_done} of {record.epochs_planned} epochs). "
     if record.run.get("status") == "interrupted":
         return f"Interrupted ({record.epochs_done} of {record.epochs_planned} epochs), start it again to go on. "

@@ -790,10 +790,7 @@ def failure_not_finite(record: Record) -> float | None:
 
 def abandoned(record: Record) -> float | None:
     """1 when run.json says running and no process holds the run's lock: it was killed."""
-    status = record.run.get("status")
-    return (
-        None if status is None else float(status == "running" and not record.run.get("ended") and not record.is_locked)
-    )
+    return None if record.state is None else float(record.state == "killed")
 
 
 def non_finite_losses(record: Record) -> float | None:

@@ -1,1 +1,1 @@
-"""One run in several processes."""
+"""One run in several processes, and how each of them is interrupted."""

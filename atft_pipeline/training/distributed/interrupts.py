@@ -1,4 +1,4 @@
-"""Signals of whoever runs this process, handled otherwise for a while. Python lets the main thread alone do so."""
+"""Other handlers for signals, for a while. Only the main thread may install them, so elsewhere nothing changes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Handler = Callable[[int, Any], Any] | signal.Handlers
 
 @contextmanager
 def kept(*numbers: signal.Signals) -> Iterator[None]:
-    """Puts back the handlers of `numbers`, whatever is installed inside; nothing in another thread."""
+    """Restores the handlers of these signals on exit, whatever was installed inside."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -25,13 +25,13 @@ def kept(*numbers: signal.Signals) -> Iterator[None]:
         yield
     finally:
         for number, handler in handlers.items():
-            if handler is not None:  # one that was not installed from Python cannot be put back
+            if handler is not None:  # a handler that was not installed from Python cannot be restored
                 signal.signal(number, handler)
 
 
 @contextmanager
 def handled(handler: Handler, *numbers: signal.Signals) -> Iterator[None]:
-    """Lets `handler` have `numbers`, and puts back who had them; nothing in another thread."""
+    """Installs `handler` for these signals, restores the old handlers on exit."""
     with kept(*numbers):
         if threading.current_thread() is threading.main_thread():
             for number in numbers:
@@ -40,7 +40,7 @@ def handled(handler: Handler, *numbers: signal.Signals) -> Iterator[None]:
 
 
 def pause(seconds: float) -> None:
-    """Sleeps, in the main thread until the next signal at most, also one that comes just before.
+    """Sleeps; in the main thread a signal ends the sleep, also one that comes just before it.
 
     `time.sleep` sleeps to its end when a signal comes between Python's last look for signals and the system call.
     """

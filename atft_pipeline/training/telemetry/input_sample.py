@@ -1,7 +1,7 @@
-"""What the model was given: a sample of its sessions, as figures that can be held against the dataset.
+"""What the model was given: figures of a sample of its sessions, which the diagnosis compares with the dataset's own.
 
-A feature that a loader fills, scales, shifts or never finds looks healthy in the dataset. So the figures are taken in
-the first epoch, from the very blocks that model and loss get, and the diagnosis compares them with the dataset's own.
+A feature that the loader fills, scales, shifts or never finds still looks healthy in the dataset. So the figures are
+taken in the first epoch, from the very blocks that the model and the loss get.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from atft_pipeline.config.schema import HORIZONS
 from atft_pipeline.dataset.splits import Split
 from atft_pipeline.runs.record import write_parquet
 
-if TYPE_CHECKING:  # the diagnosis reads what is written here, and needs no torch
+if TYPE_CHECKING:  # the diagnosis imports this module and needs no torch
     from atft_pipeline.batches.block import Block
     from atft_pipeline.batches.panel import Panel
 
@@ -40,10 +40,11 @@ SCHEMA = pa.schema(
 with a value that is not missing; mean and std (ddof 0) over these, `ic` their correlation with `target_1d`."""
 
 
-class InputsSeen:
-    """Collects the sampled sessions of each split as blocks with them come by.
+class InputSample:
+    """Figures of the sampled sessions of each split, taken as blocks with these sessions come by.
 
-    A session that is not its split's is taken too, `SAMPLED_SESSIONS` of them at most.
+    A session outside its split is a fault, and is taken too, up to `SAMPLED_SESSIONS` of them. Nothing is taken before
+    `start` and after `write`.
     """
 
     def __init__(self, panel: Panel, split: Split) -> None:
@@ -53,46 +54,55 @@ class InputsSeen:
         self._wanted = {name: set(sampled(_with_members(panel, part)).tolist()) for name, part in parts.items()}
         self._foreign = dict.fromkeys(parts, SAMPLED_SESSIONS)
         self._rows: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
+        self._is_open = False
 
-    def see(self, split: str, block: Block) -> None:
-        """Takes the figures of the block's sessions that are in the sample and were not seen before."""
-        for place, session in enumerate(block.session_index.tolist()):
+    def start(self) -> None:
+        """From now on blocks are looked at: the first epoch of a run begins."""
+        self._is_open = True
+
+    def observe(self, split: str, block: Block) -> None:
+        """Takes the figures of the block's sessions that are in the sample and were not taken before."""
+        if not self._is_open:
+            return
+        for column, session in enumerate(block.session_index.tolist()):
             if session in self._wanted[split]:
                 self._wanted[split].remove(session)
             elif session not in self._sessions[split] and self._foreign[split]:
                 self._foreign[split] -= 1
             else:
                 continue
-            _add_session(self._rows, split, self._panel, block, place)
+            _add_session(self._rows, split, self._panel, block, column)
 
     def write(self, path: Path) -> None:
-        """`inputs.parquet` of a run."""
-        write_parquet(path, pa.table(self._rows, SCHEMA))
+        """Writes `inputs.parquet` of a run, once."""
+        if self._is_open:
+            write_parquet(path, pa.table(self._rows, SCHEMA))
+            self._is_open = False
 
 
 def _with_members(panel: Panel, sessions: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Of no other session a block is made."""
+    """The sessions that have a member: no block is made of any other session."""
     return sessions[panel.member[sessions].any(axis=1)]
 
 
 def sampled(sessions: NDArray[np.int64]) -> NDArray[np.int64]:
     """At most `SAMPLED_SESSIONS` of the sessions, evenly spaced."""
-    places = np.linspace(0, len(sessions) - 1, min(SAMPLED_SESSIONS, len(sessions))).round().astype(int)
-    return sessions[np.unique(places)]
+    positions = np.linspace(0, len(sessions) - 1, min(SAMPLED_SESSIONS, len(sessions))).round().astype(int)
+    return sessions[np.unique(positions)]
 
 
-def _add_session(rows: dict[str, list[Any]], split: str, panel: Panel, block: Block, place: int) -> None:
-    row = place + block.x.shape[1] - block.member.shape[1]  # behind the warm-up sessions
-    member = block.member[:, place].cpu().numpy()
+def _add_session(rows: dict[str, list[Any]], split: str, panel: Panel, block: Block, column: int) -> None:
+    row = column + block.x.shape[1] - block.member.shape[1]  # behind the warm-up sessions
+    member = block.member[:, column].cpu().numpy()
     x = np.where(block.missing[:, row].cpu().numpy(), np.nan, block.x[:, row].double().cpu().numpy())[member]  # [n, F]
-    target = block.target[:, place].double().cpu().numpy()[member]  # [n, H]
+    target = block.target[:, column].double().cpu().numpy()[member]  # [n, H]
     values = np.concatenate((x, target), axis=1)
     names = [*panel.feature_names, *(f"target_{h}d" for h in HORIZONS)]
     mean, std, present = moments(values)
-    day = panel.sessions[int(block.session_index[place])].item()
-    columns = (mean, std, correlations(values, target[:, 0]))
-    for key, column in zip(("mean", "std", "ic"), columns, strict=True):
-        rows[key].extend(None if np.isnan(value) else value for value in column.tolist())
+    day = panel.sessions[int(block.session_index[column])].item()
+    figures = (mean, std, correlations(values, target[:, 0]))
+    for key, by_name in zip(("mean", "std", "ic"), figures, strict=True):
+        rows[key].extend(None if np.isnan(value) else value for value in by_name.tolist())
     rows["present"].extend(present.tolist())
     rows["name"].extend(names)
     for key, same in (("split", split), ("date", day), ("stocks", len(values))):
@@ -103,18 +113,18 @@ def moments(
     values: NDArray[np.float64],
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
     """Mean, std (ddof 0) and number of the values of each column `[n, C] -> [C]`; NaN where a column has none."""
-    there = np.isfinite(values)
-    count = there.sum(axis=0)
-    some = np.where(count > 0, count, np.nan)
-    mean = np.where(there, values, 0.0).sum(axis=0) / some
-    deviation = np.where(there, values - mean, 0.0)
-    return mean, np.sqrt((deviation**2).sum(axis=0) / some), count
+    present = np.isfinite(values)
+    count = present.sum(axis=0)
+    divisor = np.where(count > 0, count, np.nan)
+    mean = np.where(present, values, 0.0).sum(axis=0) / divisor
+    deviation = np.where(present, values - mean, 0.0)
+    return mean, np.sqrt((deviation**2).sum(axis=0) / divisor), count
 
 
 def correlations(values: NDArray[np.float64], target: NDArray[np.float64]) -> NDArray[np.float64]:
     """Pearson correlation of each column `[n, C]` with `target: [n]`, over what both have: `[C]`.
 
-    NaN where either does not vary there or fewer than three have both.
+    NaN where either does not vary, or where fewer than three rows have both.
     """
     both = np.isfinite(values) & np.isfinite(target)[:, None]
     count = both.sum(axis=0)

@@ -1,8 +1,10 @@
-"""With which weight each loss term really pulls at the scores, read from the gradient that training used.
+"""The contribution of each loss term to the gradient that training used.
 
-Shapes: N stocks, S sessions, H horizons, K terms. A configured weight says what was meant. Here the gradient of the
-trained loss with respect to the scores is decomposed into the gradients that the terms, computed anew, have: a term
-that is detached, swallowed by an exception or read by nothing has an effective weight of 0 whatever its value does.
+A configured weight says what was meant. Here the gradient of the trained loss with respect to the scores is decomposed
+into the gradients of the terms, which are computed anew. So a term that is detached, swallowed by an exception or read
+by nothing has an effective weight of 0, whatever its value does.
+
+Shapes: N stocks, S sessions, H horizons.
 """
 
 from __future__ import annotations
@@ -22,17 +24,18 @@ Values = NDArray[np.float64]
 
 
 class LossGradients(NamedTuple):
-    """Of one block's loss. A term that has no gradient of its own there (a penalty not in force) is in none of them."""
+    """Contributions to the gradient of one block's loss. A term without a gradient of its own there, such as a penalty
+    that is not in force, has none."""
 
     effective_weight: dict[str, float]
-    """Least-squares coefficient of the term's gradient in the loss's: its weight, if the loss is what it says. 0 for a
-    term that is computed without a way back to the scores."""
+    """Least-squares coefficient of the term's gradient in that of the loss: the configured weight, if the loss is what
+    it says. 0 for a term whose value does not depend on the scores."""
     share: dict[str, float]
-    """l2 of the term's gradient times its configured weight, over the sum of these."""
+    """l2 of the term's contribution, its gradient times its configured weight, over the sum over terms."""
     cosine: dict[str, float]
-    """Cosine of the term's gradient with the sum of the other weighted ones; negative where they pull apart."""
+    """Cosine of the term's contribution with the sum of the others; negative where they oppose each other."""
     residual: float
-    """Share of the loss's gradient l2 that the terms do not explain."""
+    """Share of the l2 of the loss's gradient that the terms do not explain."""
 
 
 def loss_gradients(
@@ -40,30 +43,30 @@ def loss_gradients(
 ) -> LossGradients | None:
     """Decomposition of `gradient: [N, S, H]`, that of the loss with respect to `scores: [N, S, H]`.
 
-    None where the Sharpe term has a weight and fewer sessions than it needs: it then lends from earlier blocks.
+    None where the Sharpe term has a weight and fewer sessions than it needs: it then borrows from earlier blocks.
     """
     weights = config.weights_at(epoch)
     if weights["sharpe"] > 0 and member.shape[1] < SHARPE_SESSIONS:
         return None
-    gradients = _own_gradients(scores, target, member, config)
-    detached = {term: 0.0 for term, found in gradients.items() if found is not None and not found.size}
-    own = {term: found for term, found in gradients.items() if found is not None and np.any(found)}
+    gradients = _term_gradients(scores, target, member, config)
+    detached = {term: 0.0 for term, values in gradients.items() if values is not None and not values.size}
+    of_terms = {term: values for term, values in gradients.items() if values is not None and np.any(values)}
     given = _flat(gradient)
-    if not own:
+    if not of_terms:
         return LossGradients(detached, {}, {}, float(np.any(given)))
-    terms = list(own)
-    size = {term: _norm(own[term]) for term in terms}
-    basis = [own[term] / size[term] for term in terms]
+    terms = list(of_terms)
+    size = {term: _norm(of_terms[term]) for term in terms}
+    basis = [of_terms[term] / size[term] for term in terms]
     gram = np.array([[_dot(a, b) for b in basis] for a in basis])
-    # Singular where two terms pull exactly alike: the least squares of least norm share the weight.
+    # Singular where two terms have the same direction: the least-squares solution of least norm shares the weight.
     solution = np.linalg.pinv(gram) @ np.array([_dot(a, given) for a in basis])
     unexplained = given - sum(share * part for share, part in zip(solution, basis, strict=True))
-    pulls = {term: weights[term] * own[term] for term in terms if weights[term] > 0}
-    together = sum(_norm(pull) for pull in pulls.values())
+    contributions = {term: weights[term] * of_terms[term] for term in terms if weights[term] > 0}
+    total_l2 = sum(_norm(contribution) for contribution in contributions.values())
     return LossGradients(
         detached | {term: float(share / size[term]) for term, share in zip(terms, solution, strict=True)},
-        {term: _norm(pull) / together for term, pull in pulls.items()},
-        _cosines(pulls),
+        {term: _norm(contribution) / total_l2 for term, contribution in contributions.items()},
+        _cosines(contributions),
         _norm(unexplained) / _norm(given) if np.any(given) else 1.0,
     )
 
@@ -73,7 +76,7 @@ def _flat(values: Tensor) -> Values:
 
 
 def _dot(a: Values, b: Values) -> float:
-    """Summed by numpy in one thread: a matrix product's rounding depends on how many threads are free."""
+    """The dot product, summed by numpy in one thread: the rounding of a matrix product depends on the free threads."""
     return float((a * b).sum())
 
 
@@ -82,10 +85,10 @@ def _norm(a: Values) -> float:
 
 
 @torch.enable_grad()
-def _own_gradients(scores: Tensor, target: Tensor, member: Tensor, config: LossConfig) -> dict[str, Values | None]:
-    """Gradient of each term's raw value with respect to the scores, flat.
+def _term_gradients(scores: Tensor, target: Tensor, member: Tensor, config: LossConfig) -> dict[str, Values | None]:
+    """Flat gradient of each term's raw value with respect to the scores.
 
-    None where it cannot be computed alone, without any element where the value does not depend on the scores.
+    None where the block is too small for the term; empty where the value does not depend on the scores.
     """
     leaf = scores.detach().clone().requires_grad_()
     batch = standardise(leaf, target, member)
@@ -103,9 +106,12 @@ def _own_gradients(scores: Tensor, target: Tensor, member: Tensor, config: LossC
     return {term: gradient(term) for term in LOSS_TERMS}
 
 
-def _cosines(pulls: dict[str, Values]) -> dict[str, float]:
-    if len(pulls) < 2:
+def _cosines(contributions: dict[str, Values]) -> dict[str, float]:
+    """Cosine of each contribution with the sum of the others; empty for a single one."""
+    if len(contributions) < 2:
         return {}
-    everything = np.sum(list(pulls.values()), axis=0)
-    rest = {term: everything - pull for term, pull in pulls.items()}
-    return {term: _dot(pull, rest[term]) / max(_norm(pull) * _norm(rest[term]), 1e-300) for term, pull in pulls.items()}
+    total = np.sum(list(contributions.values()), axis=0)
+    return {
+        term: _dot(own, total - own) / max(_norm(own) * _norm(total - own), 1e-300)
+        for term, own in contributions.items()
+    }

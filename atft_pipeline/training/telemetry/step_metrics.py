@@ -1,6 +1,6 @@
-"""What optimizer steps leave for the record: rows per step, rows per epoch, and the few numbers the epoch needs itself.
+"""Figures of optimizer steps: rows per step, rows per epoch, and the few numbers that the epoch itself needs.
 
-Figures stay tensors on the device until the epoch ends: reading one earlier would make every step wait for it.
+Figures stay tensors on the device until the epoch ends. Reading one earlier would make every step wait for it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Components = Mapping[str, Sequence[Tensor]]
 
 @dataclass(frozen=True)
 class StepFigures:
-    """One optimizer step."""
+    """Figures of one optimizer step."""
 
     loss: Tensor
     raw: dict[str, Tensor]
@@ -40,7 +40,7 @@ class StepFigures:
 
 @dataclass(frozen=True)
 class EpochFigures:
-    """One epoch of training."""
+    """Figures of one epoch of training."""
 
     loss: float
     """Mean over sessions."""
@@ -53,7 +53,7 @@ class EpochFigures:
 def log_steps(
     record: RunRecord, epoch: int, steps: Sequence[StepFigures], *, first_step: int, clip_norm: float
 ) -> None:
-    """Loss, rate and gradient norm of each step."""
+    """Records the loss, the rate and the gradient norm of each step."""
     for step, figures in enumerate(steps, start=first_step):
         norm = float(figures.grad_norm)
         record.log("loss", float(figures.loss), epoch=epoch, step=step, term="total")
@@ -71,12 +71,12 @@ def log_epoch(
     loss_weights: Mapping[str, float],
     clip_norm: float,
 ) -> EpochFigures:
-    """The epoch's figures: losses are means over sessions, gradients means over steps."""
+    """Records and returns the epoch's figures: losses are means over sessions, gradients means over steps."""
     sessions = np.array([s.sessions for s in steps], np.float64)
 
     for metric, terms in (("loss_raw", [s.raw for s in steps]), ("loss_weighted", [s.weighted for s in steps])):
         for term in max(terms, key=len):
-            # A term of weight 0 is measured in one step alone.
+            # A term of weight 0 is measured in one step only.
             having = [i for i, values in enumerate(terms) if term in values]
             mean = np.average(_numbers([terms[i][term] for i in having]), weights=sessions[having])
             record.log(metric, float(mean), epoch=epoch, component="loss", term=term)
@@ -103,13 +103,13 @@ def log_epoch(
 def log_update(
     record: RunRecord, epoch: int, components: Components, before: Components, optimizer: torch.optim.Optimizer
 ) -> None:
-    """What one step did to the weights of each component; `before` holds copies of them.
+    """Records what one step did to the weights of each component; `before` holds copies of them.
 
-    `weight_l2` and `update_to_weight`; `unchanged_share`: of the elements, those that the step left as they were;
-    `trainable_share` and `optimized_share`: of the elements, those that ask for a gradient and those that the optimizer
-    has; `parameter_bits`: of the narrowest parameter.
+    `weight_l2` and `update_to_weight`: size of the weights, and of the step relative to them. `unchanged_share`: share
+    of the elements that the step left unchanged. `trainable_share`, `optimized_share`: shares of the elements that
+    require a gradient and that the optimizer has. `parameter_bits`: width of the narrowest parameter.
     """
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    optimized = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for name, parameters in components.items():
         weight = float(l2_norm(before[name]))
         update = float(l2_norm([new - old for new, old in zip(parameters, before[name], strict=True)]))
@@ -120,26 +120,30 @@ def log_update(
             "update_to_weight": update / max(weight, 1e-12),
             "unchanged_share": same / elements,
             "trainable_share": sum(p.numel() for p in parameters if p.requires_grad) / elements,
-            "optimized_share": sum(p.numel() for p in parameters if id(p) in held) / elements,
+            "optimized_share": sum(p.numel() for p in parameters if id(p) in optimized) / elements,
             "parameter_bits": min(8 * p.element_size() for p in parameters),
         }
         for metric, value in figures.items():
             record.log(metric, value, epoch=epoch, component=name)
 
 
-def log_loss_gradients(record: RunRecord, epoch: int, found: LossGradients | None) -> None:
-    """What the loss of one block really pulls at; nothing where it could not be told."""
-    if found is None:
+def log_loss_gradients(record: RunRecord, epoch: int, gradients: LossGradients | None) -> None:
+    """Records the contributions of the loss terms in one block; nothing where they could not be measured."""
+    if gradients is None:
         return
-    parts = {"effective_weight": found.effective_weight, "gradient_share": found.share, "gradient_cosine": found.cosine}
-    for metric, by_term in parts.items():
+    figures = {
+        "effective_weight": gradients.effective_weight,
+        "gradient_share": gradients.share,
+        "gradient_cosine": gradients.cosine,
+    }
+    for metric, by_term in figures.items():
         for term, value in by_term.items():
             record.log(metric, value, epoch=epoch, component="loss", term=term)
-    record.log("gradient_residual", found.residual, epoch=epoch, component="loss", term="total")
+    record.log("gradient_residual", gradients.residual, epoch=epoch, component="loss", term="total")
 
 
 def log_machine(record: RunRecord, epoch: int, device: torch.device) -> None:
-    """Peak memory of the process and, on CUDA, memory and utilisation of the device."""
+    """Records the peak memory of the process and, on CUDA, memory and utilisation of the device."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
     record.log("peak_rss_bytes", peak, epoch=epoch)
     if device.type != "cuda":
@@ -147,7 +151,7 @@ def log_machine(record: RunRecord, epoch: int, device: torch.device) -> None:
     record.log("gpu_memory_bytes", torch.cuda.max_memory_allocated(device), epoch=epoch)
     try:
         record.log("gpu_utilisation", torch.cuda.utilization(device) / 100, epoch=epoch)
-    except ModuleNotFoundError:  # needs NVIDIA's management library; absent is not zero, so no row
+    except ModuleNotFoundError:  # NVIDIA's management library is absent; that is not zero, so no row
         return
 
 

@@ -1,0 +1,1 @@
+"""Features beside those of other libraries."""

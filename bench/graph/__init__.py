@@ -1,0 +1,1 @@
+"""A refresh of the graph against brute force."""
