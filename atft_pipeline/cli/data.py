@@ -172,27 +172,27 @@ def _dataset_by_month(
 
 
 def _members(out: Path) -> dict[str, int]:
-    """Rows of each slice, counted in the dataset's membership."""
+    """Rows that are investable, and those that are liquid, counted in the dataset's membership."""
     import pyarrow.compute as pc
 
     from atft_pipeline.config.slices import SLICES
     from atft_pipeline.dataset.layout import read_membership
 
     columns = read_membership(out, list(SLICES.values()))
-    return {name: pc.sum(columns[column]).as_py() or 0 for name, column in SLICES.items()}
+    return {column.removeprefix("is_"): pc.sum(columns[column]).as_py() or 0 for column in SLICES.values()}
 
 
 def dataset_blocks(content: Mapping[str, Any], members: Mapping[str, int]) -> list[Block]:
     """The ten lines that matter of a dataset's manifest, and its warnings."""
     rows = content["rows"]
-    shares = ", ".join(f"{name} {count:,} ({count / max(rows, 1):.0%} of the rows)" for name, count in members.items())
+    shares = ", ".join(f"{name} {count:,} ({count / max(rows, 1):.0%})" for name, count in members.items())
     lines = facts(
         ("dataset", content["path"]),
         ("rows", f"{rows:,}"),
         ("sessions", f"{content['sessions']:,} from {content['first_date']} to {content['last_date']}"),
         ("stocks", f"{content['stocks']:,}"),
         ("features", f"{content['live']} live"),
-        ("slices", shares),
+        ("universe", shares),
         ("quarantine", _counts(content["quarantine"])),
         ("months", _months(content.get("changes"))),
         ("fingerprint", content["fingerprint"][:FINGERPRINT_DIGITS]),

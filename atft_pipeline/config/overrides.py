@@ -1,4 +1,4 @@
-"""Text and mappings to configuration: presets plus overrides, checked field by field."""
+"""The only code that turns text and mappings into configuration: a preset plus overrides, checked field by field."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run sizes as functions. A preset is a whole configuration; what it does not name keeps the stage's default."""
+"""Run sizes as functions. A preset is a whole configuration; a field it does not name keeps the stage's default."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from atft_pipeline.errors import InputError
 def quick() -> PipelineConfig:
     """The embedded synthetic market in minutes on two cores.
 
-    It has 75,000 training samples, which a rate of 1e-3 memorises: validation IC peaks at epoch 4 and is gone by epoch
-    50. At a tenth of it the IC still stands there, whatever the weight decay (0.01 to 10 tried).
+    It has 75,000 training samples, which a rate of 1e-3 memorises: the validation IC peaks at epoch 4 and is gone at
+    epoch 50. At a rate of 1e-4 it is still there at epoch 50, for every weight decay tried from 0.01 to 10.
     """
     return PipelineConfig(
         split=SplitConfig(scheme="fraction", train_fraction=0.6, validation_fraction=0.2),
@@ -29,13 +29,13 @@ def quick() -> PipelineConfig:
 
 
 def cpu() -> PipelineConfig:
-    """Real quotes on a laptop; the architecture of the trial on the real decade (DESIGN.md), trained to forget noise.
+    """Real quotes on a laptop, with a high rate and a high decay, so that early steps are forgotten.
 
-    Chosen on validation years alone (2010, 2011 and 2012, three to five years of training before each, 8 epochs, one
-    seed), by the mean of daily ICs: rate 3e-3 with decay 2 and no dropout 0.052; the trial's rate 1e-3 with decay 0.01,
-    dropout 0.1 and all horizons weighted 0.042; longer horizons weighted 0.5 and 0.25 0.048; without `san` 0.038.
-    Decay times rate bounds how long a step is remembered: at 20 epochs decay 1 had 0.046, decay 3 0.050. The other
-    horizons' heads are fitted, and shape nothing else.
+    Chosen by the mean daily IC of the validation years 2010, 2011 and 2012 (three to five years of training before
+    each, 8 epochs, one seed): 0.052. Rate 1e-3 with decay 0.01, dropout 0.1 and all horizons weighted: 0.042. Longer
+    horizons weighted 0.5 and 0.25: 0.048. Without `san`: 0.038. Decay times rate bounds for how many steps one step
+    counts: at 20 epochs decay 1 gave 0.046 and decay 3 gave 0.050. The longer horizons' weight of 0.001 fits their
+    heads and leaves the rest of the model to the horizon of one session.
     """
     return PipelineConfig(
         split=SplitConfig(scheme="sessions", validation_sessions=250, test_sessions=250),
@@ -51,8 +51,8 @@ def cpu() -> PipelineConfig:
 def production() -> PipelineConfig:
     """Full universe on a CUDA device, bf16-mixed.
 
-    A batch is 16 sessions of 4,000 stocks, the fewest that the Sharpe term uses at once. Two sessions (8,192) would
-    encode 61 for the 2 they score: 3.7 times the bytes an epoch, by count (bench/training/gpu.py); no GPU was at hand.
+    A batch is 16 sessions of 4,000 stocks, the fewest that the Sharpe term uses at once. A batch of two sessions
+    (8,192) encodes 61 sessions to score 2: 3.7 times the bytes of an epoch, by count and not by measurement on a GPU.
     """
     return PipelineConfig(
         graph=GraphConfig(neighbours=20),

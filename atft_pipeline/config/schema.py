@@ -1,8 +1,8 @@
-"""One frozen dataclass per stage of the pipeline, and the only code that turns text into configuration.
+"""One frozen dataclass per stage of the pipeline.
 
 Every field changes behaviour. Fields are set in Dagster's run config, by `atft train --set model.hidden_size=512`, or
-by the variables of the validation report (`SHARPE_WEIGHT`, ...); all three end in `with_overrides`, so an unknown name
-is refused in one place.
+by the variables of the validation report (`SHARPE_WEIGHT`, ...); all three end in `overrides.configured`, so an unknown
+name is refused in one place. What a field may be is written once, in its `Literal`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, get_args
 
 from atft_pipeline.config.slices import Slice
 from atft_pipeline.errors import InputError
@@ -22,7 +22,11 @@ HORIZONS: tuple[int, ...] = (1, 5, 10, 20)
 LOSS_TERMS: tuple[str, ...] = ("mse", "ic", "rank_ic", "sharpe", "variance_penalty")
 
 Execution = Literal["next_open", "next_close", "same_close"]
-EXECUTION_DELAY_SESSIONS: dict[str, int] = {"next_open": 1, "next_close": 1, "same_close": 0}
+EXECUTION_DELAY_SESSIONS: dict[Execution, int] = {"next_open": 1, "next_close": 1, "same_close": 0}
+SplitScheme = Literal["fraction", "sessions", "dates"]
+Normalisation = Literal["san", "fan", "revin", "none"]
+ScheduleName = Literal["cosine", "plateau", "constant"]
+Precision = Literal["float32", "bf16-mixed"]
 PanelPlace = Literal["auto", "memory", "map"]
 Probes = Literal["none", "leading", "all"]
 EXPERIMENT_IDS = ("A", "B", "C", "D")
@@ -32,6 +36,12 @@ EXPERIMENT_IDS = ("A", "B", "C", "D")
 def require(condition: bool, message: str) -> None:
     if not condition:
         raise InputError(message)
+
+
+def _require_one_of(field: str, literal: Any, value: object) -> None:
+    """Refuses a value that is none of the `Literal`'s."""
+    *others, last = get_args(literal)
+    require(value in (*others, last), f"{field}: expected {', '.join(others)} or {last}, found {value!r}")
 
 
 @dataclass(frozen=True)
@@ -44,16 +54,13 @@ class DatasetConfig:
     """A stock is investable from its n-th traded session on."""
 
     def __post_init__(self) -> None:
-        require(
-            self.execution in EXECUTION_DELAY_SESSIONS,
-            f"dataset.execution: expected one of {sorted(EXECUTION_DELAY_SESSIONS)}, found {self.execution!r}",
-        )
+        _require_one_of("dataset.execution", Execution, self.execution)
         require(self.min_history_sessions >= 1, "dataset.min_history_sessions: expected at least 1")
 
 
 @dataclass(frozen=True)
 class GraphConfig:
-    """Trailing-correlation k-NN graph. 250 sessions find twice as many true peers as 60 (DESIGN.md, Graph)."""
+    """Trailing-correlation k-NN graph. 250 sessions find twice as many true peers as 60."""
 
     lookback_sessions: int = 250
     neighbours: int = 10
@@ -69,7 +76,7 @@ class GraphConfig:
         require(self.neighbours >= 1, "graph.neighbours: expected at least 1")
         require(self.refresh_sessions >= 1, "graph.refresh_sessions: expected at least 1")
         require(0.0 <= self.shrinkage < 1.0, "graph.shrinkage: expected 0 <= value < 1")
-        require(self.universe in ("all", "liquid"), "graph.universe: expected 'all' or 'liquid'")
+        _require_one_of("graph.universe", Slice, self.universe)
 
 
 @dataclass(frozen=True)
@@ -81,7 +88,7 @@ class SplitConfig:
     validation < test_start <= test <= test_end).
     """
 
-    scheme: Literal["fraction", "sessions", "dates"] = "fraction"
+    scheme: SplitScheme = "fraction"
     train_fraction: float = 0.6
     validation_fraction: float = 0.2
     validation_sessions: int = 250
@@ -94,10 +101,7 @@ class SplitConfig:
     """Sessions left out after the purge, on top of it."""
 
     def __post_init__(self) -> None:
-        require(
-            self.scheme in ("fraction", "sessions", "dates"),
-            f"split.scheme: expected fraction, sessions or dates, found {self.scheme!r}",
-        )
+        _require_one_of("split.scheme", SplitScheme, self.scheme)
         require(
             self.train_fraction > 0
             and self.validation_fraction > 0
@@ -124,9 +128,9 @@ class ModelConfig:
     feature_gates: bool = True
     """False leaves out the weights that variable selection gives the features: each counts the same."""
     encoder_layers: int = 1
-    """0 leaves the temporal encoder out: a score sees its own session alone, and what the normalisation sees."""
+    """0 leaves the temporal encoder out: a score then sees its own session, and what the normalisation sees."""
     attention_heads: int = 4
-    normalisation: Literal["san", "fan", "revin", "none"] = "san"
+    normalisation: Normalisation = "san"
     normalisation_window_sessions: int = 20
     """Trailing sessions of the normalisation's statistics (not of `none`); they lengthen the receptive field."""
     fan_frequencies: int = 2
@@ -156,10 +160,7 @@ class ModelConfig:
             0 <= self.encoder_layers < self.window_sessions,
             "model.encoder_layers: expected at least 0 and fewer than window_sessions",
         )
-        require(
-            self.normalisation in ("san", "fan", "revin", "none"),
-            f"model.normalisation: expected san, fan, revin or none, found {self.normalisation!r}",
-        )
+        _require_one_of("model.normalisation", Normalisation, self.normalisation)
         require(self.normalisation_window_sessions >= 2, "model.normalisation_window_sessions: expected at least 2")
         require(
             self.normalisation != "fan" or 1 <= self.fan_frequencies <= self.normalisation_window_sessions // 2,
@@ -188,17 +189,14 @@ class ScheduleConfig:
     """`cosine`: linear warm-up, then cosine to `min_lr_ratio`. `plateau`: lr *= factor after `patience` epochs without
     a better validation loss. `constant`: the warm-up, then flat."""
 
-    name: Literal["cosine", "plateau", "constant"] = "cosine"
+    name: ScheduleName = "cosine"
     warmup_fraction: float = 0.05
     min_lr_ratio: float = 0.01
     patience: int = 5
     factor: float = 0.5
 
     def __post_init__(self) -> None:
-        require(
-            self.name in ("cosine", "plateau", "constant"),
-            f"train.schedule.name: expected cosine, plateau or constant, found {self.name!r}",
-        )
+        _require_one_of("train.schedule.name", ScheduleName, self.name)
         require(0.0 <= self.warmup_fraction < 1.0, "train.schedule.warmup_fraction: expected 0 <= value < 1")
         require(0.0 <= self.min_lr_ratio <= 1.0, "train.schedule.min_lr_ratio: expected 0 <= value <= 1")
         require(self.patience >= 0, "train.schedule.patience: expected at least 0")
@@ -226,7 +224,7 @@ class LossPhase:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Weights of the five terms, of the horizons, and the phases that override the former."""
+    """Weights of the five terms and of the horizons; a phase replaces weights of terms for some epochs."""
 
     mse: float = 1.0
     ic: float = 0.0
@@ -285,12 +283,12 @@ class TrainConfig:
     batch_size: int = 4096
     """Stock-session samples per batch: the most whole sessions that fit, at least one."""
     universe: Slice = "liquid"
-    precision: Literal["float32", "bf16-mixed"] = "float32"
+    precision: Precision = "float32"
     weight_ema: float = 0.995
     """Decay of the averaged weights that are evaluated and kept; 0 evaluates the raw weights."""
     panel: PanelPlace = "auto"
-    """Where the panel lies, which changes no result: `memory`, also the device's where it fits; `map`, a memory map of
-    a file in the run directory; `auto` maps what does not fit."""
+    """Where the panel lies; it changes no result. `memory`: in memory, on the device where it fits. `map`: a memory map
+    of a file in the run directory. `auto`: maps what does not fit."""
     loader_workers: int = 0
     """Threads that make blocks ahead; a panel in a memory map always has one."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -301,26 +299,20 @@ class TrainConfig:
     def __post_init__(self) -> None:
         require(self.epochs >= 1, "train.epochs: expected at least 1")
         different = min(self.epochs, 1 + max((phase.last_epoch for phase in self.loss.phases), default=0))
-        idle = next((e for e in range(1, different + 1) if not any(self.loss.weights_at(e).values())), None)
-        require(idle is None, f"train.loss: at least one weight must be positive; in epoch {idle} none is")
+        without = next((e for e in range(1, different + 1) if not any(self.loss.weights_at(e).values())), None)
+        require(without is None, f"train.loss: at least one weight must be positive; in epoch {without} none is")
         require(self.batch_size >= 1, "train.batch_size: expected at least 1")
         require(0 <= self.seed < 2**63, "train.seed: expected 0 <= value < 2**63")
-        require(self.universe in ("all", "liquid"), "train.universe: expected 'all' or 'liquid'")
-        require(
-            self.precision in ("float32", "bf16-mixed"),
-            f"train.precision: expected float32 or bf16-mixed, found {self.precision!r}",
-        )
+        _require_one_of("train.universe", Slice, self.universe)
+        _require_one_of("train.precision", Precision, self.precision)
         require(0.0 <= self.weight_ema < 1.0, "train.weight_ema: expected 0 <= value < 1")
-        require(
-            self.panel in ("auto", "memory", "map"),
-            f"train.panel: expected auto, memory or map, found {self.panel!r}",
-        )
+        _require_one_of("train.panel", PanelPlace, self.panel)
         require(self.loader_workers >= 0, "train.loader_workers: expected at least 0")
 
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """Definition of the reported Sharpe and of the criterion it is held against (DESIGN.md, Evaluation)."""
+    """Definition of the reported Sharpe, and of the criterion that it must meet."""
 
     cost_bps: float = 10.0
     quantile: float = 0.2
@@ -333,7 +325,7 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         require(0.0 <= self.cost_bps < math.inf, "evaluation.cost_bps: expected at least 0 and finite")
         require(0.0 < self.quantile <= 0.5, "evaluation.quantile: expected 0 < value <= 0.5")
-        require(self.universe in ("all", "liquid"), "evaluation.universe: expected 'all' or 'liquid'")
+        _require_one_of("evaluation.universe", Slice, self.universe)
         require(self.criterion_epoch >= 1, "evaluation.criterion_epoch: expected at least 1")
         require(self.bootstrap_samples >= 1, "evaluation.bootstrap_samples: expected at least 1")
 

@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from atft_pipeline.storage.json_values import finite_or_none
 
 _NORMAL = NormalDist()
-_NO_DISPERSION = 1e-12  # relative to the largest value: a constant series has a rounding std, not 0
+_NO_DISPERSION = 1e-12  # relative to the largest value: by rounding, the std of a constant series is not 0
 _MIN_BOOTSTRAP_SESSIONS = 20
 BOOTSTRAP_SEED = 20
-"""Of every bootstrap interval that is reported: the same returns have the same interval."""
+"""Seed of every reported bootstrap interval, so that the same returns have the same interval."""
 
 Series = NDArray[np.floating]
 
@@ -83,8 +83,8 @@ def _standardised(values: Series, usable: NDArray[np.bool_]) -> NDArray[np.float
 def mean_and_error(values: Series, horizon_sessions: int = 1) -> tuple[float, float]:
     """Mean over sessions and its standard error: std (ddof 1) / sqrt(n), which takes sessions as independent.
 
-    Values of a longer horizon h share h - 1 sessions of returns with the next: theirs is the long-run variance, with
-    Bartlett weights over 2(h - 1) lags, which miss a sixth of it (over h - 1 lags a third).
+    Values of a longer horizon h share h - 1 sessions of returns with the next. Their error takes the long-run variance,
+    with Bartlett weights over 2(h - 1) lags, which miss a sixth of it; h - 1 lags would miss a third.
     Source: Newey and West (1987), eq. 5.
     """
     values = _finite_values(values)
@@ -221,8 +221,8 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """Percentile interval of `statistic` under the stationary bootstrap with the data-driven mean block length.
 
-    NaN below 20 sessions, for a constant series and where a resample has no value. Imports `arch` only when called:
-    the training path lives without it.
+    NaN below 20 sessions, for a constant series and where a resample has no value. Imports `arch` only when called, as
+    a training machine may lack it.
     Source: Politis and Romano (1994); block length: Politis and White (2004), Patton et al. (2009).
     """
     returns = _finite_values(returns)
@@ -240,7 +240,7 @@ def bootstrap_interval(
 
 
 def can_bootstrap() -> bool:
-    """Whether `arch` is installed; a training machine lives without it, and without intervals."""
+    """Whether `arch` is installed; a training machine may lack it and then reports no intervals."""
     return importlib.util.find_spec("arch") is not None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -19,6 +18,7 @@ from atft_pipeline.config.schema import HORIZONS, EvaluationConfig
 from atft_pipeline.config.slices import SLICES, Slice
 from atft_pipeline.errors import InputError
 from atft_pipeline.evaluation.evaluate import Evaluation, EvaluationPanel, evaluate_panel, invalid
+from atft_pipeline.evaluation.metrics import can_bootstrap
 from atft_pipeline.storage.artifact import read_artifact
 
 _HORIZON_COLUMN = re.compile(r"^(?P<stem>.*)_(?P<sessions>[1-9]\d*)d$")
@@ -152,7 +152,7 @@ def evaluate_file(
             split=split,
             universe=universe,
             days_per_year=days_per_year,
-            bootstrap=importlib.util.find_spec("arch") is not None,
+            bootstrap=can_bootstrap(),
             trials=trials,
         )
     except InputError as refusal:

@@ -2,11 +2,11 @@
 
 `python -m bench.evaluation.quality WORK_DIR [--document FILE.md]`
 
-The market: `atft market --hard`, 1,000 stocks x 1,250 sessions, every stock that is investable. The figure: correlation
-across stocks of the score with the true expected return of `target_1d`, mean over the test sessions. Every model has
-one configuration, the same for all its seeds, whose last epoch counts. LightGBM and ridge are the pipeline's own
-baselines; `with neighbours` adds to each feature its mean over the session's graph. Below them the ablations: the
-network with one part left out or one loss term changed, the first seed alone.
+The market: `atft synthesize --hard`, 1,000 stocks x 1,250 sessions, every stock that is investable. The figure:
+correlation across stocks of the score with the true expected return of `target_1d`, mean over the test sessions.
+Every model has one configuration, the same for all its seeds, whose last epoch counts. LightGBM and ridge are the
+pipeline's own baselines; `with neighbours` adds to each feature its mean over the session's graph. Below them the
+ablations: the network with one part left out or one loss term changed, the first seed alone.
 
 Prints one JSON line per model, failures included, and with `--document` puts the table between the markers
 `<!-- quality -->` of that file. Finished runs in WORK_DIR are read again, not trained again.

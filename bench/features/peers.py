@@ -64,7 +64,7 @@ class Peer(NamedTuple):
 
 
 def atft() -> Peer:
-    """This checkout's own features: what `atft features` does before targets, manifest and writing."""
+    """This checkout's own features: what `atft dataset` does before targets, manifest and writing."""
     sys.path.insert(0, str(ROOT))
     from atft_pipeline import __version__
     from atft_pipeline.config.presets import preset

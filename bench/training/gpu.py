@@ -2,7 +2,7 @@
 
 4,000 stocks x 1,220 sessions x 82 features, hidden 256, window 60, bf16-mixed, validation every epoch: random walks and
 random features, written as a dataset first (that time is not counted), trained by the same call as `atft train`. Needs
-numpy, pyarrow, torch and torch-geometric alone.
+numpy, pyarrow and torch alone.
 
 Beside seconds and utilisation stand the work of a step and the machine's ceilings, both measured: floating point
 operations by PyTorch's own counter, bytes as if every operation read its inputs and wrote its outputs once, a bf16

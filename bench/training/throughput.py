@@ -7,7 +7,7 @@ and test without gradients. `--wide GRAPH` adds the case that needs a graph of 2
 qlib's GATs_ts, in an environment of its own (bench/features/requirements-qlib.txt). Times are of one machine on one
 day.
 
-`--large DATASET GRAPH` runs instead the cases of a market that should not need the memory it takes (`atft market
+`--large DATASET GRAPH` runs instead the cases of a market that should not need the memory it takes (`atft synthesize
 --stocks 4150 --sessions 2500 --seed 3`, graph with `graph.universe=all`): one epoch, the panel in memory or in a memory
 map, under a hard limit of 8 GB of anonymous memory, the kind that no disk can take over.
 """

@@ -28,6 +28,8 @@ from atft_process import (
     environment,
 )
 
+from atft_pipeline.cli.progress import ProgressBar
+
 REPORT = {
     "SHARPE_WEIGHT": "0.2",
     "CS_IC_WEIGHT": "0.1",
@@ -103,6 +105,21 @@ def test_graph_is_of_the_dataset_s_fingerprint(made: Made) -> None:
     _, printed = made
     assert printed["graph"]["dataset_fingerprint"] == printed["dataset"]["fingerprint"]
     assert printed["graph"]["edges"] > 0
+
+
+def test_work_by_month_says_how_many_months_are_done(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = made
+    heard: list[tuple[str, int, int]] = []
+    monkeypatch.setattr(ProgressBar, "advance", lambda _, *step: heard.append(step))
+    assert atft_here("dataset", folder / "source", tmp_path / "d", *DATASET_SETTINGS) == 0
+    months = len(list((tmp_path / "d").iterdir()))
+    assert [step for step in heard if step[1] == step[2]] == [(name, months, months) for name in ("prices", "features")]
+    heard.clear()
+    assert atft_here("graph", tmp_path / "d", tmp_path / "g", *GRAPH_SETTINGS) == 0
+    months = len(list((tmp_path / "g").iterdir()))
+    assert heard == [("graph", month, months) for month in range(1, months + 1)]
 
 
 def test_only_the_artifacts_lie_beside_each_other(made: Made) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,16 @@ import pytest
 from markets.market_factory import raw_tables
 
 from atft_pipeline.config import schema
-from atft_pipeline.config.overrides import from_dict, parse_assignments, report_overrides, to_dict, with_overrides
+from atft_pipeline.config.overrides import (
+    REPORT_VARIABLES,
+    configured,
+    from_dict,
+    leaves,
+    parse_assignments,
+    report_overrides,
+    to_dict,
+    with_overrides,
+)
 from atft_pipeline.config.presets import PRESETS, preset
 from atft_pipeline.config.schema import (
     DatasetConfig,
@@ -28,6 +38,7 @@ from atft_pipeline.config.schema import (
     SplitConfig,
     TrainConfig,
 )
+from atft_pipeline.config.slices import SLICES, Slice
 from atft_pipeline.dataset.rows import build_dataset
 from atft_pipeline.dataset.splits import make_split
 from atft_pipeline.errors import InputError
@@ -164,6 +175,67 @@ def test_phase_variable_is_a_table_of_epoch_ranges() -> None:
 def test_variables_that_mean_nothing_are_refused(variables: dict[str, str], reason: str) -> None:
     with pytest.raises(InputError, match=reason):
         with_overrides(PipelineConfig(), report_overrides(variables))
+
+
+# --- preset, report variables, overrides ------------------------------------------------------------------------------
+
+TRAINING = ("split", "model", "train", "evaluation")
+
+
+def test_preset_variables_and_overrides_come_in_this_order_and_are_recorded() -> None:
+    variables = {"SHARPE_WEIGHT": "0.3", "CS_IC_WEIGHT": "0.2"}
+    config, recorded = configured("cpu", {"train.loss.ic": 0.5}, variables, sections=TRAINING, reader="the test")
+    assert (config.train.loss.sharpe, config.train.loss.ic) == (0.3, 0.5)
+    assert config.train.optimizer == preset("cpu").train.optimizer
+    assert recorded == {"preset": "cpu", "train.loss.sharpe": 0.3, "train.loss.ic": 0.5}
+
+
+def test_the_report_s_variables_count_where_training_is_read() -> None:
+    config, recorded = configured("quick", {}, {"SHARPE_WEIGHT": "high"}, sections=("graph",), reader="the test")
+    assert (config, recorded) == (preset("quick"), {"preset": "quick"})
+
+
+def test_a_field_that_is_not_read_is_refused_before_the_preset_is_looked_up() -> None:
+    with pytest.raises(
+        InputError, match=r"^here: override 'train.seed' has no effect .* the test reads only graph\.\*$"
+    ):
+        configured("none", {"train.seed": 2}, {}, sections=("graph",), reader="the test", where="here: ")
+    with pytest.raises(InputError, match="preset: expected one of cpu, production, quick, found 'none'"):
+        configured("none", {"graph.neighbours": 2}, {}, sections=("graph",), reader="the test")
+
+
+# --- places that move together ----------------------------------------------------------------------------------------
+
+
+def names_of(kind: type) -> set[str]:
+    return {field.name for field in dataclasses.fields(kind)}
+
+
+def test_every_report_variable_sets_a_field_that_exists() -> None:
+    assert set(REPORT_VARIABLES.values()) <= set(leaves(to_dict(PipelineConfig())))
+
+
+def test_every_loss_weight_is_a_term() -> None:
+    """Trainer, diagnosis and `weights_at` go through `LOSS_TERMS`: they would ignore a weight that is no term."""
+    assert names_of(LossConfig) == {*schema.LOSS_TERMS, "horizon_weights", "phases"}
+
+
+def test_every_execution_has_its_delay() -> None:
+    assert set(schema.EXECUTION_DELAY_SESSIONS) == set(typing.get_args(schema.Execution))
+
+
+def test_every_slice_has_its_column() -> None:
+    assert set(SLICES) == set(typing.get_args(Slice))
+
+
+def test_every_schedule_has_a_test_and_reads_only_fields_that_exist() -> None:
+    """A new schedule or field: the learning rate in training/schedule.py and its diagnosis have to know it."""
+    assert typing.get_args(schema.ScheduleName) == ("cosine", "plateau", "constant")
+    assert names_of(ScheduleConfig) == {"name", "warmup_fraction", "min_lr_ratio", "patience", "factor"}
+
+
+def test_every_preset_is_a_function_of_its_name() -> None:
+    assert {name: make.__name__ for name, make in PRESETS.items()} == {name: name for name in PRESETS}
 
 
 # --- validation -------------------------------------------------------------------------------------------------------

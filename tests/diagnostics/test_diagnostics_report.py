@@ -293,8 +293,8 @@ def test_the_threshold_before_the_criterions_epoch_is_called_a_milestone(tmp_pat
 def test_the_command_that_builds_the_dataset_names_its_source(trained: Trained, tmp_path: Path) -> None:
     record = open_record(trained())
     dataset = shlex.quote(record.run["dataset_path"])
-    assert commands(record)["features"] == f"atft features market {dataset}"
+    assert commands(record)["features"] == f"atft dataset market {dataset}"
     record.connection.close()
     unreadable = open_record(healthy().write(tmp_path / "run"))
-    assert commands(unreadable)["features"].startswith("atft features SOURCE ")
+    assert commands(unreadable)["features"].startswith("atft dataset SOURCE ")
     unreadable.connection.close()

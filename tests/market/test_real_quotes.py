@@ -60,7 +60,7 @@ def newest() -> pl.DataFrame:
 
 @pytest.fixture(scope="module")
 def built(newest: pl.DataFrame, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """source -> d.parquet -> g.parquet by the command, with what `atft features` printed as features.txt."""
+    """source -> d.parquet -> g.parquet by the command."""
     return _built(tmp_path_factory.mktemp("quotes"), newest)
 
 

@@ -165,4 +165,4 @@ def test_correlation_of_what_does_not_vary_is_none() -> None:
 
 def test_what_recording_costs_is_measured_on_parts_that_exist() -> None:
     assert all(callable(getattr(owner, name)) for owner, name in RECORDING)
-    assert {(InputSample, "see"), (InputSample, "write")} <= set(RECORDING)
+    assert {(InputSample, "observe"), (InputSample, "write")} <= set(RECORDING)

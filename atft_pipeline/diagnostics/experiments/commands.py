@@ -103,7 +103,7 @@ def commands(record: Record) -> dict[str, str]:
             f"atft evaluate {predictions} --score score_1d --target target_1d --split validation --slice {record.slice}"
         )
     return {
-        "features": f"atft features {_source(record)} {_path(record, 'dataset_path')}",
+        "features": f"atft dataset {_source(record)} {_path(record, 'dataset_path')}",
         "diagnose_all": f"atft diagnose {_quote(record.run_dir)} --probes all",
         "train": _train(record, f"{record.run_dir}-next", {}),
         "rerun": _train(record, f"{record.run_dir}-again", {}),
