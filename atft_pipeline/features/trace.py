@@ -74,7 +74,7 @@ def word(
     """Makes a function of matrices a word of the vocabulary: on traces it returns what it reads.
 
     reach: further sessions it looks back, as a number or a function of those of its arguments that it names. results:
-    how many matrices it returns. remembers: whether it continues from state and so needs no earlier rows.
+    how many matrices it returns. remembers: whether it continues from state, and so needs no earlier rows.
     """
 
     def decorate(compute: Callable[..., Any]) -> Callable[..., Any]:
