@@ -74,8 +74,9 @@ def _run(context: dg.AssetExecutionContext, epochs: int) -> Path | str:
     except InputError as error:
         return str(error)
     trained = {model_key(epochs), run_asset_key(epochs)} & set(context.job_def.asset_layer.selected_asset_keys)
+    if not trained or epochs != GATED_LENGTH:
+        return run_dir
     materialization = last_materialization(context.instance, run_asset_key(epochs))
-    is_earlier = materialization is not None and materialization["run_id"] != context.run_id
-    if trained and epochs == GATED_LENGTH and is_earlier:
+    if materialization is not None and materialization["run_id"] != context.run_id:
         return f"{_length(epochs)}: in training in this very run; materialize comparison again afterwards"
     return run_dir
