@@ -19,7 +19,7 @@ from atft_pipeline.cli.parser import GROUPS, atft_parser
 from atft_pipeline.config.presets import PRESETS
 from atft_pipeline.config.schema import EXPERIMENT_IDS, HORIZONS, EvaluationConfig, Probes
 from atft_pipeline.config.slices import SLICES
-from atft_pipeline.ensemble.ensemble import BLENDS, deliver
+from atft_pipeline.ensemble.ensemble import BLENDS, combine_runs
 from atft_pipeline.evaluation.predictions_table import evaluate_file
 from atft_pipeline.market.synthetic import generate_market
 from atft_pipeline.training.launcher import Layout
@@ -54,9 +54,9 @@ def test_defaults_of_evaluate_are_those_of_the_configuration() -> None:
         ("synthesize", "tail_freedom", generate_market, "tail_freedom"),
         ("evaluate", "days_per_year", evaluate_file, "days_per_year"),
         ("evaluate", "trials", evaluate_file, "trials"),
-        ("export", "horizon", deliver, "horizon_sessions"),
-        ("export", "blend", deliver, "blend"),
-        ("export", "smooth", deliver, "smoothing_sessions"),
+        ("export", "horizon", combine_runs, "horizon_sessions"),
+        ("export", "blend", combine_runs, "blend"),
+        ("export", "smooth", combine_runs, "smoothing_sessions"),
         ("train", "nodes", Layout, "nodes"),
         ("train", "node_rank", Layout, "node_rank"),
     ],

@@ -1,4 +1,4 @@
-"""The eight laws of FEATURES.md, each over the whole registry."""
+"""The eight laws of docs/features.md, each over the whole registry."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""All 82 features against slow plain Python: loops over sessions, None for null, straight from FEATURES.md.
+"""All 82 features against slow plain Python: loops over sessions, None for null, straight from docs/features.md.
 
 The prices table is read cell by cell, flows and statements row by row from the raw tables, so nothing is shared with
 the code under test but its inputs.
