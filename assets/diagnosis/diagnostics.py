@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import dagster as dg
 
+from assets.diagnosis.commands import DAGSTER
 from assets.judging.checks import recorded_run
 from assets.metadata import as_dagster_failure, markdown_table, numeric_metadata
 from assets.training.training_run import run_asset_key
@@ -47,7 +48,7 @@ def explained(
     """Diagnoses a run and writes its report; what of it the UI shows."""
     from atft_pipeline.diagnostics.diagnose import diagnose, write_report
 
-    diagnosis = diagnose(run_dir, probes)
+    diagnosis = diagnose(run_dir, probes, DAGSTER)
     report = write_report(run_dir, diagnosis)
     context.log.info(f"{diagnosis.headline} Report: {report.html}")
     return explanation(diagnosis, report)
@@ -55,6 +56,8 @@ def explained(
 
 def explanation(diagnosis: "Diagnosis", report: "ReportPaths") -> dict[str, dg.MetadataValue | str]:
     """A written report as metadata."""
+    from atft_pipeline.diagnostics.report.sections import to_markdown
+
     statuses = [finding.status for finding in diagnosis.findings]
     return {
         "run_dir": dg.MetadataValue.path(str(diagnosis.run_dir)),
@@ -65,5 +68,5 @@ def explanation(diagnosis: "Diagnosis", report: "ReportPaths") -> dict[str, dg.M
         "report_html": dg.MetadataValue.path(str(report.html)),
         **numeric_metadata({status: statuses.count(status) for status in ("fired", "not_fired", "not_assessable")}),
         "findings": markdown_table(diagnosis.table()),
-        "report": dg.MetadataValue.md(diagnosis.to_markdown()),
+        "report": dg.MetadataValue.md(to_markdown(diagnosis)),
     }

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import dagster as dg
 
+from assets.diagnosis.commands import DAGSTER
 from assets.diagnosis.diagnostics import diagnostics_key, explanation
 from assets.metadata import as_dagster_failure, markdown_table, numeric_metadata
 from assets.training.training_run import RUN_LENGTHS, train_here
@@ -43,7 +44,7 @@ def experiment(context: dg.OpExecutionContext, config: ExperimentConfig, store: 
         id = context.partition_key
         planned = plan_experiment(run_dir, id, config.epochs)
         outcome = train_here(context, compute, planned.plan, store.runs / planned.name, overrides=planned.overrides)
-        concluded = conclude(run_dir, id, outcome.run_dir)
+        concluded = conclude(run_dir, id, outcome.run_dir, DAGSTER)
         result = concluded.result
         length = read_run(run_dir).get("epochs_planned")
         metadata = {

@@ -1,6 +1,6 @@
-"""What can be wrong with a run: one row per cause, in the order in which they are to be ruled out.
+"""What can be wrong with a run: one row per cause, in the order in which they should be ruled out.
 
-Causes that no evidence in a run's record or inputs can tell apart are one row, whose name lists them.
+One row lists several faults where no evidence in a run's record or inputs can tell them apart.
 """
 
 from __future__ import annotations
@@ -8,13 +8,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from atft_pipeline.diagnostics.changes import Change, lowered, raised, switched
+from atft_pipeline.diagnostics.experiments.plan import BY_ID as EXPERIMENTS
+
 CauseGroup = Literal["evaluation", "data", "optimisation", "loss", "capacity", "runtime", "noise"]
 
 HEALTHY, UNKNOWN = "healthy", "unknown"
-"""The classes beside the causes: nothing is wrong; something is, and no row here says what."""
+"""The classes beside the causes: nothing is wrong; something is wrong that no row describes."""
 
 PROVABLE: tuple[CauseGroup, ...] = ("evaluation",)
-"""Groups whose causes make the reported figure another's: while one stands, no other cause is read."""
+"""Groups whose causes make the report false. While a rule proves one of them, no other cause is ranked."""
 
 
 @dataclass(frozen=True)
@@ -23,9 +26,9 @@ class Cause:
     name: str
     group: CauseGroup
     probe: str
-    """Name of the probe (probes.PROBES) that confirms or refutes it."""
+    """Name of the probe (probes.run.PROBES) that confirms or refutes it."""
     prior: float
-    """Relative odds before any evidence. Not learned: planted runs say how causes look, not how often they come."""
+    """Relative odds before any evidence. Not learned: planted runs show how causes look, not how often they occur."""
 
 
 def _rows(group: CauseGroup, *rows: tuple[str, str, str, float]) -> tuple[Cause, ...]:
@@ -91,7 +94,7 @@ CAUSES: tuple[Cause, ...] = (
         ("term_reversed", "the training raises a loss term instead of lowering it: a wrong sign", "remedy", 0.5),
         ("loss_altered", "the loss trained on is not that of these scores, targets and weights", "remedy", 0.5),
         ("sharpe_term_light", "the loss has no Sharpe term, or a negligible one", "remedy", 0.3),
-        ("terms_in_conflict", "loss terms pull against each other", "remedy", 0.5),
+        ("terms_in_conflict", "the gradients of loss terms oppose each other", "remedy", 0.5),
         ("variance_penalty_dominates", "the variance penalty dominates the loss", "remedy", 0.5),
     ),
     *_rows(
@@ -119,3 +122,18 @@ BY_ID: dict[str, Cause] = {cause.id: cause for cause in CAUSES}
 HEALTHY_PRIOR = 25.0
 """About as much as all causes together: half of the runs that are looked at are fine."""
 UNKNOWN_PRIOR = 2.0
+
+REMEDIES: dict[str, tuple[Change, ...]] = {
+    "lr_too_high": (lowered("train.optimizer.lr", 0.1),),
+    "lr_too_low": (raised("train.optimizer.lr", 10, at_least=1e-3),),
+    "lr_decayed_early": (switched("train.schedule.name", "constant"),),
+    "scheduler_never_steps": (
+        switched("train.schedule.name", "constant"),
+        lowered("train.schedule.warmup_fraction", 0),
+    ),
+    "clipping_too_tight": (raised("train.optimizer.clip_norm", 10, at_least=1),),
+    "sharpe_term_light": EXPERIMENTS["B"].changes,
+    "terms_in_conflict": (lowered("train.loss.rank_ic", 0), lowered("train.loss.sharpe", 0)),
+    "variance_penalty_dominates": (lowered("train.loss.variance_penalty", 0),),
+}
+"""Cause -> the settings that would remove it, which the probe `remedy` tries; what no setting removes has none."""

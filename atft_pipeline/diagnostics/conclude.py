@@ -1,4 +1,4 @@
-"""One of the experiments A to D of a run's report: planned from the run's own record, and its result fed back."""
+"""An experiment of a run's report: planned from the run's record, and its result written into the run's report."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from atft_pipeline.config.overrides import from_dict, with_overrides
+from atft_pipeline.diagnostics.commands import ATFT, CommandStyle
 from atft_pipeline.diagnostics.diagnose import Diagnosis, ReportPaths, diagnose, write_report
-from atft_pipeline.diagnostics.experiments.commands import experiment_overrides
+from atft_pipeline.diagnostics.experiments.plan import experiment_settings
 from atft_pipeline.errors import InputError
 from atft_pipeline.runs.header import read_run
-from atft_pipeline.runs.keys import config_key
 from atft_pipeline.runs.paired import PairedResult, compare_runs, evaluated_epochs, result_path, write_experiment_result
 from atft_pipeline.runs.reader import open_record
 from atft_pipeline.training.plan import Plan, plan_run
@@ -30,13 +30,13 @@ class PlannedExperiment:
 
     @property
     def name(self) -> str:
-        """Of the experiment's run directory: what decides it, so that a finished one is reused."""
+        """Name of the experiment's run directory. It holds the run key, so that a finished experiment is reused."""
         return f"experiment_{self.id.lower()}-{self.plan.key}"
 
 
 @dataclass(frozen=True)
 class Conclusion:
-    """What an experiment says of the run that it explains, and that run's report with it."""
+    """Result of an experiment, and the report of the run that it explains."""
 
     result: PairedResult
     path: Path
@@ -45,10 +45,10 @@ class Conclusion:
 
 
 def plan_experiment(run_dir: Path, id: str, epochs: int | None = None) -> PlannedExperiment:
-    """Experiment `id` on the dataset, graph and seed of the run in `run_dir`, for as many epochs unless told.
+    """Experiment `id` on the dataset, graph and seed of the run in `run_dir`, for `epochs` or as many as the run.
 
-    Raises InputError, before anything is trained, where the run has no evaluated epoch to compare with, where its
-    dataset or graph is gone or another one now, and where the run has the experiment's settings already.
+    Raises InputError where the run has no evaluated epoch to compare with, where its dataset or graph is gone or has
+    been replaced, and where the run has the experiment's settings already.
     """
     result_path(run_dir, id)
     header = read_run(run_dir)
@@ -57,19 +57,18 @@ def plan_experiment(run_dir: Path, id: str, epochs: int | None = None) -> Planne
             f"run directory {run_dir}: no epoch of it was evaluated, so an experiment has nothing to be compared with;"
             f" see `atft diagnose {run_dir}`"
         )
-    lacking = [name for name in ("dataset_path", "graph_path", "dataset_fingerprint") if not header.get(name)]
-    if lacking:
-        raise InputError(f"run directory {run_dir}: run.json has no {lacking[0]!r}; train again")
+    absent = [name for name in ("dataset_path", "graph_path", "dataset_fingerprint") if not header.get(name)]
+    if absent:
+        raise InputError(f"run directory {run_dir}: run.json has no {absent[0]!r}; train again")
     record = open_record(run_dir)
     try:
-        changed = experiment_overrides(record)[id]
+        settings = experiment_settings(record, id)
     finally:
         record.connection.close()
-    recorded = from_dict(header["config"])
-    config = with_overrides(recorded, changed)
-    if config_key(config) == config_key(recorded):
-        fields = ", ".join(f"{name} {value}" for name, value in changed.items())
-        raise InputError(f"run directory {run_dir}: has the settings of experiment {id} already ({fields})")
+    changed = settings.overrides
+    if not changed:
+        raise InputError(f"run directory {run_dir}: has the settings of experiment {id} already ({settings.sentence})")
+    config = with_overrides(from_dict(header["config"]), changed)
     if epochs is not None:
         changed = {**changed, "train.epochs": epochs}
         config = with_overrides(config, {"train.epochs": epochs})
@@ -81,14 +80,14 @@ def plan_experiment(run_dir: Path, id: str, epochs: int | None = None) -> Planne
                 f"{header[f'{what}_path']}: its fingerprint is {manifest['fingerprint'][:12]}, {run_dir} was trained on"
                 f" {str(expected)[:12]}; make it again from that run's source, or train the run again"
             )
-    given = header.get("overrides")
-    overrides = (given if isinstance(given, dict) else {}) | changed
+    recorded = header.get("overrides")
+    overrides = (recorded if isinstance(recorded, dict) else {}) | changed
     return PlannedExperiment(id, run_dir, plan, overrides | {"experiment": f"{id} of {run_dir.resolve().name}"})
 
 
-def conclude(run_dir: Path, id: str, experiment_dir: Path) -> Conclusion:
-    """Compares the finished experiment with the run it explains, keeps the result there and writes the report anew."""
+def conclude(run_dir: Path, id: str, experiment_dir: Path, commands: CommandStyle = ATFT) -> Conclusion:
+    """Compares the finished experiment with the run that it explains, stores the result there, renews the report."""
     result = compare_runs(run_dir, experiment_dir)
     path = write_experiment_result(run_dir, id, result)
-    diagnosis = diagnose(run_dir)
+    diagnosis = diagnose(run_dir, commands=commands)
     return Conclusion(result, path, diagnosis, write_report(run_dir, diagnosis))

@@ -1,7 +1,6 @@
-"""Why a run got the Sharpe it got: findings with evidence and next steps, from that run's own directory alone.
+"""Why a run got its Sharpe: findings with evidence and next steps, read from the run's own directory.
 
-Only what the portfolio is held against (market, sectors, turnover values) comes from the dataset that the run names,
-and only while that is the one it was made on.
+The dataset that the run names is read only while it is still the one that the run was made on.
 """
 
 from __future__ import annotations
@@ -12,15 +11,20 @@ from pathlib import Path
 
 from atft_pipeline.config.overrides import from_dict
 from atft_pipeline.config.schema import Probes
-from atft_pipeline.diagnostics.evidence import gather
-from atft_pipeline.diagnostics.experiments.commands import ExperimentAdvice, advise, commands
+from atft_pipeline.diagnostics.causes import REMEDIES
+from atft_pipeline.diagnostics.commands import ATFT, CommandStyle, next_steps
+from atft_pipeline.diagnostics.experiments.plan import ExperimentAdvice, advise
+from atft_pipeline.diagnostics.gather import gather
 from atft_pipeline.diagnostics.posterior import Ranking, rank
-from atft_pipeline.diagnostics.probes.probes import PROBES, REMEDIES, run_probes, run_remedies, stored_probes
-from atft_pipeline.diagnostics.report.report import Diagnosis, ReportPaths, headline, write_report
-from atft_pipeline.diagnostics.report.sibling_runs import runs_beside
-from atft_pipeline.diagnostics.rules.rule import Finding, assess
+from atft_pipeline.diagnostics.probes.run import PROBES, run_probes, run_remedies, stored_probes
+from atft_pipeline.diagnostics.report.diagnosis import Diagnosis
+from atft_pipeline.diagnostics.report.headline import headline
+from atft_pipeline.diagnostics.report.page import ReportPaths, write_report
+from atft_pipeline.diagnostics.report.sibling_runs import sibling_rows
+from atft_pipeline.diagnostics.rule import Finding, assess
+from atft_pipeline.diagnostics.rule_table import TABLE, RuleTable
 from atft_pipeline.diagnostics.run_inputs import RunInputs
-from atft_pipeline.diagnostics.signals.recorded import Value
+from atft_pipeline.diagnostics.signal import Value
 from atft_pipeline.errors import InputError
 from atft_pipeline.evaluation.attribution import Attribution, Missing
 from atft_pipeline.evaluation.attribution_inputs import attribute_predictions
@@ -34,24 +38,27 @@ __all__ = ["Diagnosis", "ExperimentAdvice", "Finding", "ReportPaths", "attributi
 PROBED_CAUSES = 3
 
 
-def diagnose(run_dir: Path, probes: Probes = "none") -> Diagnosis:
-    """Every rule held against the record of one run, whatever state it is in, and the causes ranked.
+def diagnose(
+    run_dir: Path, probes: Probes = "none", commands: CommandStyle = ATFT, table: RuleTable = TABLE
+) -> Diagnosis:
+    """Every rule held against the record of one run, in whatever state it is, and the causes ranked.
 
     `probes`: `leading` makes those of the three most probable causes, which take from seconds to an epoch, and ranks
-    again with what they measured; `all` makes every one. Probes made earlier are read in any case.
+    again; `all` makes every one. Figures of earlier probes are always read. `commands` is the style of the commands
+    that findings name.
 
     Raises InputError where `run_dir` holds nothing readable of a run.
     """
     record = open_record(Path(run_dir))
     try:
-        # Both wait for files more than for the interpreter: side by side they take the time of one.
+        # Both wait for files more than for the interpreter, so two threads take the time of one.
         with ThreadPoolExecutor(1) as pool:
             attributed = pool.submit(attributions, record)
-            signals, findings, ranking = _assessed(record)
+            signals, findings, ranking = _assessed(record, commands, table)
         if probes != "none":
             leading = ranking.causes[:PROBED_CAUSES]
             run_probes(record, PROBES if probes == "all" else [c.probe for c in leading if c.probe in PROBES])
-            signals, findings, ranking = _assessed(record)
+            signals, findings, ranking = _assessed(record, commands, table)
             if ranking.conclusion != "healthy":
                 run_remedies(record, [c.id for c in ranking.causes[:PROBED_CAUSES] if c.id in REMEDIES])
         final, warnings = record.verdict.get("final"), record.verdict.get("warnings")
@@ -62,10 +69,12 @@ def diagnose(run_dir: Path, probes: Probes = "none") -> Diagnosis:
             warnings=[str(warning) for warning in warnings] if isinstance(warnings, list) else [],
             signals=signals,
             findings=findings,
+            rules=table.rules,
             ranking=ranking,
+            probe_command=commands.diagnose(record, "leading"),
             probes=stored_probes(record),
-            earlier=runs_beside(record),
-            experiments=advise(record, findings),
+            siblings=sibling_rows(record),
+            experiments=advise(record, findings, table.rules, commands),
             results=experiment_rows(record.run_dir),
             attributions=attributed.result(),
             missing=[*record.missing, *RunInputs(record).unusable],
@@ -76,14 +85,16 @@ def diagnose(run_dir: Path, probes: Probes = "none") -> Diagnosis:
         raise
 
 
-def _assessed(record: Record) -> tuple[dict[str, Value], list[Finding], Ranking]:
-    signals = gather(record)
-    findings = assess(signals, commands(record))
-    return signals, findings, rank(findings)
+def _assessed(
+    record: Record, commands: CommandStyle, table: RuleTable
+) -> tuple[dict[str, Value], list[Finding], Ranking]:
+    signals = gather(record, table)
+    findings = assess(signals, table.rules, next_steps(record, commands))
+    return signals, findings, rank(findings, rules=table.rules)
 
 
 def attributions(record: Record) -> Mapping[str, Attribution | Missing]:
-    """Split -> costs, periods, capacity and exposures of the last predictions that the run kept."""
+    """Split -> costs, periods, capacity and exposures of the newest predictions that the run kept."""
     if not record.predictions:
         return dict.fromkeys(SPLITS, Missing("the run has no readable predictions"))
     try:

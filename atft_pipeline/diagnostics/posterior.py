@@ -2,9 +2,9 @@
 
 Classes are the causes, `healthy` and `unknown`. A rule that was assessed speaks for or against every class by how often
 it fires in runs of that class, counted on planted runs (`likelihoods.json`, written by the diagnostics bench) and
-smoothed towards what the rule table says. Of the rules in one channel, which see the same thing, the strongest alone
-counts for a class. A rule that could not be assessed says nothing. While a rule stands that proves the report false,
-only causes of the evaluation are read; while one stands that nothing else brings about, only its causes are named.
+smoothed towards what the rule table says. Of the rules in one channel, which see the same thing, only the strongest
+counts for a class. A rule that could not be assessed says nothing. While a validity rule fires, only evaluation faults
+are ranked; while a root rule fires, only its own suspects are reported.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Literal
 
 from atft_pipeline.diagnostics.causes import BY_ID, CAUSES, HEALTHY, HEALTHY_PRIOR, PROVABLE, UNKNOWN, UNKNOWN_PRIOR
-from atft_pipeline.diagnostics.rules.rule import RULES, Finding, Rule
+from atft_pipeline.diagnostics.rule import Finding, Rule, Status
+from atft_pipeline.diagnostics.rule_table import RULES
 
 Conclusion = Literal["healthy", "cause", "unknown", "inconclusive"]
 
@@ -38,9 +39,9 @@ OFTEN_FINE = 0.05
 UNKNOWN_FLOOR = 0.015
 """An unknown fault may set off anything but a root rule."""
 NEVER_FINE = ("invalid", "failure", "defect")
-"""Severities that are wrong whatever came of them: while such a rule stands, no run is called healthy."""
-DEFECT_STANDS = 2.3
-"""A defect makes nothing of all that speaks for a healthy run beside it: 10 to 1 against."""
+"""Severities that are wrong whatever the results are: while such a rule fires, no run is called healthy."""
+DEFECT_AGAINST_HEALTHY = 2.3
+"""A fired defect lowers the log odds of `healthy` by this much (10 to 1)."""
 CONCLUSIVE, MARGIN = 0.5, 3.0
 """Posterior and odds against the next class without which nothing is concluded."""
 
@@ -71,6 +72,8 @@ class Ranking:
 
 Counts = Mapping[str, Mapping[str, Sequence[int]]]
 """Rule -> class -> (fired, assessed) in planted runs."""
+Statuses = Mapping[str, Status]
+"""Rule -> how it came out."""
 
 
 @cache
@@ -83,66 +86,90 @@ def learned() -> Counts:
 
 def rank(findings: Sequence[Finding], counts: Counts | None = None, rules: Sequence[Rule] = RULES) -> Ranking:
     """The classes by probability, given the findings of one run."""
-    table = Likelihoods(learned() if counts is None else counts, rules)
-    status = {finding.rule: finding.status for finding in findings}
-    proven = [
-        rule
-        for rule in rules
-        if status.get(rule.id) == "fired" and rule.severity == "invalid" and _group(rule) in PROVABLE
-    ]
+    likelihoods = Likelihoods(learned() if counts is None else counts, rules)
+    status: Statuses = {finding.rule: finding.status for finding in findings}
+    fired = [rule for rule in rules if status.get(rule.id) == "fired"]
+    scores = _log_odds(_classes(fired), rules, status, likelihoods)
+    _penalise(scores, fired)
+    probability = _normalised(scores)
+    causes = _ranked_causes(probability, rules, status, likelihoods)
+    missing = _deciding(causes, rules, status)
+    contradicting = _contradicting(max(probability, key=probability.__getitem__), fired)
+    conclusion = _concluded(probability, contradicting)
+    return Ranking(
+        conclusion=conclusion,
+        causes=tuple(causes),
+        healthy=probability.get(HEALTHY, 0.0),
+        unknown=probability[UNKNOWN],
+        missing=missing,
+        sentence=_sentence(conclusion, causes, probability, missing, contradicting),
+    )
+
+
+def _classes(fired: Sequence[Rule]) -> list[str]:
+    """What is ranked: every class, or evaluation faults alone while a rule proves the report false."""
     classes = [cause.id for cause in CAUSES] + [HEALTHY, UNKNOWN]
-    if proven:
-        classes = [name for name in classes if name == UNKNOWN or (name in BY_ID and BY_ID[name].group in PROVABLE)]
+    if not any(rule.severity == "invalid" and _group(rule) in PROVABLE for rule in fired):
+        return classes
+    return [name for name in classes if name == UNKNOWN or (name in BY_ID and BY_ID[name].group in PROVABLE)]
+
+
+def _log_odds(
+    classes: Sequence[str], rules: Sequence[Rule], status: Statuses, likelihoods: Likelihoods
+) -> dict[str, float]:
+    """Class -> log prior odds plus the strongest log likelihood ratio of each channel, capped."""
     scores = {name: math.log(_prior(name)) for name in classes}
     for channel in dict.fromkeys(rule.channel for rule in rules):
-        heard = [r for r in rules if r.channel == channel and status.get(r.id) in ("fired", "not_fired")]
+        assessed = [r for r in rules if r.channel == channel and status.get(r.id) in ("fired", "not_fired")]
         for name in classes:
-            # What speaks of a cause itself comes before how such a rule behaves in other runs.
-            own = [rule for rule in heard if name in rule.suspects]
-            own = own or [rule for rule in heard if rule.severity != "observation"]
-            ratios = [table.log_ratio(rule, status[rule.id] == "fired", name) for rule in own]
+            # A rule that names the cause comes before how other rules behave in runs of that cause.
+            speaking = [rule for rule in assessed if name in rule.suspects]
+            speaking = speaking or [rule for rule in assessed if rule.severity != "observation"]
+            ratios = [likelihoods.log_ratio(rule, status[rule.id] == "fired", name) for rule in speaking]
             if ratios:
                 scores[name] += max(-CAP, min(CAP, max(ratios, key=abs)))
-    fired = [rule for rule in rules if status.get(rule.id) == "fired"]
+    return scores
+
+
+def _penalise(scores: dict[str, float], fired: Sequence[Rule]) -> None:
+    """Lowers what a fired root rule excludes, and `healthy` where something is wrong by itself."""
     for name in scores:
         if name in BY_ID and any(rule.root and name not in rule.suspects for rule in fired):
             scores[name] -= CAP
     if HEALTHY in scores and any(rule.severity in NEVER_FINE for rule in fired):
-        scores[HEALTHY] -= DEFECT_STANDS
+        scores[HEALTHY] -= DEFECT_AGAINST_HEALTHY
+
+
+def _normalised(scores: Mapping[str, float]) -> dict[str, float]:
     top = max(scores.values())
     weights = {name: math.exp(score - top) for name, score in scores.items()}
     total = sum(weights.values())
-    probability = {name: weight / total for name, weight in weights.items()}
-    causes = sorted(
-        (
-            RankedCause(
-                cause.id,
-                cause.name,
-                cause.group,
-                probability[cause.id],
-                _speaking(cause.id, rules, status, table),
-                cause.probe,
-            )
-            for cause in CAUSES
-            if cause.id in probability
-        ),
-        key=lambda ranked: -ranked.probability,
-    )
-    missing = _deciding(causes, rules, status)
-    first = max(probability, key=probability.__getitem__)
-    # Of a healthy run nothing may stand, of a cause nothing that it does not bring about.
-    standing = [rule.id for rule in fired if rule.severity in NEVER_FINE]
+    return {name: weight / total for name, weight in weights.items()}
+
+
+def _ranked_causes(
+    probability: Mapping[str, float], rules: Sequence[Rule], status: Statuses, likelihoods: Likelihoods
+) -> list[RankedCause]:
+    causes = [
+        RankedCause(
+            id=cause.id,
+            name=cause.name,
+            group=cause.group,
+            probability=probability[cause.id],
+            evidence=_speaking(cause.id, rules, status, likelihoods),
+            probe=cause.probe,
+        )
+        for cause in CAUSES
+        if cause.id in probability
+    ]
+    return sorted(causes, key=lambda ranked: -ranked.probability)
+
+
+def _contradicting(first: str, fired: Sequence[Rule]) -> list[str]:
+    """Fired rules that the leading class cannot explain: root rules of other causes, any defect of a healthy run."""
     if first in BY_ID:
-        standing = [rule.id for rule in fired if rule.root and first not in rule.suspects]
-    conclusion = _concluded(probability, standing)
-    return Ranking(
-        conclusion,
-        tuple(causes),
-        probability.get(HEALTHY, 0.0),
-        probability[UNKNOWN],
-        missing,
-        _sentence(conclusion, causes, probability, missing, standing),
-    )
+        return [rule.id for rule in fired if rule.root and first not in rule.suspects]
+    return [rule.id for rule in fired if rule.severity in NEVER_FINE]
 
 
 class Likelihoods:
@@ -157,15 +184,15 @@ class Likelihoods:
 
     def log_ratio(self, rule: Rule, fired: bool, name: str) -> float:
         """log P(outcome | class) - log P(outcome | healthy)."""
-        here, healthy = self.rate(rule, name), self.rate(rule, HEALTHY)
-        return math.log(here / healthy) if fired else math.log((1.0 - here) / (1.0 - healthy))
+        of_class, healthy = self.rate(rule, name), self.rate(rule, HEALTHY)
+        return math.log(of_class / healthy) if fired else math.log((1.0 - of_class) / (1.0 - healthy))
 
     def rate(self, rule: Rule, name: str) -> float:
         """P(rule fires | class).
 
-        Of a healthy run, and of a cause that the rule speaks for: the table's expectation, corrected by what planted
-        runs of the class did. Of any other cause: how often it fires in runs of causes that it does not speak for, all
-        together: what a rule happened to do in two runs of a cause is no evidence for that cause.
+        For a healthy run and for a cause that the rule names: the table's expectation, corrected by planted runs of
+        the class. For any other cause: how often the rule fires in runs of all causes that it does not name, because
+        what it did in two runs of one cause is no evidence for that cause.
         """
         if name == HEALTHY or name in rule.suspects:
             fired, assessed = self._count(rule, name)
@@ -192,8 +219,8 @@ class Likelihoods:
         return (fired + SMOOTHING * self._expected(rule, HEALTHY)) / (assessed + SMOOTHING)
 
     def _count(self, rule: Rule, name: str) -> tuple[int, int]:
-        found = self.counts.get(rule.id, {}).get(name)
-        return (int(found[0]), int(found[1])) if found else (0, 0)
+        count = self.counts.get(rule.id, {}).get(name)
+        return (int(count[0]), int(count[1])) if count else (0, 0)
 
 
 def _prior(name: str) -> float:
@@ -204,13 +231,13 @@ def _group(rule: Rule) -> str:
     return BY_ID[rule.suspects[0]].group if rule.suspects else ""
 
 
-def _speaking(name: str, rules: Sequence[Rule], status: Mapping[str, str], table: Likelihoods) -> tuple[str, ...]:
+def _speaking(name: str, rules: Sequence[Rule], status: Statuses, likelihoods: Likelihoods) -> tuple[str, ...]:
     fired = [rule for rule in rules if status.get(rule.id) == "fired" and name in rule.suspects]
-    ratios = {rule.id: table.log_ratio(rule, True, name) for rule in fired}
+    ratios = {rule.id: likelihoods.log_ratio(rule, True, name) for rule in fired}
     return tuple(id for id, ratio in sorted(ratios.items(), key=lambda pair: -pair[1]) if ratio > 0.0)
 
 
-def _deciding(causes: Sequence[RankedCause], rules: Sequence[Rule], status: Mapping[str, str]) -> tuple[str, ...]:
+def _deciding(causes: Sequence[RankedCause], rules: Sequence[Rule], status: Statuses) -> tuple[str, ...]:
     """Rules of the three leading causes that could not be assessed."""
     leading = {cause.id for cause in causes[:3]}
     return tuple(
@@ -220,13 +247,13 @@ def _deciding(causes: Sequence[RankedCause], rules: Sequence[Rule], status: Mapp
     )
 
 
-def _concluded(probability: Mapping[str, float], standing: Sequence[str]) -> Conclusion:
+def _concluded(probability: Mapping[str, float], contradicting: Sequence[str]) -> Conclusion:
     (first, best), (_, second) = sorted(probability.items(), key=lambda pair: -pair[1])[:2]
     if best < CONCLUSIVE or best < MARGIN * second:
         return "inconclusive"
     if first == UNKNOWN:
         return "unknown"
-    if standing:
+    if contradicting:
         return "inconclusive"
     return "healthy" if first == HEALTHY else "cause"
 
@@ -236,7 +263,7 @@ def _sentence(
     causes: Sequence[RankedCause],
     probability: Mapping[str, float],
     missing: Sequence[str],
-    standing: Sequence[str],
+    contradicting: Sequence[str],
 ) -> str:
     if conclusion == "cause":
         return f"Cause, with probability {causes[0].probability:.2f}: {causes[0].name}."
@@ -245,7 +272,7 @@ def _sentence(
     if conclusion == "unknown":
         return f"Something is wrong that no known cause fits, with probability {probability[UNKNOWN]:.2f}."
     leading = ", ".join(f"{cause.name} ({cause.probability:.2f})" for cause in causes[:3])
-    against = f"; {', '.join(standing)} fired, which the first does not explain" if standing else ""
+    against = f"; {', '.join(contradicting)} fired, which the first does not explain" if contradicting else ""
     would = f"; not measured, and it would decide: {', '.join(missing)}" if missing else ""
     classes = f"healthy {probability.get(HEALTHY, 0.0):.2f}, unknown {probability[UNKNOWN]:.2f}"
     return f"Inconclusive: {classes}, {leading}{against}{would}."

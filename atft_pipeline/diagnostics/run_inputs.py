@@ -1,4 +1,4 @@
-"""What a run says it was made on, each piece read once and only while it still is that."""
+"""What a run was made on. Each piece is read once, and only while it is still the one that the run names."""
 
 from __future__ import annotations
 
@@ -8,15 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 import duckdb
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from atft_pipeline.config.overrides import from_dict
-from atft_pipeline.config.schema import PipelineConfig
+from atft_pipeline.config.schema import HORIZONS, PipelineConfig
 from atft_pipeline.dataset.layout import membership_path
 from atft_pipeline.dataset.splits import Split, make_split
 from atft_pipeline.errors import InputError
-from atft_pipeline.runs.reader import Record
+from atft_pipeline.runs.reader import Record, read_scores
 from atft_pipeline.storage.artifact import read_manifest, resolved
+from atft_pipeline.training.telemetry.input_sample import SCHEMA as SAMPLE
 
 if TYPE_CHECKING:
     from atft_pipeline.batches.block_dataset import BlockDataset
@@ -27,11 +31,12 @@ if TYPE_CHECKING:
 class RunInputs:
     """Configuration, dataset, split, graph and model of the run in `record`.
 
-    Every property raises InputError where it cannot be read or is another by now.
+    Every property raises InputError where its file cannot be read or has been replaced since the run.
     """
 
     def __init__(self, record: Record) -> None:
         self.record = record
+        self._registered: list[str] = []
 
     @cached_property
     def config(self) -> PipelineConfig:
@@ -54,16 +59,16 @@ class RunInputs:
 
     @property
     def unusable(self) -> list[str]:
-        """What of it cannot be used, and why: rules that need it are not assessable."""
-        found = []
+        """Why configuration, split or graph cannot be used. Rules that need them are not assessable."""
+        reasons = []
         for what in ("config", "split", "graph"):
             if what == "graph" and not self.record.config("model.graph"):
                 continue
             try:
                 getattr(self, what)
             except (InputError, OSError, duckdb.Error) as error:
-                found.append((str(error).splitlines() or [type(error).__name__])[0])
-        return list(dict.fromkeys(found))
+                reasons.append((str(error).splitlines() or [type(error).__name__])[0])
+        return list(dict.fromkeys(reasons))
 
     def _of_the_run(self, what: str, kind: str) -> Path:
         path = Path(str(self.record.run.get(f"{what}_path")))
@@ -96,6 +101,48 @@ class RunInputs:
     @cached_property
     def split(self) -> Split:
         return make_split(self.sessions, self.config.split)
+
+    # Tables in the record's connection -------------------------------------------------------------------------------
+
+    @cached_property
+    def validation_scores(self) -> tuple[int, pa.Table]:
+        """Epoch and validation rows of the newest predictions that hold some, also the relation `scored`."""
+        for epoch in sorted(self.record.predictions, reverse=True):
+            table = read_scores(self.record.predictions[epoch], HORIZONS)
+            rows = None if table is None else table.filter(pc.equal(table["split"], "validation"))
+            if rows is not None and rows.num_rows:
+                self._register("scored", rows)
+                return epoch, rows
+        raise InputError("no readable predictions of validation sessions")
+
+    @cached_property
+    def sample(self) -> pa.Table:
+        """What the model was given in the sampled sessions (`inputs.parquet`), also the relation `given`."""
+        try:
+            table = pq.read_table(self.record.run_dir / "inputs.parquet").select(SAMPLE.names).cast(SAMPLE)
+        except (OSError, pa.ArrowException, KeyError) as error:
+            raise InputError(f"inputs.parquet: not readable ({type(error).__name__})") from error
+        if not table.num_rows:
+            raise InputError("inputs.parquet: no rows")
+        self._register("given", table)
+        return table
+
+    def require_scores(self) -> None:
+        """Makes the relation `scored`. Raises InputError where no predictions can be read."""
+        _ = self.validation_scores
+
+    def require_sample(self) -> None:
+        """Makes the relation `given`. Raises InputError where the sample cannot be read."""
+        _ = self.sample
+
+    def _register(self, name: str, table: pa.Table) -> None:
+        self.record.connection.register(name, table)
+        self._registered.append(name)
+
+    def forget_tables(self) -> None:
+        """Takes `scored` and `given` out of the connection, which outlives these inputs."""
+        while self._registered:
+            self.record.connection.unregister(self._registered.pop())
 
     # For probes that compute with the model ------------------------------------------------------------------------
 
@@ -139,14 +186,14 @@ class RunInputs:
 
         from atft_pipeline.training.judging.scoring import score_sessions
 
-        found = score_sessions(
+        scores = score_sessions(
             model,
             self.blocks,
             self.split.validation,
             batch_size=self.config.train.batch_size,
             device=torch.device("cpu"),
         )
-        return found.values[:, :, 0].astype(np.float64)
+        return scores.values[:, :, 0].astype(np.float64)
 
     @property
     def targets(self) -> NDArray[np.float64]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from atft_pipeline.errors import InputError, unusable_path
-from atft_pipeline.monitoring.persistent_warnings import StandingWarning, standing_warnings
+from atft_pipeline.monitoring.persistent_warnings import PersistentWarning, persistent_warnings
 from atft_pipeline.monitoring.progress import RunProgress, has_ended, read_all_progress, read_progress
 from atft_pipeline.training.distributed.interrupts import pause
 
@@ -30,7 +30,7 @@ class Watched:
     """
 
     progress: RunProgress
-    warnings: tuple[StandingWarning, ...] = ()
+    warnings: tuple[PersistentWarning, ...] = ()
     unassessed: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
@@ -119,7 +119,7 @@ def _assessed(progress: RunProgress) -> Watched:
     if progress.state == "unreadable":
         return Watched(progress)
     try:
-        return Watched(progress, standing_warnings(progress.run_dir))
+        return Watched(progress, persistent_warnings(progress.run_dir))
     except InputError as error:
         return Watched(progress, unassessed=str(error))
     except OSError as error:

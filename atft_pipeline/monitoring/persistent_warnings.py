@@ -1,4 +1,4 @@
-"""Warnings of a run that goes on: rules that have fired at each of its newest epochs, as the run stood at each."""
+"""Warnings of a run that is still training: rules that fire at each of its newest epochs, each judged by itself."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from pathlib import Path
 import duckdb
 import pyarrow as pa
 
-from atft_pipeline.diagnostics.evidence import recorded
-from atft_pipeline.diagnostics.experiments.commands import commands
-from atft_pipeline.diagnostics.rules.rule import Finding, assess
+from atft_pipeline.diagnostics.gather import recorded
+from atft_pipeline.diagnostics.rule import Finding, assess
+from atft_pipeline.diagnostics.rule_table import RULES
 from atft_pipeline.errors import InputError
 from atft_pipeline.runs.header import read_run
 from atft_pipeline.runs.reader import open_record, part_epoch
 from atft_pipeline.runs.tables import TABLES
 
-STANDING_EPOCHS = 3
-"""A rule that fires at this many newest complete epochs is a warning; fewer may be the noise of one evaluation."""
+PERSISTENT_EPOCHS = 3
+"""Newest complete epochs at which a rule must fire to be a warning; fewer may be the noise of one evaluation."""
 
 Files = Mapping[Path, tuple[int, int, int]]
 """Part or predictions file -> its epoch, time of change in ns and size."""
 
 Fired = Mapping[str, Finding]
-"""Rule -> finding of what had fired by the end of an epoch, observations left out."""
+"""Rule -> finding, of the rules that had fired by the end of an epoch, without observations."""
 
 _ASSESSED: dict[tuple[Path, int, str], Fired] = {}
-"""(run directory, epoch, stamp of its files) -> what an earlier look of this process found."""
+"""(run directory, epoch, stamp of its files) -> what this process has already assessed."""
 
 
 @dataclass(frozen=True)
-class StandingWarning:
+class PersistentWarning:
     """A rule that has fired at every epoch from `since_epoch` to the newest complete one.
 
     `or_earlier`: `since_epoch` is the oldest epoch looked at, and the rule may have fired before it too. Cause and
@@ -47,24 +47,24 @@ class StandingWarning:
     or_earlier: bool
 
 
-def standing_warnings(run_dir: Path) -> tuple[StandingWarning, ...]:
+def persistent_warnings(run_dir: Path) -> tuple[PersistentWarning, ...]:
     """Rules fired at each of the newest three complete epochs, in the rules' order; none before there are three.
 
-    Each epoch is judged by the record as it stood at its end, once per process while its files stay the same. An
+    Each epoch is judged by the record as it was at its end, once per process while its files stay the same. An
     observation is no warning.
 
     Raises InputError where the run cannot be read, or holds columns of other types.
     """
     epochs = complete_epochs(run_dir)[::-1]
-    if len(epochs) < STANDING_EPOCHS:
+    if len(epochs) < PERSISTENT_EPOCHS:
         return ()
     fired = _fired_newest_first(run_dir, epochs)
     warnings = []
     for rule, finding in fired[0].items():
         length = sum(1 for _ in takewhile(lambda at, rule=rule: rule in at, fired))  # type: ignore[misc]
-        if length >= STANDING_EPOCHS:
+        if length >= PERSISTENT_EPOCHS:
             or_earlier = length == len(fired) < len(epochs)
-            warnings.append(StandingWarning(rule, finding.cause, finding.evidence, epochs[length - 1], or_earlier))
+            warnings.append(PersistentWarning(rule, finding.cause, finding.evidence, epochs[length - 1], or_earlier))
     return tuple(warnings)
 
 
@@ -76,15 +76,15 @@ def complete_epochs(run_dir: Path) -> list[int]:
 
 
 def _fired_newest_first(run_dir: Path, epochs: list[int]) -> list[Fired]:
-    """What had fired at the epochs that make a warning, and before them at those that an earlier look assessed.
+    """What had fired at the epochs that make a warning, and before them at those that are assessed already.
 
-    Older ones are not assessed for their own sake: a record of 120 epochs takes a second, beside a run that trains.
+    Older epochs are not assessed just to date a warning: a record of 120 epochs takes a second beside a training.
     """
     files, fired = _files(run_dir), list[Fired]()
     for epoch in epochs:
         key = (run_dir, epoch, _stamp(files, epoch))
         if key not in _ASSESSED:
-            if len(fired) >= STANDING_EPOCHS:
+            if len(fired) >= PERSISTENT_EPOCHS:
                 break
             _ASSESSED[key] = _assess(run_dir, epoch)
         fired.append(_ASSESSED[key])
@@ -96,7 +96,7 @@ def _fired_newest_first(run_dir: Path, epochs: list[int]) -> list[Fired]:
 def _assess(run_dir: Path, epoch: int) -> Fired:
     record = open_record(run_dir, until_epoch=epoch)
     try:
-        findings = assess(recorded(record), commands(record))
+        findings = assess(recorded(record), RULES)
     except (duckdb.Error, pa.ArrowException) as error:
         why = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"{run_dir}: its record until epoch {epoch} is of another version ({why})") from error

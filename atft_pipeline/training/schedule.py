@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from atft_pipeline.config.schema import ScheduleConfig
 from atft_pipeline.errors import InputError
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # the diagnosis reads the shapes without torch
     from torch.optim import Optimizer
 
 Shape = Callable[[float, ScheduleConfig], float]

@@ -30,7 +30,7 @@ import polars as pl
 
 from atft_pipeline.diagnostics.causes import BY_ID, HEALTHY, UNKNOWN
 from atft_pipeline.diagnostics.posterior import learned, rank
-from atft_pipeline.diagnostics.rules.rule import Finding
+from atft_pipeline.diagnostics.rule import Finding
 from atft_pipeline.evaluation.metrics import mean_and_error
 from atft_pipeline.storage.code_version import code_revision
 from bench.diagnostics import planted_run

@@ -16,7 +16,7 @@ import torch
 from atft_pipeline.config.overrides import with_overrides
 from atft_pipeline.config.presets import quick
 from atft_pipeline.diagnostics.diagnose import diagnose
-from atft_pipeline.diagnostics.probes.probes import PROBES, run_probes
+from atft_pipeline.diagnostics.probes.run import PROBES, run_probes
 from atft_pipeline.errors import RunFailure
 from atft_pipeline.market.synthetic import generate_market, write_tables
 from atft_pipeline.runs.reader import open_record

@@ -191,7 +191,7 @@ def child(work: Callable[[dict[str, Any]], str], task: dict[str, Any]) -> str:
 
 PRELOADED = (
     "atft_pipeline.training.train",
-    "atft_pipeline.diagnostics.probes.probes",
+    "atft_pipeline.diagnostics.probes.run",
     # What its probes import when they are made:
     "atft_pipeline.evaluation.baselines",
     "atft_pipeline.dataset.rows",

@@ -21,6 +21,7 @@ from dagster_runs import (
 )
 
 from assets.definitions import defs
+from assets.diagnosis.commands import DAGSTER
 from assets.diagnosis.experiments import EXPERIMENTS
 from atft_pipeline.diagnostics.diagnose import diagnose
 from atft_pipeline.runs.paired import EXPERIMENT_IDS, read_experiment_results
@@ -56,8 +57,8 @@ def test_partitions_are_the_experiments() -> None:
 
 def test_the_command_of_the_report_trains_compares_and_feeds_back(folder: Path) -> None:
     run_dir = the_run()
-    advice = next(advice for advice in diagnose(run_dir).experiments if advice.id == "A")
-    done = command(folder, shlex.split(advice.dagster))
+    advice = next(advice for advice in diagnose(run_dir, commands=DAGSTER).experiments if advice.id == "A")
+    done = command(folder, shlex.split(advice.command))
     assert done.returncode == 0, done.stdout
     result = read_experiment_results(run_dir)["A"]
     assert result.explained == run_dir.name

@@ -28,10 +28,11 @@ from training_runs import (
 )
 
 from atft_pipeline.dataset.layout import membership_path
+from atft_pipeline.diagnostics import gather
 from atft_pipeline.diagnostics.diagnose import diagnose
-from atft_pipeline.diagnostics.signals import dataset_audit as audit_module
-from atft_pipeline.diagnostics.signals.dataset_audit import SIGNALS, audit
-from atft_pipeline.diagnostics.signals.recorded import Value
+from atft_pipeline.diagnostics.report.sections import to_markdown
+from atft_pipeline.diagnostics.signal import Value
+from atft_pipeline.diagnostics.topics import dataset as dataset_topic
 from atft_pipeline.runs.reader import open_record
 from atft_pipeline.storage.artifact import read_manifest, write_manifest
 
@@ -58,6 +59,7 @@ OF_PREDICTIONS = (
 )  # fmt: skip
 OF_LARGE_MARKETS = {"codes_that_leave"}
 """Open on these small ones in any case."""
+SIGNALS = gather.audited_names()
 RETURNS = "returns_1d"
 
 
@@ -70,7 +72,7 @@ def run(trained: Trained, tmp_path: Path) -> Path:
 def audited(run_dir: Path) -> dict[str, Value]:
     record = open_record(run_dir)
     try:
-        return audit(record)
+        return gather.audited(record)
     finally:
         record.connection.close()
 
@@ -384,7 +386,7 @@ SURVIVED: dict[str, Callable[[Path], object]] = {
 def test_spoilt_files_are_no_traceback_and_never_an_honest_gap(name: str, run: Path) -> None:
     SURVIVED[name](run)
     diagnosis = diagnose(run)
-    assert diagnosis.to_markdown()
+    assert to_markdown(diagnosis)
     assert all(value is None or isinstance(value, float | str) for value in diagnosis.signals.values())
 
 
@@ -422,7 +424,7 @@ def test_dataset_whose_file_cannot_be_read_is_no_traceback(name: str, run: Path,
     DATASETS[name](dataset.resolve())
     (run / "run.json").write_text(json.dumps(header(run) | {"dataset_path": str(dataset)}))
     diagnosis = diagnose(run)
-    assert diagnosis.to_markdown()
+    assert to_markdown(diagnosis)
     assert diagnosis.signals["targets_unlike_dataset"] in (None, 1.0)
 
 
@@ -461,9 +463,9 @@ def test_stocks_that_leave_are_counted_where_some_should_have_left(
     run: Path, data: Data, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert audited(run)["codes_that_leave"] is None  # a small market: none leaving would say nothing
-    monkeypatch.setattr(audit_module, "LEAVING_ROWS", 1)
-    monkeypatch.setattr(audit_module, "LEAVING_SESSIONS", 1)
-    monkeypatch.setattr(audit_module, "LEAVING_TAIL", 100)
+    monkeypatch.setattr(dataset_topic, "LEAVING_ROWS", 1)
+    monkeypatch.setattr(dataset_topic, "LEAVING_SESSIONS", 1)
+    monkeypatch.setattr(dataset_topic, "LEAVING_TAIL", 100)
     rows = pq.read_table(membership_path(data.dataset), columns=["Date", "Code"]).to_pylist()
     cut = sorted({row["Date"] for row in rows})[-100]
     last: dict[str, Any] = {}

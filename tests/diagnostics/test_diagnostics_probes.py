@@ -24,18 +24,15 @@ from atft_pipeline.config.schema import DatasetConfig, GraphConfig
 from atft_pipeline.dataset.layout import TARGETS, write_dataset
 from atft_pipeline.dataset.rows import build_dataset, partition_record
 from atft_pipeline.dataset.splits import make_split
+from atft_pipeline.diagnostics.causes import REMEDIES
+from atft_pipeline.diagnostics.changes import lowered, raised
 from atft_pipeline.diagnostics.diagnose import diagnose
-from atft_pipeline.diagnostics.evidence import gather
-from atft_pipeline.diagnostics.probes.probes import (
-    PROBE_SIGNALS,
-    PROBES,
-    REMEDIES,
-    REPRODUCES,
-    Figures,
-    remedy,
-    run_probes,
-    stored_probes,
-)
+from atft_pipeline.diagnostics.gather import gather
+from atft_pipeline.diagnostics.probes.figures import Figures
+from atft_pipeline.diagnostics.probes.remedy import remedy
+from atft_pipeline.diagnostics.probes.rescore import REPRODUCES
+from atft_pipeline.diagnostics.probes.run import PROBE_SIGNALS, PROBES, run_probes, stored_probes
+from atft_pipeline.diagnostics.report.sections import to_markdown
 from atft_pipeline.diagnostics.run_inputs import RunInputs
 from atft_pipeline.errors import InputError
 from atft_pipeline.graph.store import build_graph_file
@@ -331,10 +328,11 @@ def test_replay_that_would_prove_nothing_is_not_made(change: dict[str, Any], sen
 
 def test_remedy_without_a_change_changes_nothing(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = RunInputs(open_record(run))
-    monkeypatch.setitem(
-        REMEDIES, "lr_too_high", lambda record: {"train.optimizer.lr": record.number("train.optimizer.lr", 0.0)}
-    )
+    monkeypatch.setitem(REMEDIES, "lr_too_high", (raised("train.loader_workers", 1, at_least=1),))
     assert remedy(inputs, "lr_too_high") == {"remedy_ic_gain": 0.0, "remedy_ic_gain_t": None}
+    monkeypatch.setitem(REMEDIES, "lr_too_high", (lowered("train.loader_workers", 1),))
+    with pytest.raises(InputError, match=r"leave nothing to change \(`train\.loader_workers` is 0 already"):
+        remedy(inputs, "lr_too_high")
     with pytest.raises(InputError, match="settings"):
         remedy(inputs, "cached_predictions")
 
@@ -431,7 +429,7 @@ def test_stored_probe_that_is_no_probe_is_no_traceback(content: str, tmp_path: P
     diagnosis = diagnose(run_dir)
     assert diagnosis.signals["replay_differs"] is None
     assert diagnosis.signals["edges_unlike_dataset"] == 0.0
-    assert diagnosis.to_markdown()
+    assert to_markdown(diagnosis)
 
 
 def test_only_probes_that_were_asked_for_are_made(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from atft_pipeline.diagnostics.causes import BY_ID, CAUSES, HEALTHY, HEALTHY_PRI
 from atft_pipeline.diagnostics.posterior import (
     CAP,
     CONCLUSIVE,
-    DEFECT_STANDS,
+    DEFECT_AGAINST_HEALTHY,
     MARGIN,
     NEVER_FINE,
     Counts,
@@ -25,8 +25,10 @@ from atft_pipeline.diagnostics.posterior import (
     learned,
     rank,
 )
-from atft_pipeline.diagnostics.probes.probes import PROBES
-from atft_pipeline.diagnostics.rules.rule import RULES, Finding, Rule, Severity, Status
+from atft_pipeline.diagnostics.probes.run import PROBES
+from atft_pipeline.diagnostics.questions import Question
+from atft_pipeline.diagnostics.rule import Finding, Rule, Severity, Status
+from atft_pipeline.diagnostics.rule_table import RULES
 
 NOTHING_LEARNED: Counts = {}
 EQUALLY: Counts = {"a": dict.fromkeys((HEALTHY, "overfit", "underfit"), (10**9, 2 * 10**9))}
@@ -35,11 +37,22 @@ PRIORS = {cause.id: cause.prior for cause in CAUSES} | {HEALTHY: HEALTHY_PRIOR, 
 
 
 def rule(id: str, *suspects: str, channel: str = "", severity: Severity = "explanation") -> Rule:
-    return Rule(id, id, "curves", severity, (), "", "", "", channel or id, suspects)
+    return Rule(
+        id=id,
+        cause=id,
+        group="curves",
+        severity=severity,
+        when=(),
+        evidence="",
+        next_step="",
+        question=Question(""),
+        channel=channel or id,
+        suspects=suspects,
+    )
 
 
 def found(of: Rule, status: Status) -> Finding:
-    return Finding(of.id, of.cause, of.group, of.severity, status, status == "fired", "", "", "", of.report_line)
+    return Finding(of.id, of.cause, of.group, of.severity, status, status == "fired", "", "", "", of.question.text)
 
 
 def findings(rules: Sequence[Rule], statuses: Mapping[str, Status]) -> list[Finding]:
@@ -186,7 +199,7 @@ def test_a_defect_weighs_against_health_beyond_what_it_says_of_a_cause() -> None
     for severity in ("defect", "observation"):
         found = probabilities(ranked([rule("a", "overfit", severity=severity)], EQUALLY, a="fired"))
         odds.append(found["overfit"] / found[HEALTHY])
-    assert odds[0] / odds[1] == pytest.approx(math.exp(DEFECT_STANDS))
+    assert odds[0] / odds[1] == pytest.approx(math.exp(DEFECT_AGAINST_HEALTHY))
 
 
 def test_in_a_channel_what_speaks_of_a_cause_comes_before_what_other_runs_did() -> None:

@@ -25,11 +25,12 @@ from training_runs import (
     without_inputs,
 )
 
+from atft_pipeline.diagnostics.commands import next_steps
 from atft_pipeline.diagnostics.diagnose import Diagnosis, Finding, diagnose
-from atft_pipeline.diagnostics.evidence import SIGNAL_NAMES, gather
-from atft_pipeline.diagnostics.experiments.commands import commands
-from atft_pipeline.diagnostics.rules.rule import RULES, Rule, assess, status_of
-from atft_pipeline.diagnostics.signals import dataset_audit as audit
+from atft_pipeline.diagnostics.gather import audited_names, gather, signal_names
+from atft_pipeline.diagnostics.report.sections import to_markdown
+from atft_pipeline.diagnostics.rule import Rule, assess, status_of
+from atft_pipeline.diagnostics.rule_table import RULES
 from atft_pipeline.errors import InputError
 from atft_pipeline.runs.reader import open_record
 
@@ -395,7 +396,7 @@ QUIET: dict[str, Callable[[], Tables]] = {"plateau_against_losses": _plateau(lam
 
 
 OF_LARGE_MARKETS = "no_stock_leaves"
-"""Assessed on 240 stock-years and more alone; tests/test_diagnostics_audit.py has its signal."""
+"""Assessed on 240 stock-years and more alone; test_diagnostics_audit.py has its signal."""
 TRIED = [rule for rule in RULES if rule.id != OF_LARGE_MARKETS]
 
 
@@ -415,7 +416,7 @@ def trained_diagnosis(trained: Trained) -> Diagnosis:
 @pytest.fixture(scope="module")
 def healthy_signals(healthy_diagnosis: Diagnosis, trained_diagnosis: Diagnosis) -> dict[str, Any]:
     """Every signal, measured: those of the dataset from the trained run, the rest from the written one."""
-    audited = {name: trained_diagnosis.signals[name] for name in audit.SIGNALS}
+    audited = {name: trained_diagnosis.signals[name] for name in audited_names()}
     return dict(healthy_diagnosis.signals) | audited | {"plateau_against_losses": 0.0, "codes_that_leave": 3.0}
 
 
@@ -428,12 +429,12 @@ def test_every_rule_has_a_case() -> None:
 
 
 def test_every_signal_of_a_rule_is_measured_somewhere() -> None:
-    assert {name for rule in RULES for name in rule.needs} <= SIGNAL_NAMES
+    assert {name for rule in RULES for name in rule.needs} <= signal_names()
 
 
 def test_a_market_that_nobody_leaves_is_noted(healthy_signals: dict[str, Any]) -> None:
     (rule,) = (rule for rule in RULES if rule.id == OF_LARGE_MARKETS)
-    (found,) = assess(healthy_signals | {"codes_that_leave": 0.0}, {}, [rule])
+    (found,) = assess(healthy_signals | {"codes_that_leave": 0.0}, [rule])
     assert (found.status, found.severity) == ("fired", "observation")
 
 
@@ -446,7 +447,7 @@ def test_rule_fires_on_its_fault(rule: Rule, tmp_path: Path, request: pytest.Fix
         shutil.copytree(request.getfixturevalue("trained")(), run_dir)
         FIRES_ON_TRAINED[rule.id](run_dir)
     record = open_record(run_dir)
-    (fired,) = assess(gather(record), commands(record), [rule])
+    (fired,) = assess(gather(record), [rule], next_steps(record))
     record.connection.close()
     assert fired.status == "fired", f"{fired.condition}: {fired.evidence}"
     assert "not measured" not in fired.evidence
@@ -459,7 +460,7 @@ def test_rule_is_quiet_on_a_healthy_run(rule: Rule, tmp_path: Path, request: pyt
     if rule.id in QUIET:
         diagnosis = diagnose(QUIET[rule.id]().write(tmp_path / "run"))
     else:
-        audited = set(rule.needs) & set(audit.SIGNALS)
+        audited = set(rule.needs) & set(audited_names())
         diagnosis = request.getfixturevalue("trained_diagnosis" if audited else "healthy_diagnosis")
     quiet = finding(diagnosis, rule.id)
     assert quiet.status == "not_fired", f"{quiet.condition}: {quiet.evidence}"
@@ -557,7 +558,7 @@ def test_rule_without_one_of_its_signals_is_not_assessable(
     assert status_of(rule, healthy_signals) == "not_fired"
     blind = healthy_signals | {signal: None}
     assert status_of(rule, blind) == "not_assessable"
-    (found,) = assess(blind, {}, [rule])
+    (found,) = assess(blind, [rule])
     assert signal in found.evidence
     assert not found.next_step
 
@@ -696,7 +697,7 @@ def test_header_of_another_version_never_stops_the_diagnosis(tmp_path: Path, str
     tables = healthy()
     tables.run, tables.verdict = replaced(tables.run), replaced(tables.verdict)
     diagnosis = diagnose(tables.write(tmp_path / "run"))
-    assert diagnosis.to_markdown()
+    assert to_markdown(diagnosis)
     assert finding(diagnosis, "sharpe_not_of_daily_returns").status == "not_fired"
 
 

@@ -16,7 +16,7 @@ from run_directories import Tables, healthy
 from training_runs import header
 
 from atft_pipeline.diagnostics.conclude import plan_experiment
-from atft_pipeline.diagnostics.experiments.commands import EXPERIMENTS
+from atft_pipeline.diagnostics.experiments.plan import EXPERIMENTS
 from atft_pipeline.errors import InputError
 from atft_pipeline.runs.paired import (
     EXPERIMENT_IDS,
@@ -229,9 +229,9 @@ def test_an_experiment_that_could_not_be_compared_is_refused_before_it_is_traine
 
 def test_an_experiment_whose_settings_the_run_has_is_refused(explained: Path) -> None:
     settings = header(explained)
-    settings["config"]["train"]["optimizer"]["lr"] = 1e-3
+    settings["config"]["train"]["optimizer"]["lr"] = 1e-2
     (explained / "run.json").write_text(json.dumps(settings))
-    with pytest.raises(InputError, match=r"has the settings of experiment D already \(train\.optimizer\.lr 0\.001\)"):
+    with pytest.raises(InputError, match=r"has the settings of experiment D already \(`train\.optimizer\.lr` is"):
         plan_experiment(explained, "D")
 
 

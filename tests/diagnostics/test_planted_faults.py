@@ -14,7 +14,7 @@ import pytest
 
 from atft_pipeline.diagnostics.causes import BY_ID
 from atft_pipeline.diagnostics.posterior import rank
-from atft_pipeline.diagnostics.rules.rule import Finding
+from atft_pipeline.diagnostics.rule import Finding
 from bench.diagnostics.diagnostics import BITES, bite, diagnosed
 from bench.diagnostics.faults import FAULTS, UNKNOWN_FAULTS
 from bench.diagnostics.planting import PRELOADED, Task, market

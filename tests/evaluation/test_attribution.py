@@ -26,6 +26,7 @@ from atft_pipeline.diagnostics.diagnose import attributions, diagnose, write_rep
 from atft_pipeline.diagnostics.report.attribution_plots import ATTRIBUTION_PLOTS, draw_attributions
 from atft_pipeline.diagnostics.report.attribution_tables import attribution_tables, money, not_assessable
 from atft_pipeline.diagnostics.report.plots import PLOTS, by_epoch, figure
+from atft_pipeline.diagnostics.report.sections import to_markdown
 from atft_pipeline.errors import InputError
 from atft_pipeline.evaluation.attribution import (
     Attribution,
@@ -500,7 +501,7 @@ def test_no_label_of_a_plot_is_cut_off_or_over_another(run: Path) -> None:
 
 def test_a_run_without_predictions_is_not_assessable(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run / "run", tmp_path / "bare", ignore=shutil.ignore_patterns("predictions"))
-    text = diagnose(tmp_path / "bare").to_markdown()
+    text = to_markdown(diagnose(tmp_path / "bare"))
     assert "- validation, test: the run has no readable predictions" in text
 
 

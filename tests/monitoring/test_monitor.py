@@ -24,10 +24,10 @@ from run_directories import BASE_LR, EPOCHS, Tables, healthy
 
 from atft_pipeline.diagnostics.diagnose import diagnose
 from atft_pipeline.monitoring import monitor
-from atft_pipeline.monitoring import persistent_warnings as standing
+from atft_pipeline.monitoring import persistent_warnings as warned
 from atft_pipeline.monitoring.dashboard import plain, screen, sparkline
 from atft_pipeline.monitoring.figures import duration
-from atft_pipeline.monitoring.persistent_warnings import StandingWarning, complete_epochs, standing_warnings
+from atft_pipeline.monitoring.persistent_warnings import PersistentWarning, complete_epochs, persistent_warnings
 from atft_pipeline.monitoring.progress import RunProgress, read_progress
 from atft_pipeline.runs.lock import exclusive
 from atft_pipeline.runs.reader import open_record
@@ -107,19 +107,19 @@ def test_the_record_until_an_epoch_reads_no_later_row_of_an_earlier_part(tmp_pat
 
 
 def test_a_rule_fired_at_three_epochs_warns_and_says_since_when(tmp_path: Path) -> None:
-    (warning,) = standing_warnings(going_on(resets(first=14), tmp_path / "run"))
+    (warning,) = persistent_warnings(going_on(resets(first=14), tmp_path / "run"))
     assert (warning.rule, warning.since_epoch, warning.or_earlier) == ("degeneracy_resets_many", 18, True)
     assert warning.evidence.startswith("5 resets")
 
 
 def test_a_rule_fired_at_two_epochs_does_not_warn(tmp_path: Path) -> None:
     run = going_on(resets(first=15), tmp_path / "run")
-    assert standing_warnings(run) == ()
+    assert persistent_warnings(run) == ()
     assert [run_fired(run, epoch) for epoch in (18, 19, 20)] == [False, True, True]
 
 
 def run_fired(run: Path, epoch: int) -> bool:
-    return "degeneracy_resets_many" in standing._assess(run, epoch)
+    return "degeneracy_resets_many" in warned._assess(run, epoch)
 
 
 def test_a_rule_that_fires_no_more_does_not_warn(tmp_path: Path) -> None:
@@ -128,8 +128,8 @@ def test_a_rule_that_fires_no_more_does_not_warn(tmp_path: Path) -> None:
         tables = healthy()
         tables.set_series("grad_l2", lambda epoch, newest=newest: newest if epoch == EPOCHS else 0.0, component="gat")
         run = going_on(tables, tmp_path / str(newest))
-        assert ("component_without_gradient" in {warning.rule for warning in standing_warnings(run)}) == warns
-    assert "component_without_gradient" in standing._assess(run, EPOCHS - 1)
+        assert ("component_without_gradient" in {warning.rule for warning in persistent_warnings(run)}) == warns
+    assert "component_without_gradient" in warned._assess(run, EPOCHS - 1)
 
 
 @pytest.mark.parametrize(("demanded", "warns"), [(99.0, True), (-99.0, False)])
@@ -137,7 +137,7 @@ def test_an_observation_is_no_warning(demanded: float, warns: bool, tmp_path: Pa
     """What would explain a low Sharpe is an observation where the Sharpe is not low."""
     tables = healthy(overrides={"evaluation.criterion_sharpe": demanded})
     tables.set_series("gradient_warning", lambda _: 1.0, component="gat")
-    rules = {warning.rule for warning in standing_warnings(going_on(tables, tmp_path / "run"))}
+    rules = {warning.rule for warning in persistent_warnings(going_on(tables, tmp_path / "run"))}
     assert ("gradient_warnings" in rules) == warns
 
 
@@ -148,7 +148,7 @@ def test_a_sharpe_within_chance_of_what_is_demanded_is_no_warning(rule: str, tmp
     tables.set_evals("sharpe_daily", lambda _: 0.05 if rule == "sampling_noise" else -0.4)
     run = going_on(tables, tmp_path / "run")
     assert next(f for f in diagnose(run).findings if f.rule == rule).status == "fired"
-    assert (rule in {warning.rule for warning in standing_warnings(run)}) == (rule == "sharpe_below_demanded")
+    assert (rule in {warning.rule for warning in persistent_warnings(run)}) == (rule == "sharpe_below_demanded")
 
 
 def test_a_run_of_two_epochs_has_no_warning_yet(tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ def test_a_run_of_two_epochs_has_no_warning_yet(tmp_path: Path) -> None:
     tables.set_series("degeneracy_reset", lambda _: 5.0)
     for done, warns in ((2, False), (3, True)):
         tables.run["epochs_done"] = done
-        assert bool(standing_warnings(going_on(tables, tmp_path / str(done)))) == warns
+        assert bool(persistent_warnings(going_on(tables, tmp_path / str(done)))) == warns
 
 
 def test_an_epoch_that_is_being_written_is_not_judged(tmp_path: Path) -> None:
@@ -170,13 +170,13 @@ def test_an_epoch_is_assessed_once_and_again_when_its_files_change(
 ) -> None:
     run = going_on(resets(first=10), tmp_path / "run")
     assessed: list[int] = []
-    assess: Callable[[Path, int], Any] = standing._assess
-    monkeypatch.setattr(standing, "_assess", lambda run_dir, epoch: assessed.append(epoch) or assess(run_dir, epoch))
-    standing_warnings(run)
-    standing_warnings(run)
+    assess: Callable[[Path, int], Any] = warned._assess
+    monkeypatch.setattr(warned, "_assess", lambda run_dir, epoch: assessed.append(epoch) or assess(run_dir, epoch))
+    persistent_warnings(run)
+    persistent_warnings(run)
     assert assessed == [20, 19, 18]
     os.utime(run / "evals" / "epoch_019.parquet", (1, 1))
-    standing_warnings(run)
+    persistent_warnings(run)
     assert assessed == [20, 19, 18, 20, 19]
 
 
@@ -185,7 +185,7 @@ def test_a_warning_remembers_the_epochs_that_were_looked_at_before(tmp_path: Pat
     run = going_on(tables, tmp_path / "run")
     for done in range(15, EPOCHS + 1):
         (run / "run.json").write_text(json.dumps(tables.run | {"epochs_done": done}))
-        warnings = standing_warnings(run)
+        warnings = persistent_warnings(run)
     (warning,) = warnings
     assert (warning.since_epoch, warning.or_earlier) == (14, False), "five resets are reached at epoch 14"
 
@@ -313,7 +313,7 @@ def test_a_run_that_cannot_be_judged_is_not_called_free_of_warnings(
         raise pa.ArrowInvalid("a column of another version")
 
     run = going_on(healthy(), tmp_path / "run")
-    monkeypatch.setattr(standing, "recorded", unreadable)
+    monkeypatch.setattr(warned, "recorded", unreadable)
     with held(run):
         text = plain(frame_of(run))
     assert "no rule could be held against it" in text
@@ -511,7 +511,7 @@ def test_a_frame_too_tall_for_the_terminal_keeps_its_warnings() -> None:
     from atft_pipeline.monitoring.dashboard import fitted
 
     running = RunProgress("run", Path("run"), "running", epoch=3, epochs=9)
-    warned = monitor.Watched(running, (StandingWarning("rule", "cause", "evidence", 1, False),))
+    warned = monitor.Watched(running, (PersistentWarning("rule", "cause", "evidence", 1, False),))
     frame = monitor.Frame(Path("runs"), "now", tuple([warned] * 4))
     heights = {}
     for height in (24, 200):

@@ -34,11 +34,11 @@ SECTOR_INCHES = 0.24
 
 
 def draw_attributions(attributions: Mapping[str, Attribution | Missing]) -> dict[str, bytes]:
-    """Title -> PNG, of the plots whose inputs are there in at least one split."""
-    known = {split: a for split, a in attributions.items() if isinstance(a, Attribution)}
-    if not known:
+    """Title -> PNG, of the plots whose inputs at least one split has."""
+    assessed = {split: a for split, a in attributions.items() if isinstance(a, Attribution)}
+    if not assessed:
         return {}
-    return pictures({title: partial(plot, known) for title, plot in ATTRIBUTION_PLOTS.items()})
+    return pictures({title: partial(plot, assessed) for title, plot in ATTRIBUTION_PLOTS.items()})
 
 
 def _costs(attributions: Attributions, axes: Axes) -> bool:
@@ -70,10 +70,10 @@ def _periods(attributions: Attributions, axes: Axes) -> bool:
         )  # fmt: skip
         shown = False
         for year, sharpe in a.by_year.items():
-            inside = a.sessions[a.sessions.astype("datetime64[Y]") == np.datetime64(year)]
+            of_period = a.sessions[a.sessions.astype("datetime64[Y]") == np.datetime64(year)]
             if not math.isfinite(sharpe.value):
                 continue
-            ends, reach = [inside[0], inside[-1]], INTERVAL_SE * sharpe.se
+            ends, reach = [of_period[0], of_period[-1]], INTERVAL_SE * sharpe.se
             label = None if shown else f"{split}, year ± {INTERVAL_SE} se"
             axes.plot(ends, [sharpe.value] * 2, color=colour, linewidth=2, label=label)
             axes.fill_between(ends, sharpe.value - reach, sharpe.value + reach, color=colour, alpha=0.15, linewidth=0)
@@ -160,9 +160,9 @@ def _size(attributions: Attributions, axes: Axes) -> bool:
         if not isinstance(a.size, SizeTilt):
             continue
         month = a.sessions.astype("datetime64[M]")
-        known = np.isfinite(a.size.by_session)
-        months = np.unique(month[known])
-        means = [float(a.size.by_session[known & (month == one)].mean()) for one in months]
+        measured = np.isfinite(a.size.by_session)
+        months = np.unique(month[measured])
+        means = [float(a.size.by_session[measured & (month == one)].mean()) for one in months]
         middles = [_middle(a.sessions, one) for one in months]
         label = f"{split}, month\nmean {_shown(a.size.tilt)}"
         axes.plot(middles, means, marker="o", markersize=3, linewidth=1, color=COLOURS[number % 2], label=label)
@@ -179,8 +179,8 @@ def _shown(estimate: Estimate) -> str:
 
 def _middle(sessions: Days, month: np.datetime64) -> np.datetime64:
     """The middle one of the month's sessions: a split may begin or end within it."""
-    inside = sessions[sessions.astype("datetime64[M]") == month]
-    return np.datetime64(inside[len(inside) // 2])
+    of_period = sessions[sessions.astype("datetime64[M]") == month]
+    return np.datetime64(of_period[len(of_period) // 2])
 
 
 def _dates(axes: Axes) -> None:

@@ -1,10 +1,11 @@
-"""An attribution as tables of words: one column per split, "not assessable" where an input was not there."""
+"""An attribution as tables: one column per split, "not assessable" where an input is missing."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 
+from atft_pipeline.diagnostics.report.markdown import NOT_MEASURED
 from atft_pipeline.evaluation.attribution import (
     PARTICIPATIONS,
     TURNOVER_WINDOW_SESSIONS,
@@ -23,7 +24,6 @@ Attributions = Mapping[str, Attribution | Missing]
 Rows = list[dict[str, str]]
 
 NOT_ASSESSABLE = "not assessable"
-NOT_MEASURED = "not measured"
 
 
 def attribution_tables(attributions: Attributions) -> dict[str, Rows]:
@@ -40,19 +40,19 @@ def attribution_tables(attributions: Attributions) -> dict[str, Rows]:
 
 def not_assessable(attributions: Attributions) -> list[str]:
     """What is missing, in which splits, and why; one line per reason."""
-    places: dict[str, list[str]] = {}
+    splits_by_reason: dict[str, list[str]] = {}
     for split, attribution in attributions.items():
         if isinstance(attribution, Missing):
-            places.setdefault(attribution.reason, []).append(split)
+            splits_by_reason.setdefault(attribution.reason, []).append(split)
             continue
         for name in ("market", "sectors", "size", "capacity"):
             part = getattr(attribution, name)
             if isinstance(part, Missing):
-                places.setdefault(part.reason, []).append(f"{name} ({split})")
+                splits_by_reason.setdefault(part.reason, []).append(f"{name} ({split})")
             elif isinstance(part, Capacity) and part.unknown:
                 reason = f"{part.unknown} trades in names without a known turnover value are in no bucket"
-                places.setdefault(reason, []).append(f"capacity ({split})")
-    return [f"{', '.join(where)}: {reason}" for reason, where in places.items()]
+                splits_by_reason.setdefault(reason, []).append(f"capacity ({split})")
+    return [f"{', '.join(where)}: {reason}" for reason, where in splits_by_reason.items()]
 
 
 def _costs(attributions: Attributions) -> Rows:
@@ -74,11 +74,11 @@ def pick(cost: float) -> Callable[[Attribution], str]:
 
 
 def _periods(attributions: Attributions, periods: Callable[[Attribution], Mapping[str, Estimate]]) -> Rows:
-    found = {split: {} if isinstance(a, Missing) else periods(a) for split, a in attributions.items()}
-    names = sorted({name for of_split in found.values() for name in of_split})
+    by_period = {split: {} if isinstance(a, Missing) else periods(a) for split, a in attributions.items()}
+    names = sorted({name for of_split in by_period.values() for name in of_split})
     return [
         {"period": name}
-        | {split: _sessions(of_split.get(name), attributions[split]) for split, of_split in found.items()}
+        | {split: _sessions(of_split.get(name), attributions[split]) for split, of_split in by_period.items()}
         for name in names
     ]
 
@@ -117,7 +117,7 @@ def _exposures(attributions: Attributions) -> Rows:
         return _estimate(a.market.beta) if isinstance(a.market, MarketExposure) else NOT_ASSESSABLE
 
     def correlation(a: Attribution) -> str:
-        return _number(a.market.correlation) if isinstance(a.market, MarketExposure) else NOT_ASSESSABLE
+        return fixed(a.market.correlation) if isinstance(a.market, MarketExposure) else NOT_ASSESSABLE
 
     def absolute(a: Attribution) -> str:
         return _percent(a.sectors.mean_absolute) if isinstance(a.sectors, SectorExposure) else NOT_ASSESSABLE
@@ -169,11 +169,12 @@ def _by_split(name: str, attributions: Attributions, shown: Callable[[Attributio
 def _estimate(estimate: Estimate, *, sign: bool = False) -> str:
     if not math.isfinite(estimate.value):
         return NOT_MEASURED
-    value = _number(estimate.value, sign=sign)
+    value = fixed(estimate.value, sign=sign)
     return f"{value} ± {estimate.se:.3f}" if math.isfinite(estimate.se) else value
 
 
-def _number(value: float, *, sign: bool = False) -> str:
+def fixed(value: float, *, sign: bool = False) -> str:
+    """To three decimals, as figures of one column are compared."""
     return NOT_MEASURED if not math.isfinite(value) else f"{value:+.3f}" if sign else f"{value:.3f}"
 
 

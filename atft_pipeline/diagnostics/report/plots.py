@@ -11,7 +11,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from atft_pipeline.diagnostics.signals.recorded import loss_curve, planned_lr
+from atft_pipeline.diagnostics.topics.curves import loss_curve
+from atft_pipeline.diagnostics.topics.learning_rate import planned_lr
 from atft_pipeline.runs.reader import Record
 
 INTERVAL_SE = 1.96
@@ -34,21 +35,21 @@ def by_epoch(plot: Callable[[Record, Axes], bool], record: Record, axes: Axes) -
 
 def pictures(plots: Mapping[str, Callable[[Axes], bool]]) -> dict[str, bytes]:
     """Title -> PNG, of the plots that find something to draw."""
-    found = {}
+    drawn_plots = {}
     for title, plot in plots.items():
         drawn = figure(title, plot)
         if drawn is not None:
             buffer = io.BytesIO()
             FigureCanvasAgg(drawn).print_png(buffer)
-            found[title] = buffer.getvalue()
-    return found
+            drawn_plots[title] = buffer.getvalue()
+    return drawn_plots
 
 
 def figure(title: str, plot: Callable[[Axes], bool]) -> Figure | None:
     """What `plot` draws, the legend beside it; None where it finds nothing to draw.
 
-    Margins and title have their place given: to find it, matplotlib measures every label, which takes longer than the
-    drawing.
+    Margins and title have fixed positions: to compute them, matplotlib measures every label, which takes longer than
+    the drawing.
     """
     drawn = Figure(figsize=SIZE_INCHES, dpi=DPI)
     axes = drawn.add_subplot()

@@ -1,4 +1,4 @@
-"""The other runs of the same dataset beside a run: their verdicts, for comparison alone."""
+"""Sibling runs: other runs of the same dataset in the same folder, whose verdicts a report shows for comparison."""
 
 from __future__ import annotations
 
@@ -12,15 +12,14 @@ from atft_pipeline.runs.reader import Record
 SHOWN = 6
 
 
-def runs_beside(record: Record) -> list[dict[str, str]]:
+def sibling_rows(record: Record) -> list[dict[str, str]]:
     """A row per run of the same dataset in the same folder, this one first, then the newest.
 
-    `same Sharpe, other weights`: equal to this run's to the last bit though the weights are others, which no two honest
-    runs are.
-    Empty where there is no other.
+    `same Sharpe, other weights`: the Sharpe equals this run's to the last bit although the weights differ, which never
+    happens between honest runs. Empty where the run has no sibling.
     """
-    own = _row(record.run_dir, record.run, record.verdict)
-    found = []
+    this_run = _row(record.run_dir, record.run, record.verdict)
+    siblings = []
     for path in record.run_dir.resolve().parent.glob("*/run.json"):
         if path.parent == record.run_dir.resolve():
             continue
@@ -28,11 +27,11 @@ def runs_beside(record: Record) -> list[dict[str, str]]:
         if run.get("dataset_fingerprint") == record.run.get("dataset_fingerprint") is not None:
             same = _final(verdict) is not None and _final(verdict) == _final(record.verdict)
             others = verdict.get("weights_hash") != record.verdict.get("weights_hash")
-            found.append(
+            siblings.append(
                 _row(path.parent, run, verdict) | {"same Sharpe, other weights": "YES" if same and others else "no"}
             )
-    newest = sorted(found, key=lambda row: row["started"], reverse=True)[:SHOWN]
-    return [own | {"same Sharpe, other weights": "(this run)"}, *newest] if newest else []
+    newest = sorted(siblings, key=lambda row: row["started"], reverse=True)[:SHOWN]
+    return [this_run | {"same Sharpe, other weights": "(this run)"}, *newest] if newest else []
 
 
 def _row(run_dir: Path, run: dict[str, Any], verdict: dict[str, Any]) -> dict[str, str]:

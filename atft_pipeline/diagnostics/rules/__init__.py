@@ -1,1 +1,0 @@
-"""The rule table: what each cause looks like in the record."""
