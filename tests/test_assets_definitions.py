@@ -9,7 +9,7 @@ from pathlib import Path
 
 import dagster as dg
 import pytest
-from dagster_runs import EVER, UPSTREAM_CONFIG, make_source, outcomes, training
+from dagster_runs import EVER, UPSTREAM_CONFIG, copied, few_epochs, outcomes, training, working_in
 
 from assets.definitions import defs
 from assets.outcomes import markdown_table, numbers
@@ -97,12 +97,13 @@ def test_nightly_schedule_retrains_in_tokyo() -> None:
     assert not {name for name in names if name.endswith(("_5ep", "_50ep"))}
 
 
-def test_nightly_job_trains_long_once_the_criterion_passed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("ATFT_SOURCE", str(make_source(tmp_path / "source")))
-    monkeypatch.setenv("ATFT_PRESET", "quick")
+def test_nightly_job_trains_long_once_the_criterion_passed(
+    upstream: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two epochs each: how many the names stand for is asserted where the short run is checked."""
+    few_epochs(monkeypatch)
     ops = UPSTREAM_CONFIG | training(20, EVER) | training(120, EVER)
-    with dg.DagsterInstance.ephemeral() as instance:
+    with working_in(copied(upstream, tmp_path)), dg.DagsterInstance.ephemeral() as instance:
         result = defs.resolve_job_def("nightly_retrain").execute_in_process(
             instance=instance, run_config={"ops": ops}, raise_on_error=False
         )

@@ -13,11 +13,12 @@ import pytest
 from dagster_runs import (
     EVER,
     command,
+    copied,
     failures,
     history,
     make,
     training,
-    upstream_made,
+    working_in,
 )
 
 from assets.definitions import defs
@@ -27,9 +28,9 @@ from atft_pipeline.diagnostics.paired import EXPERIMENT_IDS, read_experiment_res
 
 
 @pytest.fixture(scope="module", autouse=True)
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def folder(upstream: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The working directory of every test, with a run of five epochs in it."""
-    with upstream_made(tmp_path_factory.mktemp("checkout")) as path:
+    with working_in(copied(upstream, tmp_path_factory.mktemp("checkout"))) as path:
         with dg.DagsterInstance.ephemeral() as instance:
             assert make('key:"training_run_5ep"', instance, training(5, EVER)).success
         yield path

@@ -8,7 +8,7 @@ from typing import Any
 
 import dagster as dg
 import pytest
-from dagster_runs import EVER, NEVER, UPSTREAM, UPSTREAM_CONFIG, failures, made, make, make_source, outcomes, training
+from dagster_runs import EVER, NEVER, failures, made, make, outcomes, training
 
 import atft_pipeline.training
 from assets.gate import GATE_MODEL, last_check, last_materialization
@@ -19,19 +19,6 @@ from atft_pipeline.presets import preset
 from atft_pipeline.run_plan import plan_run
 
 LONG = 'key:"model_120ep"'
-
-
-@pytest.fixture(scope="module")
-def upstream(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a dataset and its graph."""
-    folder = tmp_path_factory.mktemp("gate")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setenv("ATFT_SOURCE", str(make_source(folder / "source")))
-        patch.setenv("ATFT_PRESET", "quick")
-        with dg.DagsterInstance.ephemeral() as instance:
-            assert make(UPSTREAM, instance, UPSTREAM_CONFIG).success
-    return folder
 
 
 @pytest.fixture
