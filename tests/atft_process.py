@@ -61,7 +61,7 @@ def atft_here(*arguments: object) -> int:
 
 
 def atft_captured(*arguments: object, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    """`atft ARGUMENTS` in this process, with what a process of its own would return; for fixtures, which have no capsys."""
+    """`atft ARGUMENTS` in this process, with what one of its own would return; fixtures have no `capsys`."""
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         for name in REPORT_VARIABLES:

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import suite
 import torch
+from atft_process import DATASET_SETTINGS, GRAPH_SETTINGS, SESSIONS, STOCKS, atft_here
 from shared_folders import built_once, changed_folders
 from training_runs import Data, settings, train_quietly
 
@@ -21,6 +23,10 @@ from atft_pipeline.synthetic import generate_market
 from atft_pipeline.universe import build_prices
 
 Trained = Callable[..., Path]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(suite)
 
 
 @pytest.fixture(scope="session")
@@ -62,6 +68,19 @@ def upstream(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from dagster_runs import make_upstream  # seconds, which most tests need not wait for
 
     return built_once(tmp_path_factory, "upstream", make_upstream)
+
+
+@pytest.fixture(scope="session")
+def products(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`source`, its dataset `d.parquet` and its graph `g.parquet`, all by the command: copy the folder to change it."""
+
+    def build(folder: Path) -> None:
+        source, dataset, graph = folder / "source", folder / "d.parquet", folder / "g.parquet"
+        assert atft_here("market", source, "--stocks", STOCKS, "--sessions", SESSIONS) == 0
+        assert atft_here("features", source, dataset, *DATASET_SETTINGS) == 0
+        assert atft_here("graph", dataset, graph, *GRAPH_SETTINGS) == 0
+
+    return built_once(tmp_path_factory, "products", build)
 
 
 @pytest.fixture(scope="session", autouse=True)

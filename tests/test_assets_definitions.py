@@ -69,6 +69,7 @@ def test_one_training_at_a_time_and_nothing_is_retried() -> None:
     assert not [name for name, op in ops.items() if getattr(op, "retry_policy", None)]
 
 
+@pytest.mark.process(reason="fresh interpreters")
 def test_the_code_location_loads_without_what_only_steps_need() -> None:
     """Every command starts with this import; torch and matplotlib would more than double it."""
     script = "import sys, assets.definitions; print([m for m in ('torch', 'matplotlib') if m in sys.modules])"
@@ -79,6 +80,7 @@ def test_steps_run_in_processes_of_their_own() -> None:
     assert defs.executor is one_process_per_step
 
 
+@pytest.mark.process(reason="fresh interpreters")
 def test_what_steps_find_imported_exists_and_is_not_polars() -> None:
     """The server that they are forked off says nothing of a module that is not there; a fork loses polars' threads."""
     script = f"import sys; [__import__(name) for name in {PRELOADED}]; print('polars' in sys.modules)"
@@ -134,6 +136,7 @@ def test_figures_are_numbers_and_rows_are_a_table() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.process(reason="fresh interpreters")
 def test_the_variable_that_names_the_code_location_has_a_default_and_an_exported_value_wins() -> None:
     """`dagster asset materialize` reads neither pyproject.toml nor workspace.yaml."""
     name = "DAGSTER_CLI_ASSET_MATERIALIZE_MODULE_NAME"

@@ -55,6 +55,7 @@ def test_partitions_are_the_experiments() -> None:
     assert defs.resolve_job_def("experiments").partitions_def == EXPERIMENTS
 
 
+@pytest.mark.process(reason="the command that a report shows")
 def test_the_command_of_the_report_trains_compares_and_feeds_back(folder: Path) -> None:
     run_dir = the_run()
     advice = next(advice for advice in diagnose(run_dir).experiments if advice.id == "A")

@@ -165,6 +165,7 @@ def killed(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     return folder, copied(folder, tmp_path_factory.mktemp("killed")), cursor
 
 
+@pytest.mark.process(reason="a training that is killed, and commands after it")
 def test_a_command_that_is_killed_is_recorded_as_failed_and_explained(killed: tuple[Path, Path, str]) -> None:
     """The run of a command belongs to no code location, and the sensors see it all the same."""
     folder, _, cursor = killed
@@ -182,6 +183,7 @@ def test_a_command_that_is_killed_is_recorded_as_failed_and_explained(killed: tu
     assert Path(says["report_html"]).is_file()
 
 
+@pytest.mark.process(reason="a training that is killed, and commands after it")
 def test_a_killed_training_gives_its_slot_back_and_goes_on_where_it_stopped(
     killed: tuple[Path, Path, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -40,6 +40,8 @@ from dagster_runs import (
 from assets.__main__ import main
 from assets.definitions import defs
 
+pytestmark = pytest.mark.process(reason="commands of dagster, a user's session")
+
 
 @pytest.fixture(scope="module")
 def folder(upstream: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:

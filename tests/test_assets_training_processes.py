@@ -19,6 +19,8 @@ import pytest
 from dagster_runs import EVER, NEVER, copied, failures, made, make, outcomes, training, working_in
 from process_work import gone
 
+pytestmark = pytest.mark.process(reason="trainings in two processes through Dagster Pipes")
+
 MODEL, RUN = "model_5ep", "training_run_5ep"
 SELECTION = f'key:"{MODEL}" or key:"{RUN}"'
 

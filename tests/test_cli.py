@@ -31,6 +31,8 @@ from atft_process import (
     environment,
 )
 
+pytestmark = pytest.mark.process(reason="the command as a process, its pipes and exit codes")
+
 REPORT = {
     "SHARPE_WEIGHT": "0.2",
     "CS_IC_WEIGHT": "0.1",

@@ -410,6 +410,7 @@ def test_the_reversal_needs_one_of_its_features():
         one_factor_reversal(features, ["a", "b", "c"], targets, member, np.arange(40))
 
 
+@pytest.mark.process(reason="a fresh interpreter")
 def test_the_training_path_imports_nothing_heavy():
     code = (
         "import sys, atft_pipeline.criterion, atft_pipeline.evaluation;"

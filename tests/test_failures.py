@@ -147,6 +147,7 @@ def started(data: Data, run_dir: Path, epoch: int) -> Iterator[subprocess.Popen[
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+@pytest.mark.process(reason="trainings that are interrupted, rivalled and short of room")
 def test_an_interrupted_command_exits_130_and_goes_on_to_the_same_end(
     number: int, data: Data, undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -172,6 +173,7 @@ def test_an_interrupted_command_exits_130_and_goes_on_to_the_same_end(
     assert record(run_dir) == record(undisturbed)
 
 
+@pytest.mark.process(reason="trainings that are interrupted, rivalled and short of room")
 def test_a_second_process_is_refused_and_the_first_goes_on_undisturbed(
     data: Data, undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -211,6 +213,7 @@ def test_a_rival_that_comes_between_the_look_and_the_lock_is_no_run_of_ours(
         train_quietly(settings(), data, tmp_path / "run")
 
 
+@pytest.mark.process(reason="trainings that are interrupted, rivalled and short of room")
 def test_a_file_over_the_limit_of_the_process_stops_in_one_sentence(
     data: Data, undisturbed: Path, tmp_path: Path
 ) -> None:

@@ -229,6 +229,7 @@ def test_a_path_that_no_file_can_have_stays_as_it_is(path, tmp_path, monkeypatch
 # One writer -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.process(reason="a second writer")
 def test_a_second_process_is_refused_while_the_first_writes(tmp_path):
     script = (
         "import sys; from pathlib import Path; from atft_pipeline.lineage import exclusive\n"

@@ -417,6 +417,7 @@ def test_what_cannot_be_watched_is_bad_usage(
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
+@pytest.mark.process(reason="the command on a terminal and a pipe")
 def test_ctrl_c_ends_the_watching_as_it_ends_every_command(tmp_path: Path) -> None:
     command = [str(ATFT), "monitor", "--runs", str(tmp_path), "--every", "60"]
     with subprocess.Popen(
@@ -453,6 +454,7 @@ def test_a_signal_ends_the_pause_whenever_it_comes(when: str, monkeypatch: pytes
     assert time.monotonic() - started >= 0.05
 
 
+@pytest.mark.process(reason="the command on a terminal and a pipe")
 def test_a_reader_that_leaves_ends_the_watching_without_complaint(tmp_path: Path) -> None:
     command = [str(ATFT), "monitor", "--runs", str(tmp_path), "--every", "0.05", "--json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment()) as watching:
@@ -464,6 +466,7 @@ def test_a_reader_that_leaves_ends_the_watching_without_complaint(tmp_path: Path
     assert watching.returncode == 0
 
 
+@pytest.mark.process(reason="the command on a terminal and a pipe")
 def test_on_a_terminal_a_frame_takes_the_place_of_the_one_before(tmp_path: Path) -> None:
     run = healthy().write(tmp_path / "run")
     ours, theirs = pty.openpty()
