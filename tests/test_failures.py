@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from atft_process import ATFT, TRAIN_SETTINGS, atft, atft_here, content, environment
+from atft_process import ATFT, TRAIN_SETTINGS, atft_here, content, environment
 from test_training import Stop, poisoned, stop_in_training_step, train_until, trainer_of
 from training_runs import Data, header, record, settings, train_quietly
 
@@ -192,7 +192,7 @@ def test_a_second_process_is_refused_and_the_first_goes_on_undisturbed(
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
     before = content(run_dir)
-    assert atft(*command(data, run_dir)).returncode == 0
+    assert atft_here(*command(data, run_dir)) == 0
     assert content(run_dir) == before, "a finished run is reused as it is"
 
 
