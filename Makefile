@@ -22,7 +22,7 @@ test: $(STAMP) lint chromium  ## lint, types and the whole test suite
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=20
 
 test-fast: $(STAMP)  ## what one runs while working: no process, no browser, nothing that takes long
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not process and not slow'
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not process and not slow'
 
 chromium:  ## the browser that the tests open pages with: Debian's, installed where this is root's machine
 	@if command -v chromium || command -v chromium-browser || command -v google-chrome; then :; \

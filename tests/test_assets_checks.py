@@ -22,6 +22,8 @@ from atft_pipeline.config import GraphConfig
 from atft_pipeline.dataset import write_manifest
 from atft_pipeline.sources import RAW_TABLES
 
+pytestmark = pytest.mark.slow(reason="assets made in this process")
+
 RAW = "group:raw"
 RUN = dg.AssetKey("training_run_20ep")
 MODEL = dg.AssetKey("model_20ep")

@@ -19,6 +19,8 @@ import assets.comparison
 from atft_pipeline.lineage import TABLES
 from resources.dataset_store import DatasetStore
 
+pytestmark = pytest.mark.slow(reason="assets made in this process")
+
 CHECK = "comparison:no_identical_figures"
 CONFIG = {"train.universe": "all", "evaluation.universe": "all"}
 Rows = dict[str, dict[str, str]]

@@ -99,6 +99,7 @@ def test_nightly_schedule_retrains_in_tokyo() -> None:
     assert not {name for name in names if name.endswith(("_5ep", "_50ep"))}
 
 
+@pytest.mark.slow(reason="the nightly job, in this process")
 def test_nightly_job_trains_long_once_the_criterion_passed(
     upstream: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

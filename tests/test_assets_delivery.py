@@ -15,6 +15,8 @@ from dagster_runs import EVER, copied, failures, make, training, working_in
 from atft_pipeline.evaluation import EvaluationConfig, evaluate_file
 from atft_pipeline.lineage import read_run
 
+pytestmark = pytest.mark.slow(reason="assets made in this process")
+
 DELIVERY = 'key:"delivery_5ep"'
 RUN = 'key:"training_run_5ep"'
 

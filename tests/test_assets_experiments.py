@@ -26,6 +26,8 @@ from assets.experiments import EXPERIMENTS
 from atft_pipeline.diagnostics import diagnose
 from atft_pipeline.diagnostics.paired import EXPERIMENT_IDS, read_experiment_results
 
+pytestmark = pytest.mark.slow(reason="assets made in this process")
+
 
 @pytest.fixture(scope="module", autouse=True)
 def folder(upstream: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:

@@ -32,6 +32,8 @@ from assets.definitions import defs
 from assets.failures import explain_failure, explanations
 from assets.training import trainings_started
 
+pytestmark = pytest.mark.slow(reason="assets made in this process")
+
 SELECTION = 'key:"training_run_5ep"'
 CRASHING: dict[str, Any] = {"train.optimizer.lr": 1e30, "train.optimizer.clip_norm": 1e30}
 """Updates that leave no weight finite."""

@@ -30,6 +30,8 @@ from atft_pipeline.sources import RAW_TABLES, open_source
 from atft_pipeline.synthetic import generate_market
 from atft_pipeline.universe import build_prices
 
+pytestmark = pytest.mark.slow(reason="markets built again and again, month by month")
+
 CONFIG = DatasetConfig()
 Tables = dict[str, pl.DataFrame]
 VOLATILE = ("changes", "drift", "drift_against")

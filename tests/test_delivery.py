@@ -24,6 +24,8 @@ from atft_pipeline.evaluation import evaluate_file
 from atft_pipeline.score_panels import blended, smoothed, standardised
 from atft_pipeline.splits import make_split
 
+pytestmark = pytest.mark.slow(reason="three trained runs, delivered in every way")
+
 NAN = np.nan
 
 # Deliveries ----------------------------------------------------------------------------------------------------

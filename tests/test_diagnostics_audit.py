@@ -34,6 +34,8 @@ from atft_pipeline.diagnostics.audit import SIGNALS, audit
 from atft_pipeline.diagnostics.record import open_record
 from atft_pipeline.diagnostics.signals import Value
 
+pytestmark = pytest.mark.slow(reason="trained runs, spoilt")
+
 GAPS = (
     "validation_elsewhere", "validation_in_training", "targets_unlike_dataset", "rows_not_scored", "ic_gap",
     "squared_error_gap", "tied_scores", "inputs_unlike_dataset", "inputs_constant", "inputs_scaled", "inputs_exchanged",

@@ -44,6 +44,8 @@ from atft_pipeline.splits import make_split
 from atft_pipeline.synthetic import write_market
 from atft_pipeline.universe import build_prices
 
+pytestmark = pytest.mark.slow(reason="trained runs, probed")
+
 RETURNS = "returns_1d"
 
 

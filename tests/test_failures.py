@@ -68,6 +68,7 @@ def places(data: Data, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     return run_dir, disk.files
 
 
+@pytest.mark.slow(reason="a full disk at every file of a run")
 def test_a_full_disk_at_any_file_stops_in_one_sentence_and_loses_nothing(
     data: Data, places: tuple[Path, list[str]], tmp_path: Path
 ) -> None:

@@ -18,6 +18,8 @@ from atft_pipeline.lineage import config_key
 from atft_pipeline.presets import preset
 from atft_pipeline.run_plan import plan_run
 
+pytestmark = pytest.mark.slow(reason="assets made in this process")
+
 LONG = 'key:"model_120ep"'
 
 

@@ -19,6 +19,8 @@ from atft_pipeline.diagnostics.causes import BY_ID
 from atft_pipeline.diagnostics.ranking import rank
 from atft_pipeline.diagnostics.rules import Finding
 
+pytestmark = pytest.mark.slow(reason="trainings with planted faults")
+
 SMALL = {
     "train.epochs": 6,
     "evaluation.criterion_epoch": 5,

@@ -37,6 +37,8 @@ from atft_pipeline.scoring import weights_hash
 from atft_pipeline.training import Trainer
 from atft_pipeline.weight_average import WeightAverage
 
+pytestmark = pytest.mark.slow(reason="trainings")
+
 CPU = torch.device("cpu")
 
 
