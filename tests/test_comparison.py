@@ -18,6 +18,8 @@ from atft_pipeline.errors import InputError
 from atft_pipeline.evaluation import STATISTICS
 from atft_pipeline.lineage import exclusive
 
+pytestmark = pytest.mark.slow(reason="trained runs, compared")
+
 
 def another(skill: float = 0.4, weights: str = "v") -> Tables:
     """A second healthy run: other scores and so other figures, and hashes of its own."""

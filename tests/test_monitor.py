@@ -176,6 +176,7 @@ def test_an_epoch_is_assessed_once_and_again_when_its_files_change(
     assert assessed == [20, 19, 18, 20, 19]
 
 
+@pytest.mark.slow(reason="a run diagnosed at many epochs")
 def test_a_warning_remembers_the_epochs_that_were_looked_at_before(tmp_path: Path) -> None:
     tables = resets(first=10)
     run = going_on(tables, tmp_path / "run")

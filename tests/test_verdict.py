@@ -24,6 +24,8 @@ from atft_pipeline.scoring import score_sessions
 from atft_pipeline.splits import make_split
 from atft_pipeline.verdict import read_verdict, write_verdict
 
+pytestmark = pytest.mark.slow(reason="trained runs, judged")
+
 ITEMS = (
     "reinitialised_weights_score_differently",
     "permuted_scores_earn_nothing",
