@@ -43,6 +43,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 LEFT = pytest.StashKey[Reasons]()
+COLLECTED = pytest.StashKey[list[pytest.Item]]()
+"""All tests of the named files, those too that a choice then leaves out."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    config.stash[COLLECTED] = list(items)
 
 
 @pytest.hookimpl(wrapper=True)

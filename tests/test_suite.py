@@ -17,9 +17,8 @@ MAKEFILE = (Path(__file__).parent.parent / "Makefile").read_text(encoding="utf-8
 
 
 def test_what_test_fast_leaves_out_says_why(request: pytest.FixtureRequest) -> None:
-    marked = [item for item in request.session.items if any(item.get_closest_marker(m) for m in suite.LEFT_OUT)]
-    assert [item.nodeid for item in marked if "for no reason" in suite.reason(item)] == []
-    assert [item.nodeid for item in request.session.items if suite.reason(item) and item not in marked] == []
+    collected = request.config.stash[suite.COLLECTED]
+    assert [item.nodeid for item in collected if "for no reason" in suite.reason(item)] == []
 
 
 def test_test_fast_leaves_out_what_is_marked_and_nothing_else() -> None:
