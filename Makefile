@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 # What is installed is compiled when first imported: where that may not be kept, every command compiles it again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help run test chromium ui lint bench-quality bench-diagnostics constraints
+.PHONY: help run test test-fast chromium ui lint bench-quality bench-diagnostics constraints
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -19,7 +19,10 @@ run: $(STAMP)  ## embedded market to a judged model_50ep, with evaluation and di
 	$(BIN)/python -m assets
 
 test: $(STAMP) lint chromium  ## lint, types and the whole test suite
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=20
+
+test-fast: $(STAMP)  ## what one runs while working: no process, no browser, nothing that takes long
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not process and not slow'
 
 chromium:  ## the browser that the tests open pages with: Debian's, installed where this is root's machine
 	@if command -v chromium || command -v chromium-browser || command -v google-chrome; then :; \

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+
+import pytest
 
 from atft_pipeline.cli import main
 from atft_pipeline.config.overrides import REPORT_VARIABLES
@@ -54,6 +58,18 @@ def atft_here(*arguments: object) -> int:
         return main([str(argument) for argument in arguments])
     except SystemExit as exit_:  # argparse leaves by it
         return int(exit_.code or 0)
+
+
+def atft_captured(*arguments: object, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """`atft ARGUMENTS` in this process, with what one of its own would return; fixtures have no `capsys`."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        for name in REPORT_VARIABLES:
+            patch.delenv(name, raising=False)
+        for name, value in (env or {}).items():
+            patch.setenv(name, value)
+        code = atft_here(*arguments)
+    return subprocess.CompletedProcess([str(a) for a in arguments], code, out.getvalue(), err.getvalue())
 
 
 def content(folder: Path) -> dict[str, bytes]:

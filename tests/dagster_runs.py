@@ -16,8 +16,9 @@ import dagster as dg
 import pytest
 
 from assets.definitions import defs
-from atft_pipeline.config.overrides import REPORT_VARIABLES
+from atft_pipeline.config.overrides import REPORT_VARIABLES, with_overrides
 from atft_pipeline.market.synthetic import write_market
+from atft_pipeline.training import plan
 
 REPO = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
@@ -61,6 +62,16 @@ def make(
     job = dg.define_asset_job("selected", selection=selection)
     resolved = dg.Definitions.merge(defs, dg.Definitions(jobs=[job])).resolve_job_def("selected")
     return resolved.execute_in_process(instance=instance, run_config={"ops": dict(ops or {})}, raise_on_error=False)
+
+
+def few_epochs(patch: pytest.MonkeyPatch, epochs: int = 2) -> None:
+    """The trainings of this process take `epochs`, whatever their names say, and are judged after the first.
+
+    For tests of what happens around a training. The criterion of such a run must be changed by an override too.
+    """
+    plan_run = plan.plan_run
+    shorter = {"train.epochs": epochs, "evaluation.criterion_epoch": 1}
+    patch.setattr(plan, "plan_run", lambda settings, *rest: plan_run(with_overrides(settings, shorter), *rest))
 
 
 def outcomes(result: dg.ExecuteInProcessResult) -> dict[str, dg.AssetCheckEvaluation]:
@@ -111,18 +122,27 @@ def workspace(folder: Path) -> Path:
 
 
 @contextmanager
-def upstream_made(folder: Path, **variables: str) -> Iterator[Path]:
-    """A checkout as the working directory, with source, dataset and graph in it, and `variables` in the environment."""
-    path = workspace(folder)
-    here = {"ATFT_PRESET": "quick", "OMP_NUM_THREADS": "1", "ATFT_SOURCE": str(make_source(path / "source"))}
+def working_in(folder: Path, **variables: str) -> Iterator[Path]:
+    """`folder` as the working directory, the source in it named by a relative path, `variables` in the environment."""
+    here = {"ATFT_PRESET": "quick", "OMP_NUM_THREADS": "1", "ATFT_SOURCE": "source"}
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(path)
+        patch.chdir(folder)
         patch.delenv("DAGSTER_HOME", raising=False)
         for name, value in (here | variables).items():
             patch.setenv(name, value)
-        with dg.DagsterInstance.ephemeral() as instance:
-            assert make(UPSTREAM, instance, UPSTREAM_CONFIG).success
-        yield path
+        yield folder
+
+
+def make_upstream(folder: Path) -> None:
+    """Fills a checkout: the configuration files, a source, and the dataset and graph that are made of it."""
+    make_source(workspace(folder) / "source")
+    with working_in(folder), dg.DagsterInstance.ephemeral() as instance:
+        assert make(UPSTREAM, instance, UPSTREAM_CONFIG).success
+
+
+def copied(checkout: Path, folder: Path) -> Path:
+    """`folder`, with all that `checkout` holds; paths within are relative, so that it stands alone."""
+    return shutil.copytree(checkout, folder, symlinks=True, dirs_exist_ok=True)
 
 
 def environment(source: Path | None, **extra: str) -> dict[str, str]:

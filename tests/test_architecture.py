@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,13 +13,8 @@ from pathlib import Path
 
 import pytest
 from atft_process import (
-    DATASET_SETTINGS,
-    GRAPH_SETTINGS,
     REPO,
-    SESSIONS,
-    STOCKS,
     TRAIN_SETTINGS,
-    atft_here,
     environment,
 )
 
@@ -200,15 +196,13 @@ sys.meta_path[sys.meta_path.index(PathFinder)] = Bare
 """sitecustomize of a machine on which the blocked packages are not installed: looking for one finds nothing."""
 
 
+@pytest.mark.process(reason="commands in which every other package is absent")
 def test_training_runs_where_nothing_else_is_installed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    products: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """train, evaluate and status as processes in which every other package is absent."""
+    shutil.copytree(products, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    assert atft_here("market", "source", "--stocks", STOCKS, "--sessions", SESSIONS) == 0
-    assert atft_here("features", "source", "d.parquet", *DATASET_SETTINGS) == 0
-    assert atft_here("graph", "d.parquet", "g.parquet", *GRAPH_SETTINGS) == 0
-    capsys.readouterr()
     (tmp_path / "absent").mkdir()
     (tmp_path / "absent" / "sitecustomize.py").write_text(BLOCKER)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import dagster as dg
 import numpy as np
 import polars as pl
 import pytest
-from dagster_runs import EVER, NEVER, UPSTREAM_CONFIG, failures, made, make, make_source, outcomes, training
+from dagster_runs import EVER, NEVER, UPSTREAM_CONFIG, copied, failures, made, make, outcomes, training, working_in
 
 import assets.data.graph
 from assets.data.dataset import drift_result
@@ -24,6 +23,8 @@ from atft_pipeline.market import price_store
 from atft_pipeline.market.sources import RAW_TABLES
 from atft_pipeline.storage.artifact import write_manifest
 
+pytestmark = pytest.mark.slow(reason="assets made in this process")
+
 RAW = "group:raw"
 RUN = dg.AssetKey("training_run_20ep")
 MODEL = dg.AssetKey("model_20ep")
@@ -31,32 +32,24 @@ ALL_UPSTREAM = 'group:raw or key:"prices" or key:"ml_dataset" or key:"stock_grap
 
 
 @pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, dg.AssetCheckEvaluation]]]:
+def sound(
+    upstream: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Path, dict[str, dg.AssetCheckEvaluation]]]:
     """A folder in which everything up to a passed and explained model_20ep was made, and what its checks said."""
-    folder = tmp_path_factory.mktemp("sound")
-    with pytest.MonkeyPatch.context() as patch, dg.DagsterInstance.ephemeral() as instance:
-        patch.chdir(folder)
-        make_source(folder / "source")
-        patch.setenv("ATFT_SOURCE", "source")  # relative, so that a copy of the folder has a source of its own
-        patch.setenv("ATFT_PRESET", "quick")
-        upstream = make(ALL_UPSTREAM, instance, UPSTREAM_CONFIG)
+    folder = copied(upstream, tmp_path_factory.mktemp("sound"))
+    with working_in(folder), dg.DagsterInstance.ephemeral() as instance:
+        again = make(ALL_UPSTREAM, instance, UPSTREAM_CONFIG)
         run = make('key:"model_20ep" or key:"training_run_20ep" or key:"evaluation_20ep"', instance, training(20, EVER))
-        assert upstream.success
+        assert again.success
         assert run.success
-        yield folder, outcomes(upstream) | outcomes(run)
+        yield folder, outcomes(again) | outcomes(run)
 
 
 @pytest.fixture
-def work(
-    sound: tuple[Path, dict[str, dg.AssetCheckEvaluation]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Path:
+def work(sound: tuple[Path, dict[str, dg.AssetCheckEvaluation]], tmp_path: Path) -> Iterator[Path]:
     """A copy of the sound folder to damage, as the working directory."""
-    folder = tmp_path / "work"
-    shutil.copytree(sound[0], folder, symlinks=True)
-    monkeypatch.chdir(folder)
-    monkeypatch.setenv("ATFT_SOURCE", "source")
-    monkeypatch.setenv("ATFT_PRESET", "quick")
-    return folder
+    with working_in(copied(sound[0], tmp_path / "work")) as folder:
+        yield folder
 
 
 def linked(work: Path) -> dict[str, str]:

@@ -13,11 +13,13 @@ import dagster as dg
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from dagster_runs import EVER, UPSTREAM_CONFIG, failures, make, make_source, outcomes, training
+from dagster_runs import EVER, UPSTREAM, UPSTREAM_CONFIG, copied, failures, make, outcomes, training, working_in
 
 import assets.judging.comparison
 from atft_pipeline.runs.tables import TABLES
 from resources.dataset_store import DatasetStore
+
+pytestmark = pytest.mark.slow(reason="assets made in this process")
 
 CHECK = "comparison:no_identical_figures"
 CONFIG = {"train.universe": "all", "evaluation.universe": "all"}
@@ -25,31 +27,23 @@ Rows = dict[str, dict[str, str]]
 
 
 @pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dg.DagsterInstance, Any]]:
+def sound(upstream: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dg.DagsterInstance, Any]]:
     """A folder with runs of 5 and 20 epochs and the baselines, its history, and the comparison made in that job."""
-    folder = tmp_path_factory.mktemp("compared")
-    with pytest.MonkeyPatch.context() as patch, dg.DagsterInstance.ephemeral() as instance:
-        patch.chdir(folder)
-        make_source(folder / "source")
-        patch.setenv("ATFT_SOURCE", "source")
-        patch.setenv("ATFT_PRESET", "quick")
+    folder = copied(upstream, tmp_path_factory.mktemp("compared"))
+    with working_in(folder), dg.DagsterInstance.ephemeral() as instance:
         ops = UPSTREAM_CONFIG | training(5, EVER, CONFIG) | training(20, EVER, CONFIG)
         ops |= {"baselines": {"config": {"overrides": CONFIG}}}
-        upstream = 'group:raw or key:"prices" or key:"ml_dataset" or key:"stock_graph"'
         runs = 'key:"training_run_5ep" or key:"training_run_20ep" or key:"evaluation_20ep"'
-        result = make(f'{upstream} or {runs} or key:"baselines" or key:"comparison"', instance, ops)
+        result = make(f'{UPSTREAM} or {runs} or key:"baselines" or key:"comparison"', instance, ops)
         assert result.success, failures(result)
         yield folder, instance, result
 
 
 @pytest.fixture
-def work(sound: tuple[Path, dg.DagsterInstance, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def work(sound: tuple[Path, dg.DagsterInstance, Any], tmp_path: Path) -> Iterator[Path]:
     """A copy of the folder to spoil, as the working directory: the history names its runs by relative paths."""
-    folder = tmp_path / "work"
-    shutil.copytree(sound[0], folder, symlinks=True)
-    monkeypatch.chdir(folder)
-    monkeypatch.setenv("ATFT_SOURCE", "source")
-    return folder
+    with working_in(copied(sound[0], tmp_path / "work")) as folder:
+        yield folder
 
 
 def table(result: Any) -> Rows:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import dagster as dg
 import pytest
-from dagster_runs import EVER, UPSTREAM_CONFIG, make_source, outcomes, training
+from dagster_runs import EVER, UPSTREAM_CONFIG, copied, few_epochs, outcomes, training, working_in
 
 from assets.definitions import defs
 from assets.metadata import markdown_table, numeric_metadata
@@ -69,6 +69,7 @@ def test_one_training_at_a_time_and_nothing_is_retried() -> None:
     assert not [name for name, op in ops.items() if getattr(op, "retry_policy", None)]
 
 
+@pytest.mark.process(reason="fresh interpreters")
 def test_the_code_location_loads_without_what_only_steps_need() -> None:
     """Every command starts with this import; torch and matplotlib would more than double it."""
     script = "import sys, assets.definitions; print([m for m in ('torch', 'matplotlib') if m in sys.modules])"
@@ -79,6 +80,7 @@ def test_steps_run_in_processes_of_their_own() -> None:
     assert defs.executor is one_process_per_step
 
 
+@pytest.mark.process(reason="fresh interpreters")
 def test_what_steps_find_imported_exists_and_is_not_polars() -> None:
     """The server that they are forked off says nothing of a module that is not there; a fork loses polars' threads."""
     script = f"import sys; [__import__(name) for name in {PRELOADED}]; print('polars' in sys.modules)"
@@ -97,12 +99,14 @@ def test_nightly_schedule_retrains_in_tokyo() -> None:
     assert not {name for name in names if name.endswith(("_5ep", "_50ep"))}
 
 
-def test_nightly_job_trains_long_once_the_criterion_passed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("ATFT_SOURCE", str(make_source(tmp_path / "source")))
-    monkeypatch.setenv("ATFT_PRESET", "quick")
+@pytest.mark.slow(reason="the nightly job, in this process")
+def test_nightly_job_trains_long_once_the_criterion_passed(
+    upstream: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two epochs each: how many the names stand for is asserted where the short run is checked."""
+    few_epochs(monkeypatch)
     ops = UPSTREAM_CONFIG | training(20, EVER) | training(120, EVER)
-    with dg.DagsterInstance.ephemeral() as instance:
+    with working_in(copied(upstream, tmp_path)), dg.DagsterInstance.ephemeral() as instance:
         result = defs.resolve_job_def("nightly_retrain").execute_in_process(
             instance=instance, run_config={"ops": ops}, raise_on_error=False
         )
@@ -133,6 +137,7 @@ def test_figures_are_numbers_and_rows_are_a_table() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.process(reason="fresh interpreters")
 def test_the_variable_that_names_the_code_location_has_a_default_and_an_exported_value_wins() -> None:
     """`dagster asset materialize` reads neither pyproject.toml nor workspace.yaml."""
     name = "DAGSTER_CLI_ASSET_MATERIALIZE_MODULE_NAME"

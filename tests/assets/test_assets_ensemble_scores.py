@@ -10,11 +10,13 @@ from typing import Any
 import dagster as dg
 import pyarrow.parquet as pq
 import pytest
-from dagster_runs import EVER, UPSTREAM, UPSTREAM_CONFIG, failures, make, make_source, training
+from dagster_runs import EVER, copied, failures, make, training, working_in
 
 from atft_pipeline.config.schema import EvaluationConfig
 from atft_pipeline.evaluation.predictions_table import evaluate_file
 from atft_pipeline.runs.header import read_run
+
+pytestmark = pytest.mark.slow(reason="assets made in this process")
 
 ENSEMBLE_SCORES = 'key:"ensemble_scores_5ep"'
 RUN = 'key:"training_run_5ep"'
@@ -23,14 +25,10 @@ Folder = tuple[Path, dg.DagsterInstance]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Folder]:
+def folder(upstream: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Folder]:
     """A folder in which a run of five epochs was made, as the working directory."""
-    path = tmp_path_factory.mktemp("ensemble_scores")
-    with pytest.MonkeyPatch.context() as patch, dg.DagsterInstance.ephemeral() as instance:
-        patch.chdir(path)
-        patch.setenv("ATFT_SOURCE", str(make_source(path / "source")))
-        patch.setenv("ATFT_PRESET", "quick")
-        assert make(UPSTREAM, instance, UPSTREAM_CONFIG).success
+    checkout = copied(upstream, tmp_path_factory.mktemp("ensemble_scores"))
+    with working_in(checkout) as path, dg.DagsterInstance.ephemeral() as instance:
         assert make(RUN, instance, training(5, EVER)).success
         yield path, instance
 

@@ -13,11 +13,12 @@ import pytest
 from dagster_runs import (
     EVER,
     command,
+    copied,
     failures,
     history,
     make,
     training,
-    upstream_made,
+    working_in,
 )
 
 from assets.definitions import defs
@@ -26,11 +27,13 @@ from assets.diagnosis.experiments import EXPERIMENTS
 from atft_pipeline.diagnostics.diagnose import diagnose
 from atft_pipeline.runs.paired import EXPERIMENT_IDS, read_experiment_results
 
+pytestmark = pytest.mark.slow(reason="assets made in this process")
+
 
 @pytest.fixture(scope="module", autouse=True)
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def folder(upstream: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The working directory of every test, with a run of five epochs in it."""
-    with upstream_made(tmp_path_factory.mktemp("checkout")) as path:
+    with working_in(copied(upstream, tmp_path_factory.mktemp("checkout"))) as path:
         with dg.DagsterInstance.ephemeral() as instance:
             assert make('key:"training_run_5ep"', instance, training(5, EVER)).success
         yield path
@@ -55,6 +58,7 @@ def test_partitions_are_the_experiments() -> None:
     assert defs.resolve_job_def("experiments").partitions_def == EXPERIMENTS
 
 
+@pytest.mark.process(reason="the command that a report shows")
 def test_the_command_of_the_report_trains_compares_and_feeds_back(folder: Path) -> None:
     run_dir = the_run()
     advice = next(advice for advice in diagnose(run_dir, commands=DAGSTER).experiments if advice.id == "A")

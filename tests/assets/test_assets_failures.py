@@ -17,6 +17,7 @@ from dagster_runs import (
     BIN,
     EVER,
     command,
+    copied,
     environment,
     failures,
     history,
@@ -24,12 +25,14 @@ from dagster_runs import (
     make,
     materialize,
     training,
-    upstream_made,
+    working_in,
 )
 
 from assets.definitions import defs
 from assets.diagnosis.failures import explain_failure, explanations
 from assets.training.training_run import trainings_started
+
+pytestmark = pytest.mark.slow(reason="assets made in this process")
 
 SELECTION = 'key:"training_run_5ep"'
 CRASHING: dict[str, Any] = {"train.optimizer.lr": 1e30, "train.optimizer.clip_norm": 1e30}
@@ -37,9 +40,9 @@ CRASHING: dict[str, Any] = {"train.optimizer.lr": 1e30, "train.optimizer.clip_no
 
 
 @pytest.fixture(scope="module", autouse=True)
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def folder(upstream: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The working directory of every test: configuration files, dataset and graph."""
-    with upstream_made(tmp_path_factory.mktemp("checkout")) as path:
+    with working_in(copied(upstream, tmp_path_factory.mktemp("checkout"))) as path:
         yield path
 
 
@@ -136,31 +139,15 @@ def tick(instance: dg.DagsterInstance, name: str, cursor: str | None = None) -> 
     return sensor.evaluate_tick(context)
 
 
-def explain(folder: Path, request: dg.RunRequest) -> None:
-    config = json.dumps(request.run_config)
-    done = command(folder, ["dg", "launch", "--job", "explain_failure", "--config-json", config])
-    assert done.returncode == 0, done.stdout
+@pytest.fixture(scope="module")
+def killed(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
+    """The folder after a model_50ep in it was killed in its third epoch, a copy of it, and the sensor's cursor before.
 
-
-def test_a_command_that_crashes_is_seen_and_explained_by_commands(folder: Path) -> None:
-    """The run of a command belongs to no code location, and the sensor sees it all the same."""
-    with history(folder) as instance:
-        cursor = tick(instance, "failed_training").cursor
-        crashed = materialize(folder, "training_run_5ep", training(5, EVER, CRASHING | {"train.seed": 3}))
-        assert crashed.returncode == 1
-        seen = tick(instance, "failed_training", cursor)
-        (request,) = seen.run_requests
-        assert tick(instance, "failed_training", seen.cursor).run_requests == []
-        explain(folder, request)
-        report = Path(shown(instance)["report_html"])
-        assert json.loads((report.parent / "run.json").read_text())["seed"] == 3
-        assert "the loss is nan" in report.read_text()
-
-
-def test_a_command_that_is_killed_is_recorded_as_failed_and_explained(folder: Path) -> None:
-    """`kill -9` of the whole process group: nothing in it can say that it ended."""
+    `kill -9` of the whole process group, as a machine that runs out of memory would: nothing in it can say that it
+    ended.
+    """
     config = json.dumps({"ops": training(50, EVER)})
-    line = [str(BIN / "dagster"), "asset", "materialize", "--select", "training_run_50ep", "--config-json", config]
+    line = [str(BIN / "dagster"), "asset", "materialize", "--select", "model_50ep", "--config-json", config]
     with history(folder) as instance:
         cursor = tick(instance, "failed_training").cursor
         output = folder / "killed.log"
@@ -177,10 +164,35 @@ def test_a_command_that_is_killed_is_recorded_as_failed_and_explained(folder: Pa
         finally:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+    return folder, copied(folder, tmp_path_factory.mktemp("killed")), cursor
+
+
+@pytest.mark.process(reason="a training that is killed, and commands after it")
+def test_a_command_that_is_killed_is_recorded_as_failed_and_explained(killed: tuple[Path, Path, str]) -> None:
+    """The run of a command belongs to no code location, and the sensors see it all the same."""
+    folder, _, cursor = killed
+    with history(folder) as instance:
         assert tick(instance, "failed_training", cursor).run_requests == []
         assert tick(instance, "killed_runs").skip_message.startswith("killed, recorded as failed: ")
-        (request,) = tick(instance, "failed_training", cursor).run_requests
-        explain(folder, request)
+        seen = tick(instance, "failed_training", cursor)
+        (request,) = seen.run_requests
+        assert tick(instance, "failed_training", seen.cursor).run_requests == []
+        config = json.dumps(request.run_config)
+        done = command(folder, ["dg", "launch", "--job", "explain_failure", "--config-json", config])
+        assert done.returncode == 0, done.stdout
         says = shown(instance, 50)
-        assert "killed" in says["headline"]
-        assert Path(says["report_html"]).is_file()
+    assert "killed" in says["headline"]
+    assert Path(says["report_html"]).is_file()
+
+
+@pytest.mark.process(reason="a training that is killed, and commands after it")
+def test_a_killed_training_gives_its_slot_back_and_goes_on_where_it_stopped(
+    killed: tuple[Path, Path, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No sensor runs here: the next command finds the slot taken, and the run of its holder gone."""
+    _, folder, _ = killed
+    monkeypatch.chdir(folder)
+    done = materialize(folder, "model_50ep", training(50, EVER))
+    assert done.returncode == 0, done.stdout
+    assert "goes on after epoch" in done.stdout
+    assert "epoch 1/50" not in done.stdout

@@ -17,29 +17,37 @@ from typing import Any
 
 import dagster as dg
 import pytest
+from dagster._core.workspace.autodiscovery import loadable_targets_from_python_module
+from dagster._core.workspace.load_target import WorkspaceFileTarget
 from dagster_runs import (
     BIN,
     EVER,
     NEVER,
     UPSTREAM_CONFIG,
     command,
+    copied,
     environment,
+    few_epochs,
     first_error,
     history,
-    make_source,
+    make,
     materialize,
     training,
+    working_in,
     workspace,
 )
 
 from assets.__main__ import main
+from assets.definitions import defs
+
+pytestmark = pytest.mark.process(reason="commands of dagster, a user's session")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def folder(upstream: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The folder all commands run in; it starts with nothing but the configuration files and a source."""
     path = workspace(tmp_path_factory.mktemp("checkout"))
-    make_source(path / "source")
+    copied(upstream / "source", path / "source")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(path)
         patch.delenv("DAGSTER_HOME", raising=False)
@@ -51,16 +59,6 @@ def newest(folder: Path, asset: str) -> dict[str, Any]:
     with history(folder) as instance:
         event = instance.get_latest_materialization_event(dg.AssetKey(asset))
     return {} if event is None else {k: v.value for k, v in event.asset_materialization.metadata.items()}
-
-
-def test_nothing_upstream_is_one_line_that_names_the_command(folder: Path) -> None:
-    done = materialize(folder, "model_50ep")
-    assert done.returncode == 1
-    line = first_error(done.stdout)
-    assert " - ERROR - " in line
-    assert "model_50ep: there is no ml_dataset yet" in line
-    assert "run `dagster asset materialize --select '+key:model_50ep'`" in line
-    assert not (folder / "output").exists()
 
 
 def test_failed_criterion_exits_1_and_is_explained_and_the_long_run_does_not_start(folder: Path) -> None:
@@ -94,7 +92,8 @@ def test_dg_launch_works_on_the_same_history_and_a_later_call_explains_that_very
     run_dir = newest(folder, "training_run_20ep")["run_dir"]
     assert run_dir == newest(folder, "model_20ep")["run_dir"] != before
 
-    assert materialize(folder, "evaluation_20ep,diagnostics_20ep").returncode == 0
+    with history(folder) as instance:
+        assert make('key:"evaluation_20ep" or key:"diagnostics_20ep"', instance).success
     assert newest(folder, "evaluation_20ep")["run_dir"] == run_dir
     assert newest(folder, "diagnostics_20ep")["run_dir"] == run_dir
 
@@ -142,22 +141,6 @@ def test_an_interrupted_training_is_kept_up_to_its_last_epoch_and_not_tried_agai
         (newest_run,) = instance.get_run_records(limit=1)
         assert newest_run.dagster_run.status in (dg.DagsterRunStatus.CANCELED, dg.DagsterRunStatus.FAILURE)
 
-    again = materialize(folder, "model_50ep", ops)
-    assert again.returncode == 0, again.stdout
-    assert f"goes on after epoch {done}" in again.stdout
-    assert newest(folder, "model_50ep")["run_key"] == run["key"]
-
-
-def test_a_killed_training_gives_its_slot_back_and_goes_on_where_it_stopped(folder: Path) -> None:
-    """The whole process group of a model_50ep is killed, as a machine that runs out of memory would."""
-    with training_started(folder, training(50, EVER), "killed.log") as (process, _):
-        os.killpg(process.pid, signal.SIGKILL)
-
-    done = materialize(folder, "model_50ep", training(50, EVER))
-    assert done.returncode == 0, done.stdout
-    assert "goes on after epoch" in done.stdout
-    assert "epoch 1/50" not in done.stdout
-
 
 def assert_last_lines(output: str, verdict_begins: str) -> None:
     report, verdict, ui = [line for line in output.splitlines() if line.strip()][-3:]
@@ -167,23 +150,24 @@ def assert_last_lines(output: str, verdict_begins: str) -> None:
     assert ui == "UI:       make ui"
 
 
-def test_main_job_returns_0_when_the_criterion_passed(
+def test_main_job_returns_0_when_the_criterion_passed_and_reuses_the_run_that_is_there(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In this process; reuses the run that was killed and finished, on a dataset made again."""
-    monkeypatch.setenv("ATFT_SOURCE", str(folder / "source"))
-    monkeypatch.setenv("ATFT_PRESET", "quick")
-    assert main({"ops": UPSTREAM_CONFIG | training(50, EVER)}) == 0
-    assert_last_lines(capsys.readouterr().out, "passed")
-    assert newest(folder, "model_50ep")["reused"] is True
+    few_epochs(monkeypatch)
+    with working_in(folder):
+        for reused in (False, True):
+            assert main({"ops": UPSTREAM_CONFIG | training(50, EVER)}) == 0
+            assert_last_lines(capsys.readouterr().out, "passed")
+            assert newest(folder, "model_50ep")["reused"] is reused
 
 
-def test_main_job_exits_1_when_the_criterion_failed_and_still_ends_with_the_report(folder: Path) -> None:
-    ops = UPSTREAM_CONFIG | training(50, NEVER)
-    script = f"import sys; from assets.__main__ import main; sys.exit(main({{'ops': {ops!r}}}))"
-    done = command(folder, ["python", "-c", script], source=folder / "source")
-    assert done.returncode == 1, done.stdout
-    assert_last_lines(done.stdout, "failed: Sharpe")
+def test_main_job_returns_1_when_the_criterion_failed_and_still_ends_with_the_report(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few_epochs(monkeypatch)
+    with working_in(folder):
+        assert main({"ops": UPSTREAM_CONFIG | training(50, NEVER)}) == 1
+    assert_last_lines(capsys.readouterr().out, "failed: Sharpe")
 
 
 def test_main_job_that_cannot_start_says_so_and_exits_1(folder: Path) -> None:
@@ -193,8 +177,10 @@ def test_main_job_that_cannot_start_says_so_and_exits_1(folder: Path) -> None:
     assert "main job: stopped before diagnostics" in done.stdout
 
 
-def test_code_location_loads_from_the_workspace_file(folder: Path) -> None:
-    """What `make ui` loads."""
-    done = command(folder, ["dagster", "definitions", "validate", "-w", "workspace.yaml"])
-    assert done.returncode == 0, done.stdout
-    assert "Validation successful for code location assets.definitions" in done.stdout
+def test_the_workspace_file_names_the_code_location(folder: Path) -> None:
+    """What `make ui` loads; `test_browser` opens what it then serves."""
+    (origin,) = WorkspaceFileTarget([str(folder / "workspace.yaml")]).create_origins()
+    named = origin.loadable_target_origin
+    assert (named.module_name, named.working_directory) == ("assets.definitions", ".")
+    (loaded,) = loadable_targets_from_python_module(named.module_name, working_directory=None)
+    assert loaded.target_definition is defs

@@ -16,17 +16,19 @@ from typing import Any
 
 import dagster as dg
 import pytest
-from dagster_runs import EVER, NEVER, failures, made, make, outcomes, training, upstream_made
+from dagster_runs import EVER, NEVER, copied, failures, made, make, outcomes, training, working_in
 from process_work import gone
+
+pytestmark = pytest.mark.process(reason="trainings in two processes through Dagster Pipes")
 
 MODEL, RUN = "model_5ep", "training_run_5ep"
 SELECTION = f'key:"{MODEL}" or key:"{RUN}"'
 
 
 @pytest.fixture(scope="module", autouse=True)
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def folder(upstream: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A working directory with dataset and graph, in which two processes train."""
-    with upstream_made(tmp_path_factory.mktemp("checkout"), ATFT_PROCESSES="2") as path:
+    with working_in(copied(upstream, tmp_path_factory.mktemp("checkout")), ATFT_PROCESSES="2") as path:
         yield path
 
 

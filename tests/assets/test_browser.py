@@ -21,7 +21,7 @@ from run_directories import frozen_failure, healthy
 from assets.definitions import defs
 from atft_pipeline.diagnostics.diagnose import diagnose, write_report
 
-pytestmark = needs_chromium
+pytestmark = [needs_chromium, pytest.mark.process(reason="Chromium, and the server of the UI")]
 
 WIDTHS = (1280, 800)
 PAGE_S = 120.0

@@ -8,7 +8,7 @@ from typing import Any
 
 import dagster as dg
 import pytest
-from dagster_runs import EVER, NEVER, UPSTREAM, UPSTREAM_CONFIG, failures, made, make, make_source, outcomes, training
+from dagster_runs import EVER, NEVER, failures, made, make, outcomes, training
 
 import atft_pipeline.training.train
 from assets.training.gate import GATE_MODEL, last_check, last_materialization
@@ -18,20 +18,9 @@ from atft_pipeline.errors import RunFailure
 from atft_pipeline.runs.keys import config_key
 from atft_pipeline.training.plan import plan_run
 
+pytestmark = pytest.mark.slow(reason="assets made in this process")
+
 LONG = 'key:"model_120ep"'
-
-
-@pytest.fixture(scope="module")
-def upstream(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a dataset and its graph."""
-    folder = tmp_path_factory.mktemp("gate")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setenv("ATFT_SOURCE", str(make_source(folder / "source")))
-        patch.setenv("ATFT_PRESET", "quick")
-        with dg.DagsterInstance.ephemeral() as instance:
-            assert make(UPSTREAM, instance, UPSTREAM_CONFIG).success
-    return folder
 
 
 @pytest.fixture

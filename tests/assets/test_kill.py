@@ -19,6 +19,8 @@ from training_runs import Data, header, record
 
 from atft_pipeline.runs.tables import TABLES, read_table
 
+pytestmark = pytest.mark.process(reason="trainings in forks, killed at any moment")
+
 SEED = 20240105
 KILLS, IN_EACH_PHASE = 50, 8
 EPOCHS = 4

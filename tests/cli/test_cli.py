@@ -1,4 +1,7 @@
-"""`atft` as scripts use it: every subcommand a process, exit codes, and JSON that is alone on stdout."""
+"""`atft` as scripts use it: exit codes, and JSON that is alone on stdout.
+
+Commands run in this process; a training and what only a process has (its pipes, its exit code) in ones of their own.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +26,15 @@ from atft_process import (
     STOCKS,
     TRAIN_SETTINGS,
     atft,
+    atft_captured,
     atft_here,
     content,
     environment,
 )
 
 from atft_pipeline.cli.progress import ProgressBar
+
+pytestmark = pytest.mark.process(reason="the command as a process, its pipes and exit codes")
 
 REPORT = {
     "SHARPE_WEIGHT": "0.2",
@@ -57,7 +63,7 @@ def the_object(stdout: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, Any]]]:
-    """A folder in which every command ran once with `--json`, and what each printed."""
+    """A folder in which every command ran once with `--json`, and what each printed; `passed` was a process."""
     folder = tmp_path_factory.mktemp("cli")
     source, dataset, graph = folder / "source", folder / "d.parquet", folder / "g.parquet"
     train = ("train", dataset, graph)
@@ -75,9 +81,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict
     }
     printed = {}
     for name, (arguments, code, variables) in commands.items():
-        done = atft(*arguments, "--json", env=variables)
+        run = atft if name == "passed" else atft_captured
+        done = run(*arguments, "--json", env=variables)
         assert done.returncode == code, f"{name}: {done.stderr}"
         assert "Traceback" not in done.stderr
+        if run is atft:
+            assert [line.split()[0] for line in done.stderr.splitlines()] == ["epoch", "epoch", "run"]
         printed[name] = the_object(done.stdout)
     return folder, printed
 
@@ -144,7 +153,7 @@ def test_train_exits_by_its_criterion(made: Made) -> None:
 def test_a_run_below_the_criterion_s_epoch_is_not_applicable_and_exits_0(made: Made) -> None:
     folder, _ = made
     settings = (*TRAIN_SETTINGS, "--set", "train.epochs=1", "--set", "evaluation.criterion_epoch=20")
-    done = atft("train", folder / "d.parquet", folder / "g.parquet", folder / "runs" / "short", *settings)
+    done = atft_captured("train", folder / "d.parquet", folder / "g.parquet", folder / "runs" / "short", *settings)
     assert done.returncode == 0
     assert "status: not_applicable" in done.stdout.splitlines()
     assert [line.split()[:2] for line in done.stderr.splitlines()] == [["epoch", "1/1"], ["run", "short:"]]
@@ -218,7 +227,7 @@ def test_evaluate_of_a_split_is_what_the_run_recorded(made: Made) -> None:
     said = printed["evaluate"]["by_split"]["validation"]
     for name in ("sharpe_daily", "ic_mean", "rank_ic_mean", "turnover_mean"):
         assert said[name] == pytest.approx(final[name], rel=1e-6)
-    done = atft("evaluate", folder / "runs/passed/predictions/epoch_002.parquet", "--split", "validation")
+    done = atft_captured("evaluate", folder / "runs/passed/predictions/epoch_002.parquet", "--split", "validation")
     assert ["sharpe_daily", f"{said['sharpe_daily']:.4g}"] in [line.split()[:2] for line in done.stdout.splitlines()]
 
 
@@ -228,7 +237,7 @@ def test_diagnose_and_status_read_the_run(made: Made) -> None:
     assert printed["diagnose"]["findings"]
     runs = {row["run"]: (row["state"], row["epoch"], row["epochs"]) for row in printed["status"]["runs"]}
     assert runs["failed"] == runs["passed"] == ("finished", 2, 2), "a run that misses the criterion still finished"
-    human = atft("status", "--runs", folder / "runs").stdout
+    human = atft_captured("status", "--runs", folder / "runs").stdout
     assert re.search(r"failed +finished +2/2", human)
     with pytest.raises(json.JSONDecodeError):
         json.loads(human)
@@ -236,7 +245,8 @@ def test_diagnose_and_status_read_the_run(made: Made) -> None:
 
 def test_a_variable_that_means_nothing_is_refused_by_its_name(made: Made, tmp_path: Path) -> None:
     folder, _ = made
-    done = atft("train", folder / "d.parquet", folder / "g.parquet", tmp_path / "run", env={"SHARPE_WEIGHT": "high"})
+    train = ("train", folder / "d.parquet", folder / "g.parquet", tmp_path / "run")
+    done = atft_captured(*train, env={"SHARPE_WEIGHT": "high"})
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "atft train: SHARPE_WEIGHT: expected a number for train.loss.sharpe, found 'high'\n"
     assert list(tmp_path.iterdir()) == []
@@ -312,7 +322,7 @@ def test_the_module_is_the_command() -> None:
 
 
 def test_help_names_every_command() -> None:
-    done = atft("--help")
+    done = atft_captured("--help")
     assert done.returncode == 0
     commands = {
         "synthesize", "dataset", "graph", "train", "experiment", "evaluate", "export", "diagnose", "compare", "status",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import polars as pl
 import pyarrow.parquet as pq
 import pytest
 from markets.eventful_market import eventful_tables
+from shared_folders import built_once
 
 from atft_pipeline.cli import main
 from atft_pipeline.config.schema import DatasetConfig
@@ -30,6 +32,8 @@ from atft_pipeline.market.universe import build_prices
 from atft_pipeline.storage.artifact import read_artifact, read_manifest
 from atft_pipeline.storage.monthly import move_artifact, remove_artifact
 
+pytestmark = pytest.mark.slow(reason="markets built again and again, month by month")
+
 CONFIG = DatasetConfig()
 Tables = dict[str, pl.DataFrame]
 VOLATILE = ("changes", "drift", "drift_against")
@@ -38,9 +42,13 @@ VOLATILE = ("changes", "drift", "drift_against")
 
 @pytest.fixture(autouse=True)
 def _short_spans(monkeypatch: pytest.MonkeyPatch) -> None:
+    short_spans(monkeypatch)
+
+
+def short_spans(patch: pytest.MonkeyPatch) -> None:
     """A few months at a time, so that a small market is passed in many spans."""
-    monkeypatch.setattr(price_store, "CELLS_AT_A_TIME", 4_000)
-    monkeypatch.setattr(store, "CELLS_AT_A_TIME", 4_000)
+    patch.setattr(price_store, "CELLS_AT_A_TIME", 4_000)
+    patch.setattr(store, "CELLS_AT_A_TIME", 4_000)
 
 
 def quiet() -> Tables:
@@ -67,6 +75,31 @@ def made(source: Path, out: Path, previous: Path | None = None) -> dict[str, Any
     report.require()
     assert manifest == read_manifest(out, "ml_dataset")
     return manifest
+
+
+Full = Callable[[str], Path]
+
+
+@pytest.fixture(scope="session")
+def full(tmp_path_factory: pytest.TempPathFactory) -> Full:
+    """`full(market)` is a folder with the market's `source` and its dataset `full`, computed at once: read it only."""
+
+    def build(market: str, folder: Path) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            short_spans(patch)
+            made(written(MARKETS[market](), folder / "source"), folder / "full")
+
+    return lambda market: built_once(tmp_path_factory, f"parts-{market}", lambda folder: build(market, folder))
+
+
+@pytest.fixture
+def quiet_made(full: Full, tmp_path: Path) -> Path:
+    """`source` of the quiet market, its dataset `d` to change, and `full` as it was."""
+    shutil.copytree(full("quiet"), tmp_path, dirs_exist_ok=True)
+    for part in list(tmp_path.glob("full*")):
+        copy = part.with_name(part.name.replace("full", "d", 1))
+        shutil.copytree(part, copy) if part.is_dir() else shutil.copy(part, copy)
+    return tmp_path
 
 
 def until(tables: Tables, day: dt.date) -> Tables:
@@ -100,38 +133,41 @@ def reused(product: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("market", MARKETS)
-def test_parts_are_the_dataset_made_in_one_piece(market: str, tmp_path: Path) -> None:
-    source = written(MARKETS[market](), tmp_path / "source")
-    manifest = made(source, tmp_path / "d")
-    checked = read_checked(open_source(source))
+def test_parts_are_the_dataset_made_in_one_piece(market: str, full: Full) -> None:
+    parts = full(market) / "full"
+    checked = read_checked(open_source(full(market) / "source"))
     result = build_prices(checked.tables, CONFIG)
     features, membership, whole = build_dataset(result.panel, result.quarantine, checked.tables, CONFIG, checked.record)
-    assert read_artifact(tmp_path / "d").equals(features)
-    assert read_membership(tmp_path / "d").equals(membership)
-    assert read_quarantine(tmp_path / "d.prices").equals(result.quarantine)
+    assert read_artifact(parts).equals(features)
+    assert read_membership(parts).equals(membership)
+    assert read_quarantine(prices_of(parts)).equals(result.quarantine)
+    manifest = read_manifest(parts)
     assert manifest["fingerprint"] == whole["fingerprint"]
     assert manifest["feature_stats"] == whole["feature_stats"]
-    assert len(list((tmp_path / "d.memory").iterdir())) >= 4, "the market must have been passed in several spans"
+    assert len(list(parts.with_name("full.memory").iterdir())) >= 4, "the market must have been passed in several spans"
 
 
 @pytest.mark.parametrize("market", MARKETS)
 @pytest.mark.parametrize("back", [1, 7, 30])
-def test_appended_sessions_give_the_full_computation_bit_for_bit(market: str, back: int, tmp_path: Path) -> None:
+def test_appended_sessions_give_the_full_computation_bit_for_bit(
+    market: str, back: int, full: Full, tmp_path: Path
+) -> None:
     tables = MARKETS[market]()
     days = tables["prices"]["Date"].unique().sort()
     made(written(until(tables, days[-1 - back]), tmp_path / "before"), tmp_path / "old")
-    source = written(tables, tmp_path / "source")
-    made(source, tmp_path / "new", tmp_path / "old")
-    made(source, tmp_path / "full")
-    assert_same(tmp_path / "new", tmp_path / "full")
+    made(full(market) / "source", tmp_path / "new", tmp_path / "old")
+    assert_same(tmp_path / "new", full(market) / "full")
     for product in (tmp_path / "new", prices_of(tmp_path / "new")):
         assert reused(product), "everything was computed again"
         assert days[-back].isoformat()[:7] in read_manifest(product)["changes"]["months_computed"]
 
 
 def test_one_session_after_the_other_in_place(tmp_path: Path) -> None:
+    """Five sessions of one month and the first five of the next."""
     tables = MARKETS["eventful"]()
-    days = tables["prices"]["Date"].unique().sort()[-26:].to_list()
+    sessions = tables["prices"]["Date"].unique().sort()
+    opening = max(n for n in range(1, len(sessions) - 4) if sessions[n].month != sessions[n - 1].month)
+    days = sessions[opening - 5 : opening + 5].to_list()
     for day in days:
         previous = tmp_path / "d" if day != days[0] else None
         made(written(until(tables, day), tmp_path / "source"), tmp_path / "d", previous)
@@ -171,19 +207,18 @@ def moved_sector(tables: Tables, day: dt.date) -> Tables:
     [(revised_price, "prices"), (revised_index, "index"), (late_document, "statements"), (moved_sector, "prices")],
 )
 def test_a_revised_past_is_recomputed_from_there_on_and_says_what(
-    revise: Callable[[Tables, dt.date], Tables], named: str, tmp_path: Path
+    revise: Callable[[Tables, dt.date], Tables], named: str, quiet_made: Path
 ) -> None:
     tables = MARKETS["quiet"]()
     day = tables["prices"]["Date"].unique().sort()[300]
-    made(written(tables, tmp_path / "before"), tmp_path / "old")
-    source = written(revise(tables, day), tmp_path / "source")
-    manifest = made(source, tmp_path / "new", tmp_path / "old")
-    made(source, tmp_path / "full")
-    assert_same(tmp_path / "new", tmp_path / "full")
+    source = written(revise(tables, day), quiet_made / "revised")
+    manifest = made(source, quiet_made / "new", quiet_made / "d")
+    made(source, quiet_made / "anew")
+    assert_same(quiet_made / "new", quiet_made / "anew")
     changes = manifest["changes"]
     assert changes["first_changed_month"][named] >= day.isoformat()[:7]
     assert changes["months_reused"]
-    assert reused(prices_of(tmp_path / "new"))
+    assert reused(prices_of(quiet_made / "new"))
     assert max(changes["months_reused"]) < min(changes["first_changed_month"].values())
 
 
@@ -251,45 +286,39 @@ def test_an_odd_source_brought_up_to_date_is_the_source_built_anew_in_parts_and_
     assert read_artifact(tmp_path / "one.parquet").equals(read_artifact(tmp_path / "full"))
 
 
-def test_nothing_new_computes_nothing(tmp_path: Path) -> None:
-    source = written(MARKETS["quiet"](), tmp_path / "source")
-    first = made(source, tmp_path / "d")
-    again = made(source, tmp_path / "e", tmp_path / "d")
+def test_nothing_new_computes_nothing(quiet_made: Path) -> None:
+    first = read_manifest(quiet_made / "d")
+    again = made(quiet_made / "source", quiet_made / "e", quiet_made / "d")
     assert again["changes"]["months_computed"] == again["changes"]["months_retargeted"] == []
     assert again["fingerprint"] == first["fingerprint"]
-    assert_same(tmp_path / "d", tmp_path / "e")
+    assert_same(quiet_made / "d", quiet_made / "e")
 
 
 def test_parts_of_other_code_or_configuration_are_not_continued(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    quiet_made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = written(MARKETS["quiet"](), tmp_path / "source")
-    made(source, tmp_path / "d")
     monkeypatch.setattr(price_store, "code_revision", lambda _: "other")
     monkeypatch.setattr(store, "code_revision", lambda _: "other")
-    again = made(source, tmp_path / "e", tmp_path / "d")
+    again = made(quiet_made / "source", quiet_made / "e", quiet_made / "d")
     assert again["changes"]["months_reused"] == []
 
 
-def test_order_and_names_of_source_files_change_nothing(tmp_path: Path) -> None:
+def test_order_and_names_of_source_files_change_nothing(full: Full, tmp_path: Path) -> None:
     tables = MARKETS["quiet"]()
-    made(written(tables, tmp_path / "one"), tmp_path / "d")
     parts = written({name: table for name, table in tables.items() if name != "prices"}, tmp_path / "many") / "prices"
     parts.mkdir()
     half = tables["prices"]["Date"].unique().sort()[200]
     tables["prices"].filter(pl.col("Date") <= half).write_parquet(parts / "z.parquet")
     tables["prices"].filter(pl.col("Date") > half).write_parquet(parts / "a.parquet")
     manifest = made(tmp_path / "many", tmp_path / "e")
-    assert manifest["fingerprint"] == read_manifest(tmp_path / "d")["fingerprint"]
+    assert manifest["fingerprint"] == read_manifest(full("quiet") / "full")["fingerprint"]
 
 
-def test_a_missing_month_of_prices_is_one_sentence(tmp_path: Path) -> None:
-    source = written(MARKETS["quiet"](), tmp_path / "source")
-    made(source, tmp_path / "d")
-    next(iter(sorted((tmp_path / "d.prices").glob("*.parquet")))).unlink()
-    others = read_checked(open_source(source), but=["prices"])
+def test_a_missing_month_of_prices_is_one_sentence(quiet_made: Path) -> None:
+    next(iter(sorted((quiet_made / "d.prices").glob("*.parquet")))).unlink()
+    others = read_checked(open_source(quiet_made / "source"), but=["prices"])
     with pytest.raises(InputError, match=r"partition 2022-04\.parquet is missing"):
-        update_dataset(tmp_path / "d.prices", others.tables, tmp_path / "e", CONFIG)
+        update_dataset(quiet_made / "d.prices", others.tables, quiet_made / "e", CONFIG)
 
 
 def test_a_failing_update_leaves_the_earlier_dataset_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -340,20 +369,18 @@ def run_features(source: Path, out: Path, *more: str) -> int:
 
 
 def test_a_refused_build_takes_nothings_place_and_is_refused_again(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    quiet_made: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tables = MARKETS["quiet"]()
-    source = written(tables, tmp_path / "source")
-    assert run_features(source, tmp_path / "d") == 0
-    before = read_manifest(tmp_path / "d")
+    tables, source = MARKETS["quiet"](), quiet_made / "source"
+    before = read_manifest(quiet_made / "d")
     below_the_floor = tables["prices"].with_columns(pl.col("Open", "High", "Low", "Close") * 1e-3)
     written({**tables, "prices": below_the_floor}, source)
     for _ in range(2):
         capsys.readouterr()
-        assert run_features(source, tmp_path / "d", "--update") == 2
+        assert run_features(source, quiet_made / "d", "--update") == 2
         assert "no stock is investable in any session" in capsys.readouterr().err
-    assert read_manifest(tmp_path / "d") == before
-    assert not list(tmp_path.glob(".*")), "something was left behind"
+    assert read_manifest(quiet_made / "d") == before
+    assert not list(quiet_made.glob(".*")), "something was left behind"
 
 
 def test_product_of_any_name_in_a_new_folder_leaves_its_neighbours_alone(tmp_path: Path) -> None:
@@ -397,11 +424,8 @@ def test_rows_without_a_date_are_refused_as_in_one_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["gone", "torn", "short", "no statistics", "torn memory"])
-def test_damaged_months_are_computed_again(damage: str, tmp_path: Path) -> None:
-    source = written(MARKETS["quiet"](), tmp_path / "source")
-    made(source, tmp_path / "d")
-    made(source, tmp_path / "full")
-    months = sorted(read_manifest(tmp_path / "d")["parts"])
+def test_damaged_months_are_computed_again(damage: str, quiet_made: Path) -> None:
+    months = sorted(read_manifest(quiet_made / "d")["parts"])
     place, month = {
         "gone": ("d", months[-3]),
         "torn": ("d.prices", months[-3]),
@@ -409,16 +433,16 @@ def test_damaged_months_are_computed_again(damage: str, tmp_path: Path) -> None:
         "no statistics": ("d.statistics", months[-3]),
         "torn memory": ("d.memory", months[-1]),
     }[damage]
-    file = next((tmp_path / place).glob(f"{month}.*"))
+    file = next((quiet_made / place).glob(f"{month}.*"))
     if damage.startswith("torn"):
         file.write_bytes(file.read_bytes()[:50])
     elif damage == "short":
         pl.read_parquet(file).head(1).write_parquet(file)
     else:
         file.unlink()
-    made(source, tmp_path / "d", tmp_path / "d")
-    assert_same(tmp_path / "d", tmp_path / "full")
-    assert month not in reused(tmp_path / place.replace(".memory", "").replace(".statistics", ""))
+    made(quiet_made / "source", quiet_made / "d", quiet_made / "d")
+    assert_same(quiet_made / "d", quiet_made / "full")
+    assert month not in reused(quiet_made / place.replace(".memory", "").replace(".statistics", ""))
 
 
 @pytest.mark.parametrize("name", ["prices", "membership", "statistics", "memory", "prices.memory"])
@@ -441,21 +465,16 @@ def test_a_source_named_like_the_prices_of_its_product_is_refused_and_stays(tmp_
 
 
 @pytest.mark.parametrize("damaged", ["d.membership/2022-09.parquet", "d.statistics/2022-09.npz"])
-def test_damage_of_any_table_of_a_month_is_mended(damaged: str, tmp_path: Path) -> None:
-    source = written(MARKETS["quiet"](), tmp_path / "source")
-    assert run_features(source, tmp_path / "d") == 0
-    assert run_features(source, tmp_path / "full") == 0
-    with (tmp_path / damaged).open("r+b") as file:
+def test_damage_of_any_table_of_a_month_is_mended(damaged: str, quiet_made: Path) -> None:
+    with (quiet_made / damaged).open("r+b") as file:
         file.truncate(300)
-    assert run_features(source, tmp_path / "d", "--update") == 0
-    assert read_manifest(tmp_path / "d")["changes"]["first_changed_month"] == {"damaged parts": "2022-09"}
-    assert_same(tmp_path / "d", tmp_path / "full")
+    assert run_features(quiet_made / "source", quiet_made / "d", "--update") == 0
+    assert read_manifest(quiet_made / "d")["changes"]["first_changed_month"] == {"damaged parts": "2022-09"}
+    assert_same(quiet_made / "d", quiet_made / "full")
 
 
-def test_lost_quarantine_is_mended(tmp_path: Path) -> None:
-    source = written(MARKETS["quiet"](), tmp_path / "source")
-    assert run_features(source, tmp_path / "d") == 0
-    before = read_quarantine(tmp_path / "d.prices")
-    (tmp_path / "d.prices.quarantine.parquet").unlink()
-    assert run_features(source, tmp_path / "d", "--update") == 0
-    assert read_quarantine(tmp_path / "d.prices").equals(before)
+def test_lost_quarantine_is_mended(quiet_made: Path) -> None:
+    before = read_quarantine(quiet_made / "d.prices")
+    (quiet_made / "d.prices.quarantine.parquet").unlink()
+    assert run_features(quiet_made / "source", quiet_made / "d", "--update") == 0
+    assert read_quarantine(quiet_made / "d.prices").equals(before)

@@ -36,6 +36,8 @@ from atft_pipeline.diagnostics.topics import dataset as dataset_topic
 from atft_pipeline.runs.reader import open_record
 from atft_pipeline.storage.artifact import read_manifest, write_manifest
 
+pytestmark = pytest.mark.slow(reason="trained runs, spoilt")
+
 GAPS = (
     "validation_elsewhere", "validation_in_training", "targets_unlike_dataset", "rows_not_scored", "ic_gap",
     "squared_error_gap", "tied_scores", "inputs_unlike_dataset", "inputs_constant", "inputs_scaled", "inputs_exchanged",

@@ -43,6 +43,8 @@ from atft_pipeline.market.universe import build_prices
 from atft_pipeline.runs.reader import open_record
 from atft_pipeline.storage.artifact import read_manifest, write_manifest
 
+pytestmark = pytest.mark.slow(reason="trained runs, probed")
+
 RETURNS = "returns_1d"
 
 

@@ -439,6 +439,7 @@ def test_a_market_that_nobody_leaves_is_noted(healthy_signals: dict[str, Any]) -
 
 
 @pytest.mark.parametrize("rule", TRIED, ids=lambda rule: rule.id)
+@pytest.mark.slow(reason="a run diagnosed for every fault")
 def test_rule_fires_on_its_fault(rule: Rule, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     run_dir = tmp_path / "run"
     if rule.id in FIRES:

@@ -184,6 +184,7 @@ def explained(trained: Trained, tmp_path: Path) -> Path:
     return Path(shutil.copytree(trained(), tmp_path / "runs" / "run"))
 
 
+@pytest.mark.slow(reason="an experiment is trained")
 def test_an_experiment_is_trained_compared_and_fed_back(
     explained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

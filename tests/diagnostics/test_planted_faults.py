@@ -19,6 +19,8 @@ from bench.diagnostics.diagnostics import BITES, bite, diagnosed
 from bench.diagnostics.faults import FAULTS, UNKNOWN_FAULTS
 from bench.diagnostics.planting import PRELOADED, Task, market
 
+pytestmark = pytest.mark.slow(reason="trainings with planted faults")
+
 SMALL = {
     "train.epochs": 6,
     "evaluation.criterion_epoch": 5,

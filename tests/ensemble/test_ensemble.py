@@ -25,6 +25,8 @@ from atft_pipeline.evaluation.baselines import fit_lightgbm
 from atft_pipeline.evaluation.predictions_table import evaluate_file
 from atft_pipeline.storage.artifact import read_manifest
 
+pytestmark = pytest.mark.slow(reason="three trained runs, delivered in every way")
+
 NAN = np.nan
 
 # Scores and figures ---------------------------------------------------------------------------------------------

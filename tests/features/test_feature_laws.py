@@ -283,6 +283,7 @@ def assert_same_prices(was: PricesResult, now: PricesResult, t: dt.date) -> None
 
 @pytest.mark.parametrize("future", FUTURES)
 @pytest.mark.parametrize(("market", "t"), cuts(), ids=str)
+@pytest.mark.slow(reason="a market computed again for every day and every split")
 def test_law_2_nothing_published_after_the_close_moves_an_earlier_session(market: str, t: dt.date, future: str) -> None:
     tables, prices, was = law_2_market(market)
     changed = FUTURES[future](tables, t)
@@ -510,6 +511,7 @@ def split_cases() -> list[tuple[str, str, int, float]]:
 
 
 @pytest.mark.parametrize(("market", "code", "t", "n"), split_cases())
+@pytest.mark.slow(reason="a market computed again for every day and every split")
 def test_law_7_a_split_changes_no_feature(market: str, code: str, t: int, n: float) -> None:
     tables, day = tables_of(market), sessions_of(prices_of(market).prices)[t]
     was, now = built_of(market)[0], build(with_split(tables, code, day, n))[0]

@@ -531,6 +531,7 @@ def test_feature_equals_its_slow_reference(feature: Feature) -> None:
 
 
 @pytest.mark.parametrize("feature", REGISTRY, ids=lambda feature: feature.name)
+@pytest.mark.slow(reason="slow references on eventful markets")
 def test_feature_equals_its_slow_reference_around_every_event(feature: Feature) -> None:
     assert assert_equals_reference(feature, eventful_cells()) >= 40, "the events must leave values to compare"
 

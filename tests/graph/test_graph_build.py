@@ -163,6 +163,7 @@ print(content_sha256(build(large_market(300, 250), replace(CONFIG, lookback_sess
 """
 
 
+@pytest.mark.process(reason="interpreters with other kernels of OpenBLAS")
 def test_the_instructions_of_the_product_change_no_bit() -> None:
     """OpenBLAS's kernels for AVX2 and for SSE3 round differently; what they nominate is valued the same."""
     printed = [

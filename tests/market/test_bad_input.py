@@ -19,8 +19,6 @@ import pytest
 from atft_process import (
     DATASET_SETTINGS,
     GRAPH_SETTINGS,
-    SESSIONS,
-    STOCKS,
     TRAIN_SETTINGS,
     atft,
     atft_here,
@@ -28,16 +26,6 @@ from atft_process import (
 )
 
 Damage = Callable[[Path], None]
-
-
-@pytest.fixture(scope="session")
-def products(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a sound source, its dataset and its graph. Never written to: tests work on copies."""
-    folder = tmp_path_factory.mktemp("products")
-    assert atft_here("market", folder / "source", "--stocks", STOCKS, "--sessions", SESSIONS) == 0
-    assert atft_here("features", folder / "source", folder / "d.parquet", *DATASET_SETTINGS) == 0
-    assert atft_here("graph", folder / "d.parquet", folder / "g.parquet", *GRAPH_SETTINGS) == 0
-    return folder
 
 
 @pytest.fixture
@@ -213,6 +201,7 @@ def test_a_bad_source_is_refused(fault: str, work: Path, capsys: pytest.CaptureF
 
 
 @pytest.mark.parametrize("fault", ["missing column", "truncated file"])
+@pytest.mark.process(reason="the command as a process")
 def test_a_bad_source_is_refused_in_a_process(fault: str, work: Path) -> None:
     damage, named = BAD_SOURCES[fault]
     damage(work / "source")

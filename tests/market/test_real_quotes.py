@@ -23,9 +23,12 @@ from atft_pipeline.market.universe import PricesResult, build_prices
 from atft_pipeline.storage.artifact import read_manifest
 
 QUOTES = REPO.parent / "shared" / "data" / "jp-tse-2006-2015"
-pytestmark = pytest.mark.skipif(
-    not (QUOTES / "prices.parquet").is_file(), reason=f"needs the real quotes in {QUOTES.relative_to(REPO.parent)}"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        not (QUOTES / "prices.parquet").is_file(), reason=f"needs the real quotes in {QUOTES.relative_to(REPO.parent)}"
+    ),
+    pytest.mark.slow(reason="a slice of real quotes"),
+]
 
 SESSIONS = 340
 STOCKS = 150

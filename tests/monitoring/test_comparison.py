@@ -18,6 +18,8 @@ from atft_pipeline.evaluation.evaluate import STATISTICS
 from atft_pipeline.monitoring.comparison import REPEATABLE, Comparison, Row, compare, read_baselines, setting
 from atft_pipeline.runs.lock import exclusive
 
+pytestmark = pytest.mark.slow(reason="trained runs, compared")
+
 
 def another(skill: float = 0.4, weights: str = "v") -> Tables:
     """A second healthy run: other scores and so other figures, and hashes of its own."""

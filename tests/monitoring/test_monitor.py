@@ -180,6 +180,7 @@ def test_an_epoch_is_assessed_once_and_again_when_its_files_change(
     assert assessed == [20, 19, 18, 20, 19]
 
 
+@pytest.mark.slow(reason="a run diagnosed at many epochs")
 def test_a_warning_remembers_the_epochs_that_were_looked_at_before(tmp_path: Path) -> None:
     tables = resets(first=10)
     run = going_on(tables, tmp_path / "run")
@@ -421,6 +422,7 @@ def test_what_cannot_be_watched_is_bad_usage(
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
+@pytest.mark.process(reason="the command on a terminal and a pipe")
 def test_ctrl_c_ends_the_watching_as_it_ends_every_command(tmp_path: Path) -> None:
     command = [str(ATFT), "monitor", "--runs", str(tmp_path), "--every", "60"]
     with subprocess.Popen(
@@ -457,6 +459,7 @@ def test_a_signal_ends_the_pause_whenever_it_comes(when: str, monkeypatch: pytes
     assert time.monotonic() - started >= 0.05
 
 
+@pytest.mark.process(reason="the command on a terminal and a pipe")
 def test_a_reader_that_leaves_ends_the_watching_without_complaint(tmp_path: Path) -> None:
     command = [str(ATFT), "monitor", "--runs", str(tmp_path), "--every", "0.05", "--json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment()) as watching:
@@ -468,6 +471,7 @@ def test_a_reader_that_leaves_ends_the_watching_without_complaint(tmp_path: Path
     assert watching.returncode == 0
 
 
+@pytest.mark.process(reason="the command on a terminal and a pipe")
 def test_on_a_terminal_a_frame_takes_the_place_of_the_one_before(tmp_path: Path) -> None:
     run = healthy().write(tmp_path / "run")
     ours, theirs = pty.openpty()

@@ -141,6 +141,7 @@ def holders(instance: dg.DagsterInstance) -> set[str]:
     return {slot.run_id for slot in instance.event_log_storage.get_concurrency_info("gpu").claimed_slots}
 
 
+@pytest.mark.process(reason="a run whose process is killed")
 def test_the_slot_of_a_run_whose_process_is_gone_is_taken_back(instance: dg.DagsterInstance) -> None:
     run_id = claim(instance)
     script = (

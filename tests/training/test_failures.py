@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from atft_process import ATFT, TRAIN_SETTINGS, atft, atft_here, content, environment
+from atft_process import ATFT, TRAIN_SETTINGS, atft_here, content, environment
 from training_runs import (
     Data,
     Stop,
@@ -80,6 +80,7 @@ def places(data: Data, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     return run_dir, disk.files
 
 
+@pytest.mark.slow(reason="a full disk at every file of a run")
 def test_a_full_disk_at_any_file_stops_in_one_sentence_and_loses_nothing(
     data: Data, places: tuple[Path, list[str]], tmp_path: Path
 ) -> None:
@@ -159,6 +160,7 @@ def started(data: Data, run_dir: Path, epoch: int) -> Iterator[subprocess.Popen[
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+@pytest.mark.process(reason="trainings that are interrupted, rivalled and short of room")
 def test_an_interrupted_command_exits_130_and_goes_on_to_the_same_end(
     number: int, data: Data, undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -186,6 +188,7 @@ def test_an_interrupted_command_exits_130_and_goes_on_to_the_same_end(
     assert record(run_dir) == record(undisturbed)
 
 
+@pytest.mark.process(reason="trainings that are interrupted, rivalled and short of room")
 def test_a_second_process_is_refused_and_the_first_goes_on_undisturbed(
     data: Data, undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -204,7 +207,7 @@ def test_a_second_process_is_refused_and_the_first_goes_on_undisturbed(
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
     before = content(run_dir)
-    assert atft(*command(data, run_dir)).returncode == 0
+    assert atft_here(*command(data, run_dir)) == 0
     assert content(run_dir) == before, "a finished run is reused as it is"
 
 
@@ -225,6 +228,7 @@ def test_a_rival_that_comes_between_the_look_and_the_lock_is_no_run_of_ours(
         train_quietly(settings(), data, tmp_path / "run")
 
 
+@pytest.mark.process(reason="trainings that are interrupted, rivalled and short of room")
 def test_a_file_over_the_limit_of_the_process_stops_in_one_sentence(
     data: Data, undisturbed: Path, tmp_path: Path
 ) -> None:

@@ -26,6 +26,8 @@ from atft_pipeline.training.judging.judge_run import write_verdict
 from atft_pipeline.training.judging.scoring import score_sessions
 from atft_pipeline.verdict.criterion import changed_criterion
 
+pytestmark = pytest.mark.slow(reason="trained runs, judged")
+
 ITEMS = (
     "reinitialised_weights_score_differently",
     "permuted_scores_earn_nothing",

@@ -146,6 +146,7 @@ def step_losses(run_dir: Path) -> list[float]:
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.process(reason="trainings in several processes")
 def test_two_processes_have_the_loss_curve_of_one(case: str, both: Any, trained: Trained) -> None:
     one, two = trained(CASES[case]), both[0] / case
     assert len(step_losses(one)) == len(step_losses(two)) > 15
@@ -162,6 +163,7 @@ def test_two_processes_have_the_loss_curve_of_one(case: str, both: Any, trained:
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.process(reason="trainings in several processes")
 def test_all_processes_end_with_the_same_weights(case: str, both: Any) -> None:
     """Bit for bit, but for the head that the leading one re-draws after the last epoch."""
     first, second = both[1][case]
@@ -174,6 +176,7 @@ def test_the_case_of_decisions_has_decisions(trained: Trained) -> None:
     assert len(set(series(run, "lr").values())) > 1
 
 
+@pytest.mark.process(reason="trainings in several processes")
 def test_the_record_says_how_many_trained(both: Any, trained: Trained) -> None:
     assert header(both[0] / "all terms")["processes"] == 2
     assert header(trained())["processes"] == 1
@@ -210,6 +213,7 @@ def undisturbed(data: Data, tmp_path_factory: pytest.TempPathFactory) -> dict[st
         (process_work.barred, InputError, "months: Permission denied; check the path, its permissions and space"),
     ],
 )
+@pytest.mark.process(reason="trainings in several processes")
 def test_a_dying_process_fails_the_run_with_its_own_error(
     work: Any,
     kind: type[Exception],
@@ -256,6 +260,7 @@ except RunFailure as failure:
 """
 
 
+@pytest.mark.process(reason="trainings in several processes")
 def test_a_process_killed_while_it_writes_a_line_is_not_waited_for() -> None:
     """It once kept a queue's lock, for which the launcher waited for ever."""
     tests = Path(__file__).parents[1]
@@ -265,6 +270,7 @@ def test_a_process_killed_while_it_writes_a_line_is_not_waited_for() -> None:
     assert done.stdout == "process 0 of 2 was ended by signal 9 (SIGKILL) ['a line']\n", done.stderr
 
 
+@pytest.mark.process(reason="trainings in several processes")
 def test_a_loss_that_is_not_finite_is_told_by_the_leading_process(
     data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -280,6 +286,7 @@ def test_a_loss_that_is_not_finite_is_told_by_the_leading_process(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.process(reason="trainings in several processes")
 def test_an_interrupt_ends_every_process_and_the_run_goes_on_later(
     number: signal.Signals, data: Data, tmp_path: Path, undisturbed: Any
 ) -> None:
@@ -296,6 +303,7 @@ def test_an_interrupt_ends_every_process_and_the_run_goes_on_later(
     assert record(run_dir) == undisturbed
 
 
+@pytest.mark.process(reason="trainings in several processes")
 def test_a_finished_run_is_reused_by_all(data: Data, tmp_path: Path) -> None:
     first = train_two(data, tmp_path / "run", **{"train.epochs": 1})
     again = train_two(data, tmp_path / "run", **{"train.epochs": 1})
@@ -334,6 +342,7 @@ def descendants(pid: int) -> set[int]:
 
 
 @pytest.mark.parametrize("sent", ["interrupt to the group", "kill to the launcher"])
+@pytest.mark.process(reason="trainings in several processes")
 def test_the_command_leaves_no_process(sent: str, data: Data, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     with subprocess.Popen(
@@ -364,6 +373,7 @@ def test_the_command_leaves_no_process(sent: str, data: Data, tmp_path: Path) ->
         assert told == [f"atft train: run {run_dir}: {stopped['reason']}"]
 
 
+@pytest.mark.process(reason="trainings in several processes")
 def test_several_nodes_meet_also_where_torchrun_starts_one(data: Data, tmp_path: Path) -> None:
     """The first node's launcher is `train_in_processes`, the second's torchrun itself: the bits of two processes."""
     short = {"train.epochs": 2, "evaluation.criterion_sharpe": -9.0}

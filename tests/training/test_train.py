@@ -43,6 +43,8 @@ from atft_pipeline.training import train
 from atft_pipeline.training.judging.scoring import weights_hash
 from atft_pipeline.training.trainer import Trainer
 
+pytestmark = pytest.mark.slow(reason="trainings")
+
 # What decides a run ---------------------------------------------------------------------------------------------
 
 
@@ -289,6 +291,7 @@ def test_what_a_killed_writer_left_is_removed(name: str, tmp_path: Path) -> None
     assert (left.exists(), report.exists()) == (False, True)
 
 
+@pytest.mark.process(reason="a training that is killed while it writes")
 def test_a_run_killed_while_it_writes_loses_one_epoch_and_nothing_else(data, trained, tmp_path):
     run_dir = tmp_path / "run"
     tests = str(Path(__file__).parents[1])
