@@ -138,3 +138,12 @@ def test_a_setting_that_is_none_counts_as_the_default(strange: object) -> None:
             return strange if field == "train.optimizer.lr" else None
 
     assert values_of(Stored())["train.optimizer.lr"] == 1e-3  # type: ignore[arg-type]
+
+
+def test_a_bound_never_turns_a_change_around() -> None:
+    values = of_preset("quick") | {"train.optimizer.lr": 1e-4, "model.dropout": 0.7}
+    settings = plan_changes(
+        [lowered("train.optimizer.lr", 0.1, at_least=1e-3), raised("model.dropout", 2, at_most=0.5)], values
+    )
+    assert settings.overrides == {}
+    assert settings.sentence == "`train.optimizer.lr` is 0.0001 already, `model.dropout` is 0.7 already"
