@@ -16,8 +16,8 @@ from assets.judging.evaluation import evaluation_asset
 from assets.schedules import nightly_retrain, nightly_schedule
 from assets.training.training_run import RUN_LENGTHS, training_definitions
 from resources.compute import Compute
-from resources.dataset_store import DatasetStore
 from resources.execution import one_process_per_step
+from resources.output_folders import OutputFolders
 
 defs = dg.Definitions(
     assets=[
@@ -36,6 +36,6 @@ defs = dg.Definitions(
     jobs=[nightly_retrain, explain_failure, experiments],
     schedules=[nightly_schedule],
     sensors=[failed_training, canceled_training, killed_runs],
-    resources={"store": DatasetStore(), "compute": Compute()},
+    resources={"store": OutputFolders(), "compute": Compute()},
     executor=one_process_per_step,
 )

@@ -20,7 +20,7 @@ from atft_pipeline.market.contracts import read_checked
 from atft_pipeline.market.price_store import read_quarantine, table_digests, update_prices
 from atft_pipeline.storage.artifact import read_manifest
 from resources.compute import Compute
-from resources.dataset_store import DatasetStore
+from resources.output_folders import OutputFolders
 
 MOVES = ("mean_shift", "std_log_ratio", "tail_shift")
 """Figures of `features.statistics.drift` that say that a feature's values have moved."""
@@ -50,7 +50,7 @@ class DatasetOverrides(dg.Config):
     ],
 )
 def prices(
-    context: dg.AssetExecutionContext, config: DatasetOverrides, store: DatasetStore, compute: Compute
+    context: dg.AssetExecutionContext, config: DatasetOverrides, store: OutputFolders, compute: Compute
 ) -> dg.MaterializeResult:
     with as_dagster_failure(context):
         source = store.open_source()
@@ -158,7 +158,7 @@ def quarantine_summary(quarantine: pl.DataFrame) -> list[dict[str, Any]]:
         ),
     ],
 )
-def ml_dataset(context: dg.AssetExecutionContext, store: DatasetStore) -> dg.MaterializeResult:
+def ml_dataset(context: dg.AssetExecutionContext, store: OutputFolders) -> dg.MaterializeResult:
     with as_dagster_failure(context):
         adjusted, made_from = store.current("prices", "ml_dataset")
         source = store.open_source(made_from["source"]["path"])

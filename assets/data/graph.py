@@ -9,7 +9,7 @@ from atft_pipeline.config.overrides import to_dict
 from atft_pipeline.graph.store import build_graph_file
 from atft_pipeline.storage.artifact import read_manifest, sha256_of
 from resources.compute import Compute
-from resources.dataset_store import DatasetStore
+from resources.output_folders import OutputFolders
 
 
 class GraphOverrides(dg.Config):
@@ -33,7 +33,7 @@ class GraphOverrides(dg.Config):
     ],
 )
 def stock_graph(
-    context: dg.AssetExecutionContext, config: GraphOverrides, store: DatasetStore, compute: Compute
+    context: dg.AssetExecutionContext, config: GraphOverrides, store: OutputFolders, compute: Compute
 ) -> dg.MaterializeResult:
     with as_dagster_failure(context):
         dataset, data = store.current("ml_dataset", "stock_graph")

@@ -5,7 +5,7 @@ import dagster as dg
 from assets.metadata import as_dagster_failure, check_result, numeric_metadata
 from atft_pipeline.market.contracts import check_table
 from atft_pipeline.market.sources import RAW_TABLES
-from resources.dataset_store import DatasetStore
+from resources.output_folders import OutputFolders
 
 DESCRIPTIONS = {
     "prices": "Daily quotes as traded: OHLC, volume, turnover, adjustment factor.",
@@ -34,7 +34,7 @@ def raw_asset(table: str) -> dg.AssetsDefinition:
         ],
         kinds={"parquet"},
     )
-    def raw(context: dg.AssetExecutionContext, store: DatasetStore) -> dg.MaterializeResult:
+    def raw(context: dg.AssetExecutionContext, store: OutputFolders) -> dg.MaterializeResult:
         with as_dagster_failure(context):
             source = store.open_source()
             if not RAW_TABLES[table].required and table not in source.tables:

@@ -13,7 +13,7 @@ from atft_pipeline.config.schema import EXPERIMENT_IDS
 from atft_pipeline.errors import InputError
 from atft_pipeline.runs.header import read_run
 from resources.compute import Compute
-from resources.dataset_store import DatasetStore
+from resources.output_folders import OutputFolders
 
 EXPERIMENTS = dg.StaticPartitionsDefinition(list(EXPERIMENT_IDS))
 
@@ -26,7 +26,9 @@ class ExperimentConfig(dg.Config):
 
 
 @dg.op(pool="gpu")
-def experiment(context: dg.OpExecutionContext, config: ExperimentConfig, store: DatasetStore, compute: Compute) -> None:
+def experiment(
+    context: dg.OpExecutionContext, config: ExperimentConfig, store: OutputFolders, compute: Compute
+) -> None:
     """Trains the experiment that the partition names, or reuses it; its result and the new report are the run's.
 
     Both show at `diagnostics_{N}ep` of the explained run's length, as an observation: the asset's last materialization

@@ -12,7 +12,7 @@ from atft_pipeline.config.overrides import to_dict
 from atft_pipeline.dataset.splits import make_split
 from atft_pipeline.evaluation.evaluate import Evaluation
 from resources.compute import Compute
-from resources.dataset_store import DatasetStore
+from resources.output_folders import OutputFolders
 
 FIGURES: tuple[str, ...] = ("sharpe_daily", "sharpe_daily_net", "ic_mean", "rank_ic_mean")
 """Statistics that the log and the metadata show one by one."""
@@ -31,7 +31,7 @@ class BaselineOverrides(dg.Config):
     " evaluation that judges the network.",
 )
 def baselines(
-    context: dg.AssetExecutionContext, config: BaselineOverrides, store: DatasetStore, compute: Compute
+    context: dg.AssetExecutionContext, config: BaselineOverrides, store: OutputFolders, compute: Compute
 ) -> dg.MaterializeResult:
     from atft_pipeline.batches.panel import load_panel
     from atft_pipeline.evaluation.baselines import evaluate_baselines, fit_baselines

@@ -11,7 +11,7 @@ from typing import Any
 import dagster as dg
 
 from assets.metadata import as_dagster_failure, markdown_table, numeric_metadata
-from assets.training.gate import last_materialization
+from assets.training.gate_history import last_materialization
 from atft_pipeline.errors import InputError
 from atft_pipeline.runs.header import read_run
 

@@ -7,10 +7,10 @@ import dagster as dg
 
 from assets.judging.checks import recorded_run
 from assets.metadata import as_dagster_failure, check_result, markdown_table, numeric_metadata
-from assets.training.gate import last_materialization
+from assets.training.gate_history import last_materialization
 from assets.training.training_run import GATED_LENGTH, RUN_LENGTHS, model_key, run_asset_key
 from atft_pipeline.errors import InputError
-from resources.dataset_store import DatasetStore
+from resources.output_folders import OutputFolders
 
 if TYPE_CHECKING:
     from atft_pipeline.monitoring.comparison import Comparison
@@ -33,7 +33,7 @@ CHECK = "no_identical_figures"
         )
     ],
 )
-def comparison(context: dg.AssetExecutionContext, store: DatasetStore) -> dg.MaterializeResult:
+def comparison(context: dg.AssetExecutionContext, store: OutputFolders) -> dg.MaterializeResult:
     from atft_pipeline.monitoring.comparison import compare
 
     with as_dagster_failure(context):

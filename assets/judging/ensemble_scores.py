@@ -13,7 +13,7 @@ from assets.training.training_run import model_key, run_asset_key, train_here
 from atft_pipeline.errors import InputError
 from atft_pipeline.storage.code_version import code_revision
 from resources.compute import Compute
-from resources.dataset_store import DatasetStore
+from resources.output_folders import OutputFolders
 
 if TYPE_CHECKING:
     from atft_pipeline.ensemble.ensemble_scores import EnsembleScores
@@ -44,7 +44,7 @@ def ensemble_scores_asset(epochs: int) -> dg.AssetsDefinition:
         " LightGBM and smoothed where its config says so; evaluated beside its parts and exported as a table.",
     )
     def ensemble_scores(
-        context: dg.AssetExecutionContext, config: EnsembleScoresConfig, store: DatasetStore, compute: Compute
+        context: dg.AssetExecutionContext, config: EnsembleScoresConfig, store: OutputFolders, compute: Compute
     ) -> dg.MaterializeResult:
         from atft_pipeline.ensemble.ensemble import combine_runs, require_arguments
         from atft_pipeline.ensemble.export import write_ensemble_scores
@@ -102,7 +102,7 @@ def scores_metadata(scores: "EnsembleScores") -> dict[str, Any]:
 
 
 def further_seeds(
-    context: dg.AssetExecutionContext, epochs: int, run_dir: Path, seeds: int, store: DatasetStore, compute: Compute
+    context: dg.AssetExecutionContext, epochs: int, run_dir: Path, seeds: int, store: OutputFolders, compute: Compute
 ) -> list[Path]:
     """Run directories of the seeds that follow the one of `run_dir`, `seeds` runs with it; trained or reused.
 

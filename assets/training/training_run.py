@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import dagster as dg
 
 from assets.metadata import as_dagster_failure, numeric_metadata
-from assets.training.gate import GATE_MODEL, last_check, last_materialization
+from assets.training.gate_history import GATE_MODEL, last_check, last_materialization
 from assets.training.pipes import train_through_pipes
 from atft_pipeline.config.schema import EvaluationConfig
 from atft_pipeline.errors import InputError
@@ -18,7 +18,7 @@ from atft_pipeline.runs.keys import config_key
 from atft_pipeline.verdict.criterion import changed_criterion
 from atft_pipeline.verdict.gate import gate_decision
 from resources.compute import Compute
-from resources.dataset_store import DatasetStore
+from resources.output_folders import OutputFolders
 
 if TYPE_CHECKING:
     from atft_pipeline.training.plan import Plan
@@ -81,7 +81,7 @@ def training_assets(epochs: int) -> dg.AssetsDefinition:
 
     @dg.multi_asset(name=f"train_{epochs}ep", group_name="training", can_subset=True, pool="gpu", specs=_specs(epochs))
     def training(
-        context: dg.AssetExecutionContext, config: TrainingRunConfig, store: DatasetStore, compute: Compute
+        context: dg.AssetExecutionContext, config: TrainingRunConfig, store: OutputFolders, compute: Compute
     ) -> Iterator[dg.MaterializeResult | dg.AssetObservation]:
         with as_dagster_failure(context):
             planned = _planned(context, epochs, config, store, compute)
@@ -108,7 +108,7 @@ class _Planned:
 
 
 def _planned(
-    context: dg.AssetExecutionContext, epochs: int, config: TrainingRunConfig, store: DatasetStore, compute: Compute
+    context: dg.AssetExecutionContext, epochs: int, config: TrainingRunConfig, store: OutputFolders, compute: Compute
 ) -> _Planned:
     """The training of this length on the newest dataset and graph.
 
@@ -199,7 +199,7 @@ def require_criterion(name: str, evaluation: EvaluationConfig, reason: str | Non
 def require_open_gate(context: dg.AssetExecutionContext, plan: "Plan", override_reason: str | None) -> dict[str, str]:
     """What the gate adds to the run's record; raises InputError where it is shut.
 
-    The instance's history comes from assets/training/gate.py, the rule from atft_pipeline/verdict/gate.py.
+    The instance's history comes from assets/training/gate_history.py, the rule from atft_pipeline/verdict/gate.py.
     """
     current = {"dataset_fingerprint": plan.dataset_manifest["fingerprint"], "config_key": config_key(plan.config)}
     decision = gate_decision(

@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, TextIO
 
 from atft_pipeline.cli.reply import Block, Cell, Facts, Sentences, Table
-from atft_pipeline.monitoring.figures import duration, one_line
+from atft_pipeline.monitoring.number_format import duration, one_line
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType

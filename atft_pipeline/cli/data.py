@@ -80,7 +80,7 @@ def _synthesize(options: argparse.Namespace) -> Reply:
 
 
 def _dataset(options: argparse.Namespace) -> Reply:
-    from atft_pipeline.market.facts import market_facts
+    from atft_pipeline.market.market_facts import market_facts
     from atft_pipeline.market.sources import open_source
     from atft_pipeline.storage.artifact import require_replaceable
     from atft_pipeline.storage.monthly import beside

@@ -14,7 +14,7 @@ from atft_pipeline.cli.reply import Block, Cell, Reply, Sentences, Table, cell, 
 from atft_pipeline.config.schema import HORIZONS, EvaluationConfig
 from atft_pipeline.config.slices import SLICES
 from atft_pipeline.errors import InputError
-from atft_pipeline.monitoring.figures import NOT_MEASURED, colour, number
+from atft_pipeline.monitoring.number_format import NOT_MEASURED, colour, number
 
 if TYPE_CHECKING:
     from atft_pipeline.ensemble.ensemble_scores import EnsembleScores

@@ -12,7 +12,7 @@ from atft_pipeline.cli.progress import ProgressBar
 from atft_pipeline.cli.reply import Block, Cell, Reply, Sentences, facts
 from atft_pipeline.config.schema import EXPERIMENT_IDS
 from atft_pipeline.errors import InputError
-from atft_pipeline.monitoring.figures import NOT_MEASURED, verdict_colour
+from atft_pipeline.monitoring.number_format import NOT_MEASURED, verdict_colour
 
 
 def register(add: AddCommand) -> None:

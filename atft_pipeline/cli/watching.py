@@ -11,7 +11,7 @@ from typing import Any
 from atft_pipeline.cli.arguments import AddCommand
 from atft_pipeline.cli.console import discard_output
 from atft_pipeline.cli.reply import Block, Cell, Reply, Sentences, Table
-from atft_pipeline.monitoring.figures import colour, count, duration, gibibytes, number
+from atft_pipeline.monitoring.number_format import colour, count, duration, gibibytes, number
 
 RUNS = Path("output/runs")
 ABSENT = "-"

@@ -22,7 +22,7 @@ from atft_pipeline.dataset.targets import forward_return
 from atft_pipeline.features.compute import FeaturePanel, build_features
 from atft_pipeline.features.registry import FEATURE_COUNT, FEATURE_NAMES, REGISTRY, registry_fingerprint
 from atft_pipeline.features.statistics import Statistics, drift
-from atft_pipeline.market.facts import market_facts
+from atft_pipeline.market.market_facts import market_facts
 from atft_pipeline.market.price_panel import PricePanel
 from atft_pipeline.storage.artifact import sha256_of
 from atft_pipeline.storage.code_version import code_revision

@@ -12,12 +12,12 @@ from atft_pipeline.diagnostics.topics import (
     components,
     curves,
     dataset,
-    figures,
     gradients,
     inputs,
     learning_rate,
     loss_terms,
     predictions,
+    reported_figures,
     results,
     runtime,
     steps,
@@ -25,8 +25,8 @@ from atft_pipeline.diagnostics.topics import (
 )
 
 TOPICS: tuple[ModuleType, ...] = (
-    figures, weights, predictions, dataset, inputs, runtime, curves, learning_rate, steps, loss_terms, gradients,
-    components, results,
+    reported_figures, weights, predictions, dataset, inputs, runtime, curves, learning_rate, steps, loss_terms,
+    gradients, components, results,
 )  # fmt: skip
 """Modules with `RULES`, `SIGNALS` and perhaps `AUDITS`."""
 

@@ -24,7 +24,7 @@ from atft_pipeline.features.vocabulary.averages import Average
 from atft_pipeline.features.vocabulary.cross_section import cs_normalise
 from atft_pipeline.features.vocabulary.windows import carry, returns, ts_zscore
 from atft_pipeline.market.disclosures import disclosures, flow_releases
-from atft_pipeline.market.facts import INDEX_CODE, NO_SECTOR, SECTION_OF_MARKET, market_facts
+from atft_pipeline.market.market_facts import INDEX_CODE, NO_SECTOR, SECTION_OF_MARKET, market_facts
 from atft_pipeline.market.price_panel import Matrix, PricePanel, day_array
 from atft_pipeline.storage.monthly import Days
 

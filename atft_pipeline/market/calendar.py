@@ -1,7 +1,8 @@
 """Sessions and closing times of each market.
 
-facts.py overrides the calendar library where they differ: the library starts late unless told, omits 2020-10-01 in
-Tokyo (a session of the exchange in which a system failure let nothing trade) and knows none of Tokyo's half days.
+market_facts.py overrides the calendar library where they differ: the library starts late unless told, omits
+2020-10-01 in Tokyo (a session of the exchange in which a system failure let nothing trade) and knows none of Tokyo's
+half days.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from atft_pipeline.errors import InputError
-from atft_pipeline.market.facts import market_facts
+from atft_pipeline.market.market_facts import market_facts
 
 _LIBRARY_FIRST = dt.date(1997, 1, 1)
 """The library's holiday rules for Tokyo go no further back."""

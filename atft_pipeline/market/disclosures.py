@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from atft_pipeline.errors import InputError
 from atft_pipeline.market.calendar import closes
-from atft_pipeline.market.facts import SECTION_OF_MARKET
+from atft_pipeline.market.market_facts import SECTION_OF_MARKET
 from atft_pipeline.market.sources import to_date
 from atft_pipeline.storage.monthly import Days
 

@@ -1,7 +1,7 @@
 """What makes a stock liquid: the trailing median of its turnover value reaches the market's floor.
 
-The floor and the window of each market stand in facts.py. config/slices.py names the slice and the column that this
-decides, `is_liquid`. universe.py also asks for what makes a stock investable.
+The floor and the window of each market stand in market_facts.py. config/slices.py names the slice and the column that
+this decides, `is_liquid`. universe.py also asks for what makes a stock investable.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from atft_pipeline.market.facts import MarketFacts
+from atft_pipeline.market.market_facts import MarketFacts
 from atft_pipeline.market.price_panel import Flags, Matrix
 
 

@@ -10,7 +10,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from atft_pipeline.market.adjustment import Listings
-from atft_pipeline.market.facts import FUND_MARKET, NO_INDUSTRY, market_facts
+from atft_pipeline.market.market_facts import FUND_MARKET, NO_INDUSTRY, market_facts
 from atft_pipeline.market.price_panel import Categories, day_array, positions
 from atft_pipeline.storage.monthly import Days
 

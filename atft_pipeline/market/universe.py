@@ -23,9 +23,9 @@ from atft_pipeline.config.schema import DatasetConfig
 from atft_pipeline.errors import InputError
 from atft_pipeline.market import calendar
 from atft_pipeline.market.adjustment import Passed, StockState, pass_through
-from atft_pipeline.market.facts import market_facts
 from atft_pipeline.market.liquidity import liquid_rows
 from atft_pipeline.market.listed import Listed
+from atft_pipeline.market.market_facts import market_facts
 from atft_pipeline.market.price_panel import (
     QUOTES,
     Matrix,

@@ -15,8 +15,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from atft_pipeline.monitoring.figures import colour, count, duration, gibibytes, number, one_line
 from atft_pipeline.monitoring.monitor import Frame, Watched
+from atft_pipeline.monitoring.number_format import colour, count, duration, gibibytes, number, one_line
 from atft_pipeline.monitoring.progress import Curve, RunProgress, newest
 
 BARS = "▁▂▃▄▅▆▇█"

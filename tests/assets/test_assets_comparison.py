@@ -17,7 +17,7 @@ from dagster_runs import EVER, UPSTREAM, UPSTREAM_CONFIG, copied, failures, make
 
 import assets.judging.comparison
 from atft_pipeline.runs.tables import TABLES
-from resources.dataset_store import DatasetStore
+from resources.output_folders import OutputFolders
 
 pytestmark = pytest.mark.slow(reason="assets made in this process")
 
@@ -143,7 +143,7 @@ def test_what_is_of_other_data_or_gone_says_so(work: Path, sound: tuple[Path, dg
 
 
 def test_baselines_are_stored_once_per_data_and_split(tmp_path: Path) -> None:
-    store = DatasetStore(output=str(tmp_path / "output"))
+    store = OutputFolders(output=str(tmp_path / "output"))
     assert store.baselines() is None
     content = {"dataset_fingerprint": "d1", "split": {"scheme": "fraction"}, "evaluation": {}, "seed": 0, "models": {}}
     first = store.keep_baselines(content)

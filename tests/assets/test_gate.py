@@ -11,7 +11,7 @@ import pytest
 from dagster_runs import EVER, NEVER, failures, made, make, outcomes, training
 
 import atft_pipeline.training.train
-from assets.training.gate import GATE_MODEL, last_check, last_materialization
+from assets.training.gate_history import GATE_MODEL, last_check, last_materialization
 from atft_pipeline.config.overrides import with_overrides
 from atft_pipeline.config.presets import preset
 from atft_pipeline.errors import RunFailure

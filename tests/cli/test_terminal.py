@@ -26,7 +26,7 @@ from atft_pipeline.cli.data import dataset_blocks, graph_facts
 from atft_pipeline.cli.progress import ProgressBar
 from atft_pipeline.cli.reply import Block, Cell, Facts, Sentences, Table, facts
 from atft_pipeline.cli.training import verdict_blocks
-from atft_pipeline.monitoring.figures import COLOURS, verdict_colour
+from atft_pipeline.monitoring.number_format import COLOURS, verdict_colour
 
 COLOUR = re.compile(r"\x1b\[[0-9;]*(?:3[0-7]|38|9[0-7])[0-9;]*m")
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")

@@ -48,7 +48,7 @@ from atft_pipeline.evaluation.attribution import (
 from atft_pipeline.evaluation.attribution_inputs import _Context, attribute_predictions
 from atft_pipeline.evaluation.portfolio import Book, long_short, long_short_book
 from atft_pipeline.evaluation.predictions_table import ScorePanel
-from atft_pipeline.market.facts import market_facts
+from atft_pipeline.market.market_facts import market_facts
 from atft_pipeline.runs.reader import open_record
 from atft_pipeline.storage.artifact import manifest_path, read_artifact, read_manifest
 

@@ -21,7 +21,7 @@ from markets.market_factory import CONFIG, QUIET, panels_of, prices_of, sample_m
 from atft_pipeline.features.compute import normalised
 from atft_pipeline.features.registry import REGISTRY, Feature
 from atft_pipeline.market.calendar import close_time
-from atft_pipeline.market.facts import MARKETS
+from atft_pipeline.market.market_facts import MARKETS
 
 Value = float | None
 Series = Callable[[int], Value]

@@ -9,7 +9,7 @@ import pytest
 
 from atft_pipeline.errors import InputError
 from atft_pipeline.market.calendar import close_time, sessions
-from atft_pipeline.market.facts import MARKETS
+from atft_pipeline.market.market_facts import MARKETS
 
 
 def test_sessions_are_weekdays_without_holidays() -> None:

@@ -26,7 +26,7 @@ from atft_pipeline.diagnostics.diagnose import diagnose
 from atft_pipeline.monitoring import monitor
 from atft_pipeline.monitoring import persistent_warnings as warned
 from atft_pipeline.monitoring.dashboard import plain, screen, sparkline
-from atft_pipeline.monitoring.figures import duration
+from atft_pipeline.monitoring.number_format import duration
 from atft_pipeline.monitoring.persistent_warnings import PersistentWarning, complete_epochs, persistent_warnings
 from atft_pipeline.monitoring.progress import RunProgress, read_progress
 from atft_pipeline.runs.lock import exclusive

@@ -16,8 +16,8 @@ from dagster_runs import REPO
 from atft_pipeline.errors import InputError
 from atft_pipeline.storage.artifact import write_manifest
 from resources.compute import Compute
-from resources.dataset_store import DatasetStore
 from resources.execution import executing, release_killed_runs
+from resources.output_folders import OutputFolders
 
 ALL = ("split", "model", "train", "evaluation")
 
@@ -75,7 +75,7 @@ def test_an_override_of_a_section_that_is_not_read_is_refused() -> None:
 # Dataset store -------------------------------------------------------------------------------------------------
 
 
-def publish(store: DatasetStore, fingerprint: str, source: str = "market") -> Path:
+def publish(store: OutputFolders, fingerprint: str, source: str = "market") -> Path:
     path = store.product("stock_graph", fingerprint)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(fingerprint)
@@ -85,7 +85,7 @@ def publish(store: DatasetStore, fingerprint: str, source: str = "market") -> Pa
 
 
 def test_the_link_names_the_newest_product_and_the_earlier_one_stays() -> None:
-    store = DatasetStore()
+    store = OutputFolders()
     earlier, newest = publish(store, "a" * 64), publish(store, "b" * 64)
     path, manifest = store.current("stock_graph", "model_5ep")
     assert (path, manifest["fingerprint"]) == (newest, "b" * 64)
@@ -94,7 +94,7 @@ def test_the_link_names_the_newest_product_and_the_earlier_one_stays() -> None:
 
 
 def test_a_missing_product_names_the_command_also_where_only_its_link_is_left() -> None:
-    store = DatasetStore()
+    store = OutputFolders()
     with pytest.raises(InputError, match=r"there is no stock_graph yet .* --select '\+key:model_5ep'`"):
         store.current("stock_graph", "model_5ep")
     publish(store, "a" * 64).unlink()
@@ -103,7 +103,7 @@ def test_a_missing_product_names_the_command_also_where_only_its_link_is_left() 
 
 
 def test_a_source_that_is_named_must_be_the_manifests(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    store = DatasetStore()
+    store = OutputFolders()
     publish(store, "a" * 64)
     monkeypatch.setenv("ATFT_SOURCE", str(tmp_path / "market"))  # the same folder by another name
     assert store.current("stock_graph", "model_5ep")[1]["fingerprint"] == "a" * 64
@@ -113,7 +113,7 @@ def test_a_source_that_is_named_must_be_the_manifests(monkeypatch: pytest.Monkey
 
 
 def test_only_the_generated_market_counts_as_embedded() -> None:
-    store = DatasetStore()
+    store = OutputFolders()
     assert store.is_embedded(store.datasets / "synthetic_market")
     assert not store.is_embedded("elsewhere/market")
 

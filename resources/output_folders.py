@@ -31,7 +31,7 @@ LINKS = {
 }
 
 
-class DatasetStore(dg.ConfigurableResource):
+class OutputFolders(dg.ConfigurableResource):
     """Sources, datasets and runs of this checkout."""
 
     output: str = "output"
