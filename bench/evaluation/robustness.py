@@ -28,7 +28,7 @@ from atft_pipeline.batches.panel import load_panel
 from atft_pipeline.config.overrides import from_dict
 from atft_pipeline.dataset.splits import make_split
 from atft_pipeline.ensemble.ensemble import combine_runs
-from atft_pipeline.ensemble.ensemble_scores import ENSEMBLE, ic_difference, sharpe_by_cost
+from atft_pipeline.ensemble.ensemble_scores import ENSEMBLE, EnsembleScores, ic_difference, sharpe_by_cost
 from atft_pipeline.evaluation.baselines import fit_baselines
 from atft_pipeline.evaluation.evaluate import Evaluation, evaluate_panel
 from atft_pipeline.evaluation.slices import panel_of_slice
@@ -91,7 +91,7 @@ def prepared(source: Path, folder: Path, case: Case) -> tuple[Path, Path]:
     """Dataset and graph of the case, made where they are missing."""
     name = "thin" if case.thin else "full"
     dataset, graph = folder / f"{name}_dataset", folder / f"{name}_graph_{case.universe}"
-    command("features", thinned(source, folder / "thin") if case.thin else source, dataset, "--update")
+    command("dataset", thinned(source, folder / "thin") if case.thin else source, dataset, "--update")
     command("graph", dataset, graph, "--update", "--set", f"graph.universe={case.universe}")
     return dataset, graph
 
@@ -135,13 +135,18 @@ def figures(evaluation: Evaluation) -> dict[str, float | None]:
     }
 
 
-def fold_line(case: Case, split: dict[str, object], runs: list[Path]) -> dict[str, Any]:
-    """Figures of every model on the test year, and the network and the blend against LightGBM."""
+def models_of_fold(case: Case, runs: list[Path]) -> tuple[dict[str, Evaluation], EnsembleScores]:
+    """Every model's evaluation on the test year, and the ensemble scores of the runs."""
     scores = combine_runs(runs, horizon_sessions=case.horizon_sessions, blend="lightgbm", smoothing_sessions=5)
     test = scores.evaluations["test"]
     models = {name: test[name] for name in ("network", "lightgbm", "blend")} | {"blend, smoothed": test[ENSEMBLE]}
-    if case.horizon_sessions == 1:
-        models |= simple_models(runs[0])
+    return models | (simple_models(runs[0]) if case.horizon_sessions == 1 else {}), scores
+
+
+def fold_line(case: Case, split: dict[str, object], runs: list[Path]) -> dict[str, Any]:
+    """Figures of every model on the test year, and the network and the blend against LightGBM."""
+    models, scores = models_of_fold(case, runs)
+    test = scores.evaluations["test"]
     samples = from_dict(read_run(runs[0])["config"]).evaluation.bootstrap_samples
     against = {
         name: ic_difference(models[name], models["lightgbm"], horizon_sessions=case.horizon_sessions, samples=samples)
