@@ -486,3 +486,8 @@ def test_day_on_which_nothing_traded_moves_no_split(run: Path, data: Data, tmp_p
     (run / "run.json").write_text(json.dumps(header(run) | {"dataset_path": str(dataset)}))
     found = audited(run)
     assert (found["validation_elsewhere"], found["validation_in_training"], found["rows_not_scored"]) == (0, 0, 0)
+
+
+def test_exchanged_features_are_named_with_the_one_in_whose_place_they_stand(run: Path) -> None:
+    exchange_inputs(run, RETURNS, "returns_5d")
+    assert audited(run)["inputs_exchanged_example"] == f"returns_5d in the place of {RETURNS} (test)"

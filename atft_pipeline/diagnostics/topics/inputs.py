@@ -77,8 +77,8 @@ class Compared(NamedTuple):
     """Median ratio of the spreads."""
     other_ic: float | None
     """Share of sessions with another correlation with the target."""
-    other_stocks: float
-    """Share of all sessions with another number of stocks."""
+    other_stocks: float | None
+    """Share of all sessions with another number of stocks; None where no number was recorded."""
     varies: float | None
     """Share of sessions in which it varies in the dataset; a figure of the market is one to all stocks."""
 
@@ -105,7 +105,7 @@ def _inputs_agree(inputs: RunInputs) -> dict[str, Value]:
     _expect(inputs, [name for name in names if name in sampled])
     everything = _compared(record)
     stocks: dict[str, Value] = {"stocks_not_given": _largest_of_a_split(everything)}
-    compared = [row for row in everything if row.unlike is not None and row.other_stocks <= OF_SESSIONS]
+    compared = [row for row in everything if row.unlike is not None and (row.other_stocks or 0.0) <= OF_SESSIONS]
     if not compared:
         return stocks
 
@@ -183,14 +183,15 @@ def _exchanged(record: Record) -> dict[str, Value]:
     )
     return {
         "inputs_exchanged": float(len({name for name, _, _ in exchanged})),
-        "inputs_exchanged_example": "{1} in the name of {0} ({2})".format(*exchanged[0]) if exchanged else "none",
+        "inputs_exchanged_example": "{1} in the place of {0} ({2})".format(*exchanged[0]) if exchanged else "none",
     }
 
 
 def _largest_of_a_split(rows: Sequence[Compared]) -> float | None:
     """The larger mean share of sessions with another number of stocks, of training and validation."""
-    splits = {row.split for row in rows}
-    return max((float(np.mean([row.other_stocks for row in rows if row.split == of])) for of in splits), default=None)
+    counted = [(row.split, row.other_stocks) for row in rows if row.other_stocks is not None]
+    splits = {split for split, _ in counted}
+    return max((float(np.mean([share for split, share in counted if split == of])) for of in splits), default=None)
 
 
 AUDITS: tuple[Audit, ...] = (
