@@ -45,7 +45,7 @@ def test_the_library_names_no_orchestrator() -> None:
 def test_a_report_names_the_commands_of_its_style_alone(of_dagster: Diagnosis) -> None:
     own = diagnose(of_dagster.run_dir)
     assert not re.search("dagster|dg launch", to_markdown(own), re.IGNORECASE)
-    assert "`atft features SOURCE" in to_markdown(own)
+    assert "`atft dataset SOURCE" in to_markdown(own)
     assert "`dagster asset materialize --select +key:ml_dataset`" in to_markdown(of_dagster)
     assert "`dagster asset materialize --select baselines`" in to_markdown(of_dagster)
     same = [(f.rule, f.status, f.evidence) for f in own.findings]
