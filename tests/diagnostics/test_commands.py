@@ -1,4 +1,4 @@
-"""Commands of a report: the library's own, and those of the code location that is given to it."""
+"""Commands in a report: the library's own, or those of the style that a caller passes in."""
 
 from __future__ import annotations
 

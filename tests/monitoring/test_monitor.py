@@ -1,4 +1,4 @@
-"""What `atft monitor` shows of runs that are being written, when it warns, and how it ends."""
+"""`atft monitor`: what it shows of running runs, when it warns, and how it ends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The gate of the long run: what opens it, what keeps it shut, and what an override leaves."""
+"""The gate of the long run: what opens it, what keeps it shut, and what an override records."""
 
 from __future__ import annotations
 
