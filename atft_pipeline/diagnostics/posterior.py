@@ -1,10 +1,12 @@
 """From fired and quiet rules to causes with a probability: prior odds plus capped log likelihood ratios.
 
-Classes are the causes, `healthy` and `unknown`. A rule that was assessed speaks for or against every class by how often
-it fires in runs of that class, counted on planted runs (`likelihoods.json`, written by the diagnostics bench) and
-smoothed towards what the rule table says. Of the rules in one channel, which see the same thing, only the strongest
-counts for a class. A rule that could not be assessed says nothing. While a validity rule fires, only evaluation faults
-are ranked; while a root rule fires, only its own suspects are reported.
+Classes are the causes, `healthy` and `unknown`. A rule that was assessed is evidence for or against every class,
+by how often it fires in runs of that class. The rates are counted on planted runs (`likelihoods.json`, written by the
+diagnostics bench) and smoothed towards the rule table's expectation. The rules of one channel see the same thing, so
+only the strongest of them counts for a class. A rule that could not be assessed is no evidence.
+
+While a validity rule fires, only evaluation faults are ranked. While a root rule fires, only its own suspects are
+reported.
 """
 
 from __future__ import annotations
@@ -53,7 +55,7 @@ class RankedCause:
     group: str
     probability: float
     evidence: tuple[str, ...]
-    """Fired rules that speak for it, the strongest first."""
+    """Ids of the fired rules that are evidence for it, the strongest first."""
     probe: str
 
 
@@ -107,7 +109,7 @@ def rank(findings: Sequence[Finding], counts: Counts | None = None, rules: Seque
 
 
 def _classes(fired: Sequence[Rule]) -> list[str]:
-    """What is ranked: every class, or evaluation faults alone while a rule proves the report false."""
+    """The classes to rank: all of them, or only evaluation faults while a rule proves the report false."""
     classes = [cause.id for cause in CAUSES] + [HEALTHY, UNKNOWN]
     if not any(rule.severity == "invalid" and _group(rule) in PROVABLE for rule in fired):
         return classes

@@ -73,7 +73,7 @@ class Rule:
     channel: str
     """Rules of one channel see the same thing, so only the strongest of them counts for a cause."""
     suspects: tuple[str, ...] = ()
-    """Ids of the causes that it speaks for, the likeliest first; empty where it only describes."""
+    """Ids of the causes that the rule is evidence for, the likeliest first; empty where it only describes."""
     root: bool = False
     """Only its own suspects can cause it, so while it fires only they are reported."""
 

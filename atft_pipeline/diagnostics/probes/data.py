@@ -84,7 +84,7 @@ def _differences(inputs: RunInputs, made: pa.Table, sessions: NDArray[np.datetim
     joined = stored_rows.join(recent, on=["Date", "Code"], suffix="_made")
     keys = ["Date", "Code"]
     stored_keys, made_keys = stored.filter(pl.col("Date") <= until).select(keys).collect(), made_rows.select(keys)
-    alone = (
+    unmatched = (
         stored_keys.join(made_keys, on=keys, how="anti").height
         + made_keys.join(stored_keys, on=keys, how="anti").height
     )
@@ -96,7 +96,7 @@ def _differences(inputs: RunInputs, made: pa.Table, sessions: NDArray[np.datetim
     return {
         "features_know_later": float(len(differing)),
         "features_know_later_names": ", ".join(differing[:5]) or "none",
-        "rows_unlike_source": alone / max(stored_keys.height + made_keys.height, 1),
+        "rows_unlike_source": unmatched / max(stored_keys.height + made_keys.height, 1),
         "targets_unlike_source": float(wrong.mean() or 0.0) if both.height else None,  # type: ignore[arg-type]
     }
 

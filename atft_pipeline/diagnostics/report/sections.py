@@ -105,8 +105,8 @@ def _causes(diagnosis: Diagnosis) -> str:
     ]
     for cause in ranking.causes:
         if cause.probability >= SHOWN_PROBABILITY or cause in ranking.causes[:SHOWN_CAUSES]:
-            told = "; ".join(evidence[rule].evidence for rule in cause.evidence[:3])
-            rows.append([f"{cause.probability:.2f}", cause.name, told or "none", cause.probe])
+            reasons = "; ".join(evidence[rule].evidence for rule in cause.evidence[:3])
+            rows.append([f"{cause.probability:.2f}", cause.name, reasons or "none", cause.probe])
     ranked = table(["probability", "cause", "evidence", "probe"], sorted(rows, key=lambda row: row[0], reverse=True))
     return f"{ranking.sentence}\n\n{ranked}\n\n### Rules that fired\n\n{_fired(diagnosis)}"
 

@@ -136,7 +136,7 @@ def loss_spike(record: Record) -> float | None:
 RULES: tuple[Rule, ...] = (
     Rule(
         id="validation_flat_early",
-        cause="overfitting: validation stops improving early while the train loss goes on falling",
+        cause="overfitting: validation stops improving early while the train loss keeps falling",
         group="curves",
         severity="explanation",
         when=all_of(

@@ -188,7 +188,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         id="weights_hash_stale",
-        cause="from some epoch on the evaluated weights are constant while training goes on",
+        cause="from some epoch on the evaluated weights are constant while training continues",
         group="validity",
         severity="invalid",
         when=all_of(
