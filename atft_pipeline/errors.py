@@ -1,4 +1,4 @@
-"""The ways a command may end badly, kept apart because their exit codes differ."""
+"""The ways in which a command can fail. They are separate classes because their exit codes differ."""
 
 
 class InputError(ValueError):
@@ -6,14 +6,14 @@ class InputError(ValueError):
 
 
 class RunFailure(RuntimeError):
-    """A run that started and could not finish with a result, e.g. a loss that is not finite. `atft` exits 1."""
+    """A run that started and ended without a result, e.g. because its loss was not finite. `atft` exits 1."""
 
 
 class RunInterrupted(KeyboardInterrupt):
-    """A run stopped by whoever runs it: one sentence saying what is kept. `atft` exits 130."""
+    """A run that its user stopped: one sentence saying what is kept. `atft` exits 130."""
 
 
 def unusable_path(error: OSError) -> InputError:
-    """What a path that cannot be read or written means: the library opens files where it needs them and asks no one."""
-    place = f"{error.filename}: " if error.filename else ""
-    return InputError(f"{place}{error.strerror or error}; check the path, its permissions and space")
+    """The InputError for a path that cannot be read or written: files are opened without a check beforehand."""
+    file = f"{error.filename}: " if error.filename else ""
+    return InputError(f"{file}{error.strerror or error}; check the path, its permissions and space")

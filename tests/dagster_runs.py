@@ -1,4 +1,4 @@
-"""The code location on a market small enough to run all of it on, in this process or as its users start it."""
+"""The code location on a market that is small enough to run everything, in this process or as users start it."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ Started with the paths of a dataset and its graph. Reads one JSON object per lin
 P for the K-th time. Answers with one line: the phase the kill met, or "ended" when training was over before.
 
 Phases follow each other in one byte of shared memory. The forks start without threads of torch, pyarrow or polars,
-which a fork would lose, because this process uses none.
+which a fork would lose, because this process has none.
 """
 
 from __future__ import annotations

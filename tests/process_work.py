@@ -1,4 +1,4 @@
-"""What the processes of a test's training do: importable by name, for they are started, not forked from the test."""
+"""Work for the processes of a test's training. It is imported by name, because they are not forked from the test."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run directories for tests: a small healthy run whose every number follows from its own predictions, to be spoilt."""
+"""Run directories for tests: a small healthy run whose figures follow from its predictions, with ways to spoil it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Folders that tests read and that are built once per session of the suite, by the worker that needs them first."""
+"""Folders that tests only read. Each is built once per run of the suite, by the worker that needs it first."""
 
 from __future__ import annotations
 

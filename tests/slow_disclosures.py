@@ -1,4 +1,4 @@
-"""What the point-in-time tables must give, computed row by row from the texts: slow, and meant to be read."""
+"""Expected point-in-time tables, computed row by row from the source texts: slow, but easy to check by reading."""
 
 from __future__ import annotations
 

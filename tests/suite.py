@@ -1,6 +1,6 @@
-"""What the suite says of itself: the seconds of each group of tests, and what `make test-fast` leaves out, and why.
+"""The suite's report on itself: seconds per group of tests, what `make test-fast` leaves out, and why.
 
-A test that `make test-fast` leaves out is marked `process` (it starts a process or a browser) or `slow`, and the mark
+A test that `make test-fast` leaves out has a mark `process` (it starts a process or a browser) or `slow`, and the mark
 says why. No other test may start a process.
 """
 

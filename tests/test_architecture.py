@@ -1,4 +1,4 @@
-"""The shape of the code: which way imports point, what may be imported where, and what no tracked file holds."""
+"""The architecture: which way imports point, what may be imported where, and what no tracked file may contain."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The documents say what the code says: links, commands, assets, targets, generated tables and paths.
+"""The documents agree with the code: links, commands, assets, targets, generated tables and paths.
 
-Each check is a function from text to a list of complaints. It is called on every document, where it must find nothing,
-and on a planted text, where it must find the plant.
+Each check is a function from text to a list of complaints. It must find nothing in any document, and must find the
+fault in a text that has one on purpose.
 """
 
 from __future__ import annotations

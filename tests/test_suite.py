@@ -1,4 +1,4 @@
-"""What `make test-fast` leaves out is left out by a mark that says why, and nothing else starts a process."""
+"""`make test-fast` leaves out only tests whose mark says why, and no other test starts a process."""
 
 from __future__ import annotations
 

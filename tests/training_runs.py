@@ -1,4 +1,4 @@
-"""A run small enough for tests, and what its directory says."""
+"""A run that is small enough for tests, and readers of its directory."""
 
 from __future__ import annotations
 

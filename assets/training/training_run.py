@@ -207,6 +207,7 @@ def require_open_gate(context: dg.AssetExecutionContext, plan: "Plan", override_
         last_materialization(context.instance),
         current,
         override_reason,
+        model=GATE_MODEL.to_user_string(),
         way_on=f"run `dagster asset materialize --select {GATE_MODEL.to_user_string()}`, or set override_reason in this"
         " asset's config",
     )

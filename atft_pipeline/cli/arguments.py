@@ -1,4 +1,4 @@
-"""What several commands take: registration with the parser, preset plus overrides, and the environment."""
+"""Options that several commands share: preset, overrides and environment."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def add_configuration(parser: argparse.ArgumentParser) -> None:
 
 
 def configuration(options: argparse.Namespace, *sections: str) -> tuple[PipelineConfig, dict[str, Any]]:
-    """The configuration of a command that reads `sections`, and what shaped it. Raises InputError as `configured`."""
+    """The configuration of a command that reads `sections`, and its overrides. Raises InputError like `configured`."""
     from atft_pipeline.config.overrides import configured, parse_assignments
 
     assigned = parse_assignments(options.set)
@@ -42,5 +42,5 @@ def configuration(options: argparse.Namespace, *sections: str) -> tuple[Pipeline
 
 
 def environment() -> Mapping[str, str]:
-    """The variables that the command was started with."""
+    """The environment variables of the command."""
     return os.environ

@@ -1,7 +1,7 @@
 """Blocks of text on stdout and sentences on stderr: in colour on a terminal, plain everywhere else.
 
 Colours and tables need the package rich, which a machine that only trains does not have; it is imported where it is
-used, and the plain text takes its place. rich honours NO_COLOR and TERM=dumb.
+used, and plain text replaces it. rich honours NO_COLOR and TERM=dumb.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
 GAP = "  "
-"""Between two columns."""
+"""Space between two columns."""
 
 
 def say(sentence: str) -> None:
-    """A sentence on stderr, which a caller may have closed."""
+    """Prints a sentence on stderr, if the caller has not closed it."""
     if sys.stderr is not None:
         print(sentence, file=sys.stderr, flush=True)
 
 
 def discard_output() -> None:
-    """After the reader of a pipe went away: Python would complain again when it closes stdout."""
+    """Points stdout at nothing: after a broken pipe Python would otherwise complain again when it closes stdout."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

@@ -141,14 +141,14 @@ def _dataset_in_one_file(
 def _dataset_by_month(
     source: Source, out: Path, config: DatasetConfig, update: bool, bar: ProgressBar
 ) -> dict[str, Any]:
-    """The dataset as a folder of months, the prices it is made from beside it as `OUT.prices`."""
+    """Builds the dataset as a folder of months, and beside it `OUT.prices`, the prices that it is built from."""
     from atft_pipeline.dataset.store import update_dataset
     from atft_pipeline.market.contracts import read_checked
     from atft_pipeline.market.price_store import update_prices
     from atft_pipeline.storage.monthly import beside, move_artifact, remove_artifact
 
     others, prices = read_checked(source, but=["prices"]), beside(out, "prices")
-    # What breaks its contract takes nothing's place: the next --update would continue it.
+    # An artifact that breaks its contract must not replace the old one: the next --update would continue it.
     building = out.with_name(f".{out.name}.building-{os.getpid()}")
     try:
         prices_manifest, contract = update_prices(
@@ -183,7 +183,7 @@ def _members(out: Path) -> dict[str, int]:
 
 
 def dataset_blocks(content: Mapping[str, Any], members: Mapping[str, int]) -> list[Block]:
-    """The ten lines that matter of a dataset's manifest, and its warnings."""
+    """The most important lines of a dataset's manifest, and its warnings."""
     rows = content["rows"]
     shares = ", ".join(f"{name} {count:,} ({count / max(rows, 1):.0%})" for name, count in members.items())
     lines = facts(
@@ -218,7 +218,7 @@ def _graph(options: argparse.Namespace) -> Reply:
 
 
 def graph_facts(content: Mapping[str, Any]) -> Block:
-    """The ten lines that matter of a graph's manifest."""
+    """The most important lines of a graph's manifest."""
     config = content["config"]
     demeaned = ", returns less their sector's mean" if config["sector_demeaned"] else ""
     return facts(

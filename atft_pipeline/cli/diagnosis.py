@@ -31,7 +31,7 @@ def register(add: AddCommand) -> None:
 def _diagnose(options: argparse.Namespace) -> Reply:
     from atft_pipeline.diagnostics.diagnose import diagnose, write_report
 
-    # What draws takes half a second to import; the diagnosis waits for files meanwhile.
+    # The plots take half a second to import; meanwhile the diagnosis waits for files.
     Thread(target=import_module, args=("atft_pipeline.diagnostics.report.attribution_plots",)).start()
     with ProgressBar("diagnosing") as bar:
         diagnosis = diagnose(options.run_dir, options.probes)
@@ -42,9 +42,9 @@ def _diagnose(options: argparse.Namespace) -> Reply:
 
 
 def diagnosis_blocks(content: Mapping[str, Any]) -> list[Block]:
-    """The conclusion, the causes it weighs, and the rules that fired with what to do; the rest is in the report."""
+    """The conclusion, the most probable causes, and the fired rules with their next steps; the report has the rest."""
     fired = [finding for finding in content["findings"] if finding["status"] == "fired"]
-    causes = [("healthy", content["healthy"]), ("a cause that is not known here", content["unknown"])]
+    causes = [("healthy", content["healthy"]), ("an unknown cause", content["unknown"])]
     causes += [(cause["name"], cause["probability"]) for cause in content["causes"][:CAUSES_SHOWN]]
     ranked = sorted(causes, key=lambda cause: -(cause[1] or 0.0))
     rows = [[Cell(name), Cell("-" if value is None else f"{value:.2f}")] for name, value in ranked]

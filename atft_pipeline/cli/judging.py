@@ -145,7 +145,7 @@ def _compare(options: argparse.Namespace) -> Reply:
 
 
 def comparison_blocks(comparison: Comparison) -> list[Block]:
-    """A column per run and baseline, a line per figure; then why one has no figures, what was missed, and alarms."""
+    """A column per run and baseline, a line per figure; then runs without figures, missed expectations and alarms."""
     rows = comparison.table()
     states = [row.state for row in comparison.rows]
     lines = [
@@ -208,7 +208,7 @@ def _export(options: argparse.Namespace) -> Reply:
 
 
 def export_blocks(content: Mapping[str, Any], scores: EnsembleScores) -> list[Block]:
-    """What was made, the figures of every part beside the result, and the paired differences of their ICs."""
+    """What was made, the figures of the scores and of every part, and the paired differences of their ICs."""
     weight = content["weight"]
     against = [
         f"{row['split']}: IC {number(row['ic_difference'])} ± {number(row['se'])} against {row['part']},"
@@ -233,7 +233,7 @@ def export_blocks(content: Mapping[str, Any], scores: EnsembleScores) -> list[Bl
 
 
 def _rows_table(title: str, rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> Table:
-    """A line per row; its keys name it together."""
+    """A line per row, which is named by the values of all its keys."""
     figures = [name for name in rows[0] if name not in keys] if rows else []
     lines = [[Cell(" ".join(str(row[key]) for key in keys)), *(cell(row[name]) for name in figures)] for row in rows]
     return Table(title, [", ".join(keys), *figures], lines)

@@ -1,4 +1,4 @@
-"""`atft`: the library calls that the assets make, for machines without Dagster and for scripts.
+"""`atft`: the library as a command, for scripts and for machines without an orchestrator.
 
 Exit codes: 0 done, 1 the run or its criterion failed, 2 bad usage or input, 130 interrupted by Ctrl-C or SIGTERM (one
 line on stderr says which). `--json` prints one JSON object on stdout; everything else a command says goes to stderr.
@@ -26,10 +26,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
     started = time.perf_counter()
     options = atft_parser().parse_args(arguments)
-    # Imports leave some hundred thousand objects that stay: looking through them for garbage is a tenth of a start.
+    # Imports leave some hundred thousand objects for good; searching them for garbage takes a tenth of the start.
     gc.set_threshold(_OBJECTS_BEFORE_COLLECTION)
     try:
-        # SIGTERM, by which schedulers and containers ask to end, would end the process without a record.
+        # Schedulers and containers stop a process with SIGTERM, which by default would leave no record of the stop.
         with handled(signal.default_int_handler, signal.SIGTERM):
             reply = options.command(options)
     except InputError as error:
@@ -61,13 +61,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def script() -> None:
-    """`main` as a process of its own, which ends without taking every object apart: that lasts half a second."""
+    """`main` as a process. It exits without destroying every object, which would take half a second."""
     code = main()
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
             stream.flush()
     if "multiprocessing.forkserver" in sys.modules:
-        sys.exit(code)  # several processes trained: what they met at is taken down on the usual way out
+        sys.exit(code)  # several processes trained: the normal exit releases what they shared
     os._exit(code)
 
 

@@ -22,8 +22,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def atft_parser() -> argparse.ArgumentParser:
-    """`command` of what it parses is the function to call, `name` the name that was typed."""
-    parser = Parser(prog="atft", description="Raw daily quotes to a gated ATFT-GAT-FAN model, without Dagster.")
+    """The parser. Its options hold `command`, the function to call, and `name`, the command as it was typed."""
+    parser = Parser(prog="atft", description="Raw daily quotes to a gated ATFT-GAT-FAN model, on the command line.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="name", required=True, metavar="COMMAND", parser_class=Parser)
 

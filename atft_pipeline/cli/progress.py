@@ -1,4 +1,4 @@
-"""A progress bar on stderr for work that lasts: nothing for the first second, and nothing without a terminal."""
+"""A progress bar on stderr for long work: nothing in the first second, and nothing without a terminal."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
 
 WAIT_S = 1.0
-"""What ends sooner shows no bar."""
+"""Work that ends sooner shows no bar."""
 REFRESHES_PER_S = 4.0
 
 _EPOCH = re.compile(r"epoch (\d+)/(\d+)\b")
-"""How the trainer's line of an epoch begins."""
+"""Start of the line that the trainer logs after an epoch."""
 
 
 class ProgressBar:
@@ -62,7 +62,7 @@ class ProgressBar:
         epoch = _EPOCH.match(line)
         if epoch is not None:
             self.advance("training", int(epoch[1]), int(epoch[2]))
-        # A bar that is shown has put itself in the place of sys.stderr and draws itself again below the line.
+        # While a bar is shown, rich replaces sys.stderr and draws the bar again below the line.
         say(line)
 
     def _start(self) -> None:

@@ -1,4 +1,4 @@
-"""What a command says: an object for scripts, and blocks of text for people."""
+"""The output of a command: an object for scripts, and blocks of text for people."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows under a header. The first column names the row; the others hold figures, or words where `words` says so."""
+    """Rows under a header. The first column names the row; the others hold figures, or words if listed in `words`."""
 
     title: str
     header: Sequence[str]
@@ -36,7 +36,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Sentences:
-    """Sentences under a title, a line each; `none` stands where there is no sentence."""
+    """Sentences under a title, a line each; `none` is shown where there is no sentence."""
 
     title: str
     sentences: Sequence[str]

@@ -39,7 +39,7 @@ def register(add: AddCommand) -> None:
 
 def _train(options: argparse.Namespace) -> Reply:
     config, overrides = configuration(options, "split", "model", "train", "evaluation")
-    # Seconds of torch, which a refusal need not wait for.
+    # torch takes seconds to import, and a refused configuration need not wait for it.
     from atft_pipeline.monitoring.progress import PASSING
     from atft_pipeline.training.distributed.process_group import SINGLE_PROCESS, joined
     from atft_pipeline.training.launcher import Layout, processes_asked, threads_each, train_in_processes
@@ -69,7 +69,7 @@ def _train(options: argparse.Namespace) -> Reply:
 
 
 def verdict_blocks(content: Mapping[str, Any]) -> list[Block]:
-    """The lines that matter of a verdict: what is decided, by which figure, and what else speaks for or against it."""
+    """The most important lines of a verdict: the decision, the figure that decided it, and the other evidence."""
     status, summary, final = content["status"], content["summary"], content["final"]
     lines = facts(
         ("run", f"{content['run_dir']}{' (reused)' if content['reused'] else ''}"),

@@ -16,7 +16,7 @@ from atft_pipeline.monitoring.number_format import colour, count, duration, gibi
 RUNS = Path("output/runs")
 ABSENT = "-"
 MINUTE = len("2026-11-30T18:55")
-"""Characters of a time up to its minute."""
+"""Characters of a timestamp up to its minute."""
 
 
 def register(add: AddCommand) -> None:
@@ -72,7 +72,7 @@ def _status_row(row: Mapping[str, Any]) -> list[Cell]:
 
 
 def _monitor(options: argparse.Namespace) -> Reply:
-    """Prints by itself, a frame after every look, and leaves nothing to print."""
+    """Prints a frame after every look by itself, so the reply is empty."""
     from atft_pipeline.monitoring.monitor import watch_folder, watch_run
 
     def watch(show: Callable[[Any], None]) -> Reply:

@@ -1,8 +1,8 @@
 """One frozen dataclass per stage of the pipeline.
 
-Every field changes behaviour. Fields are set in Dagster's run config, by `atft train --set model.hidden_size=512`, or
-by the variables of the validation report (`SHARPE_WEIGHT`, ...); all three end in `overrides.configured`, so an unknown
-name is refused in one place. What a field may be is written once, in its `Literal`.
+Every field changes behaviour. A field is set by a caller's mapping, by `atft train --set model.hidden_size=512`, or by
+a variable of the validation report (`SHARPE_WEIGHT`, ...). All three end in `overrides.configured`, so an unknown name
+is refused in one place. The values that a field allows are written once, in its `Literal`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def require(condition: bool, message: str) -> None:
 
 
 def _require_one_of(field: str, literal: Any, value: object) -> None:
-    """Refuses a value that is none of the `Literal`'s."""
+    """Refuses a value that is not in the `Literal`."""
     *others, last = get_args(literal)
     require(value in (*others, last), f"{field}: expected {', '.join(others)} or {last}, found {value!r}")
 
@@ -124,15 +124,15 @@ class SplitConfig:
 class ModelConfig:
     hidden_size: int = 32
     window_sessions: int = 20
-    """Sessions of history one score may see, W: the temporal encoder's bands sum to it."""
+    """W, the sessions of history that a score may read: the lengths of the temporal encoder's bands sum to it."""
     feature_gates: bool = True
-    """False leaves out the weights that variable selection gives the features: each counts the same."""
+    """False leaves out the feature weights of the variable selection, so that every feature counts the same."""
     encoder_layers: int = 1
-    """0 leaves the temporal encoder out: a score then sees its own session, and what the normalisation sees."""
+    """0 leaves the temporal encoder out: a score then reads its own session and the window of the normalisation."""
     attention_heads: int = 4
     normalisation: Normalisation = "san"
     normalisation_window_sessions: int = 20
-    """Trailing sessions of the normalisation's statistics (not of `none`); they lengthen the receptive field."""
+    """Trailing sessions of the normalisation's statistics (`none` has none); they lengthen the receptive field."""
     fan_frequencies: int = 2
     """Fourier components that `fan` removes of each feature, the largest ones: K in the paper."""
     skip: bool = True
@@ -287,10 +287,10 @@ class TrainConfig:
     weight_ema: float = 0.995
     """Decay of the averaged weights that are evaluated and kept; 0 evaluates the raw weights."""
     panel: PanelPlace = "auto"
-    """Where the panel lies; it changes no result. `memory`: in memory, on the device where it fits. `map`: a memory map
-    of a file in the run directory. `auto`: maps what does not fit."""
+    """Where the panel is kept; it changes no result. `memory`: in memory, on the device where it fits. `map`: a memory
+    map of a file in the run directory. `auto`: maps a panel that does not fit into memory."""
     loader_workers: int = 0
-    """Threads that make blocks ahead; a panel in a memory map always has one."""
+    """Threads that prepare blocks ahead; a panel in a memory map always has one."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     loss: LossConfig = field(default_factory=LossConfig)

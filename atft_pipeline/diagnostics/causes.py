@@ -1,6 +1,6 @@
 """What can be wrong with a run: one row per cause, in the order in which they should be ruled out.
 
-One row lists several faults where no evidence in a run's record or inputs can tell them apart.
+One row covers several faults where nothing in a run's record or inputs can tell them apart.
 """
 
 from __future__ import annotations
@@ -42,32 +42,32 @@ CAUSES: tuple[Cause, ...] = (
         ("maximum_over_history", "the Sharpe reported is the best of all epochs, not the criterion's", "rescore", 1.0),
         ("early_epoch_as_final", "an early epoch is presented as a later one", "rescore", 1.0),
         ("initial_checkpoint", "the initial weights were evaluated", "rescore", 1.0),
-        ("wrong_checkpoint", "weights that training had left behind were evaluated", "rescore", 1.0),
+        ("wrong_checkpoint", "weights of an outdated checkpoint were evaluated", "rescore", 1.0),
         (
             "cached_predictions",
             "the predictions are not the current weights': cached, or scored with a fixed checkpoint",
             "rescore",
             1.0,
         ),
-        ("wrong_split", "the sessions trained on or evaluated are not the split's", "data", 1.0),
-        ("target_shifted", "the targets evaluated are not the dataset's: shifted, or others", "data", 1.0),
+        ("wrong_split", "training or evaluation used other sessions than the split's", "data", 1.0),
+        ("target_shifted", "the evaluated targets are not the dataset's, e.g. shifted by a session", "data", 1.0),
         ("sign_inverted", "the sign of the scores is inverted between model and evaluation", "rescore", 1.0),
-        ("unit_of_sharpe", "another unit or aggregation than daily: annualised, or per row", "rescore", 1.0),
+        ("unit_of_sharpe", "the Sharpe is not a daily one: annualised, or pooled over rows", "rescore", 1.0),
         ("unrankable_scores_ranked", "constant or missing scores were ranked", "rescore", 1.0),
         ("evaluation_depends_on_batch", "a score depends on the batch it is computed in, or on chance", "rescore", 1.0),
-        ("train_filter_on_validation", "rows were left out of the evaluation that belong to its universe", "data", 1.0),
+        ("train_filter_on_validation", "the evaluation left out rows of its universe", "data", 1.0),
     ),
     *_rows(
         "data",
-        ("look_ahead_in_feature", "a feature knows the future", "data", 1.0),
-        ("future_graph", "the graph is of correlations that were not known yet", "graph", 0.5),
+        ("look_ahead_in_feature", "a feature contains information from the future", "data", 1.0),
+        ("future_graph", "the graph uses correlations that were not known yet", "graph", 0.5),
         ("features_missing", "features do not reach the model: not found, filled or constant", "data", 1.0),
         ("unit_error", "a feature changes its unit", "data", 1.0),
-        ("inputs_altered", "the model is given other columns or values than the dataset has", "data", 0.5),
-        ("labels_misaligned", "training targets are not those of the stocks and sessions beside them", "data", 0.5),
+        ("inputs_altered", "the model reads other columns or values than the dataset holds", "data", 0.5),
+        ("labels_misaligned", "training targets belong to other stocks or sessions than their features", "data", 0.5),
         ("survivorship", "the dataset lacks stocks or rows that its source has", "data", 0.5),
-        ("regime_shift", "what was true in training is reversed in validation", "baseline", 0.5),
-        ("no_signal", "the features say nothing about the target", "baseline", 1.0),
+        ("regime_shift", "relations of the training sessions reverse in validation", "baseline", 0.5),
+        ("no_signal", "the features do not predict the target", "baseline", 1.0),
     ),
     *_rows(
         "optimisation",
@@ -80,19 +80,19 @@ CAUSES: tuple[Cause, ...] = (
         ("updates_lost", "updates are lost: undone, skipped, or below the precision of the parameters", "replay", 0.5),
         ("not_in_optimizer", "parameters are missing from the optimizer", "ablate", 1.0),
         ("frozen_component", "a component is frozen", "ablate", 1.0),
-        ("encoder_bypassed", "the encoder is bypassed: what it says does not reach the head", "ablate", 1.0),
+        ("encoder_bypassed", "the encoder is bypassed: its output does not reach the head", "ablate", 1.0),
         ("zeros_reach_head", "the head reads zeros or padding", "ablate", 0.5),
     ),
     *_rows(
         "loss",
         (
             "term_without_effect",
-            "a loss term has a weight and no effect: swallowed, detached, or a weight that nothing reads",
+            "a loss term has a weight and no effect: left out, detached, or its weight is never read",
             "remedy",
             1.0,
         ),
         ("term_reversed", "the training raises a loss term instead of lowering it: a wrong sign", "remedy", 0.5),
-        ("loss_altered", "the loss trained on is not that of these scores, targets and weights", "remedy", 0.5),
+        ("loss_altered", "the loss that is minimised is not that of these scores, targets and weights", "remedy", 0.5),
         ("sharpe_term_light", "the loss has no Sharpe term, or a negligible one", "remedy", 0.3),
         ("terms_in_conflict", "the gradients of loss terms oppose each other", "remedy", 0.5),
         ("variance_penalty_dominates", "the variance penalty dominates the loss", "remedy", 0.5),
@@ -100,12 +100,12 @@ CAUSES: tuple[Cause, ...] = (
     *_rows(
         "capacity",
         ("underfit", "underfitting: the model is too small or too constrained for the signal", "baseline", 1.0),
-        ("overfit", "overfitting: the training loss falls and what it learns does not hold", "baseline", 1.0),
+        ("overfit", "overfitting: the training loss falls, and validation does not follow", "baseline", 1.0),
         ("predictions_collapse", "the predictions collapse towards a constant", "ablate", 1.0),
         ("no_dispersion", "the stocks look alike to the head: no cross-sectional dispersion", "ablate", 1.0),
         ("over_smoothing", "the graph smooths the stocks' differences away", "ablate", 0.5),
         ("dead_units", "most units are dead", "ablate", 0.5),
-        ("attention_collapse", "attention looks at one place only", "ablate", 0.5),
+        ("attention_collapse", "attention puts almost all its weight on one position", "ablate", 0.5),
     ),
     *_rows(
         "runtime",
@@ -113,14 +113,14 @@ CAUSES: tuple[Cause, ...] = (
         ("non_finite", "a loss or gradient was not finite", "replay", 1.0),
         ("starved_loader", "training waits for data", "replay", 0.5),
         ("not_deterministic", "the same seed gives other weights: a source of randomness is not seeded", "replay", 0.5),
-        ("resumed_wrongly", "the run went on from another state than it had left", "replay", 0.5),
+        ("resumed_wrongly", "the run resumed from another state than it had stored", "replay", 0.5),
     ),
     *_rows("noise", ("sampling_noise", "too few sessions to tell the Sharpe from the threshold", "rescore", 0.3)),
 )  # fmt: skip
 
 BY_ID: dict[str, Cause] = {cause.id: cause for cause in CAUSES}
 HEALTHY_PRIOR = 25.0
-"""About as much as all causes together: half of the runs that are looked at are fine."""
+"""About the sum of all causes' priors: half of the diagnosed runs are assumed to be healthy."""
 UNKNOWN_PRIOR = 2.0
 
 REMEDIES: dict[str, tuple[Change, ...]] = {
@@ -136,4 +136,4 @@ REMEDIES: dict[str, tuple[Change, ...]] = {
     "terms_in_conflict": (lowered("train.loss.rank_ic", 0), lowered("train.loss.sharpe", 0)),
     "variance_penalty_dominates": (lowered("train.loss.variance_penalty", 0),),
 }
-"""Cause -> the settings that would remove it, which the probe `remedy` tries; what no setting removes has none."""
+"""Cause -> changes of settings that should remove it, which the probe `remedy` tries. Not every cause has a remedy."""

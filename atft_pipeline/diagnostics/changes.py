@@ -1,7 +1,8 @@
 """Changes of a run's configuration that a remedy or an experiment asks for.
 
-A change is relative to what the run had: presets differ by factors of a hundred, so that a fixed value that lowers the
-learning rate of one raises another's. What would not move a setting the way it says is left out, and said.
+A change is relative to the run's own value. Presets differ by factors of a hundred, so a fixed learning rate that is
+lower than one preset's is higher than another's. A change that would not move its setting in the stated direction is
+left out, with the reason.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ PHASES = "train.loss.phases"
 
 @dataclass(frozen=True)
 class Change:
-    """What happens to one field. `raised`, `lowered` and `switched` make one."""
+    """A change of one field, made by `raised`, `lowered` or `switched`."""
 
     field: str
     verb: Verb
@@ -36,7 +37,7 @@ class Change:
     at_most: float = math.inf
     to: Any = None
     only_if: tuple[str, Any] | None = None
-    """Field and value without which this field decides nothing."""
+    """Another field and the value that it must have: elsewhere the changed field has no effect."""
 
     def new(self, old: Any) -> Any:
         """The value after the change, of the same type: three digits of a float, whole numbers stay whole."""
@@ -48,7 +49,7 @@ class Change:
         return float(f"{value:.3g}")
 
     def moves(self, old: Any, new: Any) -> bool:
-        """Whether `new` lies where the verb says."""
+        """Whether `new` differs from `old` in the direction of the verb."""
         return bool({"raise": new > old, "lower": new < old}[self.verb] if self.verb != "set" else new != old)
 
 
@@ -60,29 +61,29 @@ def raised(
     at_most: float = math.inf,
     only_if: tuple[str, Any] | None = None,
 ) -> Change:
-    """`times` the run's value, and `at_least` that much; nothing where the run has `at_most` already."""
+    """Raises the field to `times` its value, within `at_least` and `at_most`; no change where that is no rise."""
     return Change(field, "raise", times, at_least=at_least, at_most=at_most, only_if=only_if)
 
 
 def lowered(field: str, times: float, *, at_least: float = -math.inf, only_if: tuple[str, Any] | None = None) -> Change:
-    """`times` the run's value, but not below `at_least`; nothing where the run is there already."""
+    """Lowers the field to `times` its value, not below `at_least`; no change where that is no fall."""
     return Change(field, "lower", times, at_least=at_least, only_if=only_if)
 
 
 def switched(field: str, to: Any) -> Change:
-    """A choice and no amount; nothing where the run has made it already."""
+    """Sets the field to `to`; no change where it has that value already."""
     return Change(field, "set", to=to)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What changes come to for one run."""
+    """The result of changes for one run."""
 
     overrides: dict[str, Any]
     made: tuple[str, ...]
     """What each change does, with old and new value."""
     left_out: tuple[str, ...]
-    """Why another does nothing."""
+    """Why a change does nothing, for each one that is left out."""
 
     @property
     def sentence(self) -> str:
@@ -90,7 +91,7 @@ class Settings:
 
 
 def values_of(record: Record) -> dict[str, Any]:
-    """The run's configuration by dotted field. A field that it does not have, or of another type, has its default."""
+    """The run's configuration by dotted field. A field that is missing or has another type gets its default."""
     defaults = leaves(to_dict(PipelineConfig()))
     return {field: _recorded(record.config(field), default) for field, default in defaults.items()}
 
@@ -102,14 +103,14 @@ def _recorded(value: Any, default: Any) -> Any:
 
 
 def plan_changes(changes: Sequence[Change], values: Values) -> Settings:
-    """The changes applied to a configuration, one after the other; one that would not be allowed is left out."""
+    """Applies the changes to a configuration one after the other; leaves out those that the configuration refuses."""
     overrides: dict[str, Any] = {}
     made: list[str] = []
     left_out: list[str] = []
-    elsewhere: list[str] = []
+    without_effect: list[str] = []
     for change in changes:
         if change.only_if and values[change.only_if[0]] != change.only_if[1]:
-            elsewhere.append(f"`{change.field}` counts only where `{change.only_if[0]}` is {change.only_if[1]}")
+            without_effect.append(f"`{change.field}` counts only where `{change.only_if[0]}` is {change.only_if[1]}")
             continue
         old = _in_force(change.field, values)
         new = change.new(old)
@@ -123,7 +124,7 @@ def plan_changes(changes: Sequence[Change], values: Values) -> Settings:
             continue
         overrides |= fields
         made.append(f"{change.verb} `{change.field}` from {text_of(old)} to {text_of(new)}")
-    return Settings(overrides, tuple(made), tuple(left_out or ([] if made else elsewhere)))
+    return Settings(overrides, tuple(made), tuple(left_out or ([] if made else without_effect)))
 
 
 def _phases(values: Values) -> list[dict[str, Any]]:
@@ -132,14 +133,14 @@ def _phases(values: Values) -> list[dict[str, Any]]:
 
 
 def _in_force(field: str, values: Values) -> Any:
-    """The field's value; of a loss term the largest weight of any phase, which hides the base weight."""
+    """The field's value; for a loss term its largest weight, because a phase replaces the base weight."""
     term = field.removeprefix(LOSS)
     weights = [phase["weights"][term] for phase in _phases(values) if term in phase["weights"]]
     return max(values[field], *weights) if field.startswith(LOSS) and weights else values[field]
 
 
 def _fields(field: str, new: Any, values: Values, overrides: Values) -> dict[str, Any]:
-    """Fields to set so that `new` is in force: of a loss term also in the phases that name it."""
+    """Fields to set so that `new` takes effect: for a loss term also the phases that name it."""
     term = field.removeprefix(LOSS)
     phases = _phases({PHASES: overrides.get(PHASES, values[PHASES])})
     if not field.startswith(LOSS) or not any(term in phase["weights"] for phase in phases):

@@ -1,4 +1,7 @@
-"""Commands that a report names, filled with a run's own paths. Who starts runs otherwise gives another style."""
+"""Commands that a report names, filled with the run's own paths.
+
+A caller that starts runs in another way passes its own `CommandStyle`.
+"""
 
 from __future__ import annotations
 
@@ -19,35 +22,35 @@ from atft_pipeline.runs.reader import Record
 from atft_pipeline.storage.artifact import read_manifest
 
 TRAINING_SECTIONS = ("split", "model", "train", "evaluation")
-"""What a training command decides; `dataset` and `graph` come with the files it is given."""
+"""Sections that a training command sets; its input files fix the sections `dataset` and `graph`."""
 
 
 class CommandStyle(Protocol):
-    """One way to start things. Every command is one line of shell that works as pasted."""
+    """One way to start builds and runs. Every command is one line of shell that works when pasted."""
 
     def build_dataset(self, record: Record) -> str: ...
 
     def build_graph(self, record: Record) -> str: ...
 
     def ask_baselines(self, record: Record) -> str:
-        """Whether simple models find a signal in the run's dataset."""
+        """Measures whether simple models find a signal in the run's dataset."""
 
     def diagnose(self, record: Record, probes: str) -> str: ...
 
     def evaluate(self, record: Record) -> str | None:
-        """The figures of the newest predictions; None where the run kept none."""
+        """Computes the figures of the newest predictions; None where the run kept none."""
 
     def train(self, record: Record, overrides: Mapping[str, Any], name: str) -> str:
-        """The run with some fields changed; `name` tells it from the run."""
+        """Trains the run again with `overrides`; `name` distinguishes the new run."""
 
     def rerun(self, record: Record) -> str:
-        """The same run again, from the start and apart from the old one."""
+        """Trains the same run again from the start, and keeps the old one."""
 
     def resume(self, record: Record) -> str:
-        """The same run, on from its last complete epoch."""
+        """Continues the run after its last complete epoch."""
 
     def experiment(self, record: Record, id: str) -> str:
-        """Trains the experiment, compares it with the run and writes the run's report anew."""
+        """Trains the experiment, compares it with the run and renews the run's report."""
 
 
 class AtftCommands:
@@ -88,7 +91,7 @@ ATFT = AtftCommands()
 
 
 def next_steps(record: Record, style: CommandStyle = ATFT) -> Callable[[Rule], str]:
-    """For a fired rule: its sentence, what its changes do to this run's settings, and the command."""
+    """A function from a fired rule to its sentence, what its changes do to this run's settings, and the command."""
 
     @cache
     def commands() -> dict[str, str]:
@@ -99,19 +102,19 @@ def next_steps(record: Record, style: CommandStyle = ATFT) -> Callable[[Rule], s
         return values_of(record)
 
     def next_step(rule: Rule) -> str:
-        said = rule.next_step.format_map(commands())
+        sentence = rule.next_step.format_map(commands())
         if not rule.changes:
-            return said
+            return sentence
         settings = plan_changes(rule.changes, values())
         if not settings.overrides:
-            return f"{said}: no setting of this run is left to change ({settings.sentence})"
-        return f"{said} ({settings.sentence}): {code(style.train(record, settings.overrides, 'next'))}"
+            return f"{sentence}: no setting of this run is left to change ({settings.sentence})"
+        return f"{sentence} ({settings.sentence}): {code(style.train(record, settings.overrides, 'next'))}"
 
     return next_step
 
 
 def _named(record: Record, style: CommandStyle) -> dict[str, str]:
-    """What a rule's next step may name in braces."""
+    """Placeholder of a rule's next step -> command."""
     evaluate = style.evaluate(record)
     experiments = {f"experiment_{id.lower()}": code(style.experiment(record, id)) for id in EXPERIMENT_IDS}
     return experiments | {
@@ -144,7 +147,7 @@ def _path(record: Record, name: str) -> str:
 
 
 def _source(record: Record) -> str:
-    """Folder that the dataset was made from, as its manifest says; a word in its place where it cannot be read."""
+    """The source folder that the dataset's manifest names; the word SOURCE where it cannot be read."""
     with suppress(InputError, OSError, KeyError, TypeError):
         return _quote(read_manifest(Path(str(record.run.get("dataset_path"))), "ml_dataset")["source"]["path"])
     return "SOURCE"

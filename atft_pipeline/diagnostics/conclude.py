@@ -1,4 +1,4 @@
-"""An experiment of a run's report: planned from the run's record, and its result written into the run's report."""
+"""An experiment of a run's report: it is planned from the run's record, and its result is added to the report."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class PlannedExperiment:
 
     id: str
     explained: Path
-    """Directory of the run that it explains."""
+    """Directory of the run that the experiment explains."""
     plan: Plan
     overrides: dict[str, Any]
-    """For the record of the experiment's run."""
+    """What the record of the experiment's run says of its settings."""
 
     @property
     def name(self) -> str:

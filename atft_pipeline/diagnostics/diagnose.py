@@ -1,6 +1,6 @@
 """Why a run got its Sharpe: findings with evidence and next steps, read from the run's own directory.
 
-The dataset that the run names is read only while it is still the one that the run was made on.
+The dataset that the run names is read only if it is still the one that the run was trained on.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ PROBED_CAUSES = 3
 def diagnose(
     run_dir: Path, probes: Probes = "none", commands: CommandStyle = ATFT, table: RuleTable = TABLE
 ) -> Diagnosis:
-    """Every rule held against the record of one run, in whatever state it is, and the causes ranked.
+    """Assesses every rule on the record of one run, whatever its state, and ranks the causes.
 
-    `probes`: `leading` makes those of the three most probable causes, which take from seconds to an epoch, and ranks
-    again; `all` makes every one. Figures of earlier probes are always read. `commands` is the style of the commands
-    that findings name.
+    `probes`: `leading` runs the probes of the three most probable causes, which take from seconds to an epoch each, and
+    ranks again; `all` runs every probe. Figures of earlier probes are always read. `commands` is the style of the
+    commands that findings name.
 
     Raises InputError where `run_dir` holds nothing readable of a run.
     """
     record = open_record(Path(run_dir))
     try:
-        # Both wait for files more than for the interpreter, so two threads take the time of one.
+        # Both mostly wait for files, so two threads take the time of one.
         with ThreadPoolExecutor(1) as pool:
             attributed = pool.submit(attributions, record)
             signals, findings, ranking = _assessed(record, commands, table)

@@ -1,4 +1,4 @@
-"""Every signal of a run: of its own tables, of the files that it was made on, of its probes and experiments."""
+"""Every signal of a run: from its own tables, from its input files, and from its probes and experiments."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from atft_pipeline.runs.reader import Record
 EXPERIMENT_SIGNALS: dict[str, str] = {id: f"experiment_{id.lower()}_gain_t" for id in EXPERIMENT_IDS}
 """Experiment -> signal: the daily IC that it gained over the run, paired by session, in standard errors."""
 LATER_SIGNALS: tuple[str, ...] = (*(n for names in PROBE_SIGNALS.values() for n in names), *EXPERIMENT_SIGNALS.values())
-"""Measured by probes and experiments, where they were made."""
+"""Signals of probes and experiments: not measured until these have run."""
 
 
 def signal_names(table: RuleTable = TABLE) -> frozenset[str]:
-    """What a rule may ask for."""
+    """Names of all signals that a rule may read."""
     return frozenset({*table.signals, *audited_names(table), *LATER_SIGNALS})
 
 
 def audited_names(table: RuleTable = TABLE) -> tuple[str, ...]:
-    """Signals that need the files of the run, its dataset above all."""
+    """Names of the signals that need the run's input files, above all its dataset."""
     return tuple(name for audit in table.audits for name in audit.names)
 
 
@@ -38,9 +38,9 @@ def recorded(record: Record, table: RuleTable = TABLE) -> dict[str, Value]:
 
 
 def audited(record: Record, table: RuleTable = TABLE) -> dict[str, Value]:
-    """The signals that hold the run's files against its dataset and against each other.
+    """The signals that compare the run's files with its dataset and with each other.
 
-    None where a file is torn, has been replaced, or holds other columns than it should.
+    None where a file is torn, has been replaced, or has other columns than it should.
     """
     inputs = RunInputs(record)
     try:
@@ -58,7 +58,7 @@ def _values(audit: Audit, inputs: RunInputs) -> dict[str, Value]:
 
 
 def gather(record: Record, table: RuleTable = TABLE) -> dict[str, Value]:
-    """Every signal; None where it was not measured. Probes and experiments are read, not made."""
+    """Every signal; None where it was not measured. Probes and experiments are read, not run."""
     later = dict.fromkeys(LATER_SIGNALS) | probe_figures(record) | _experiments(record)
     return recorded(record, table) | audited(record, table) | later
 

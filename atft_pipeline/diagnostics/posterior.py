@@ -1,10 +1,12 @@
 """From fired and quiet rules to causes with a probability: prior odds plus capped log likelihood ratios.
 
-Classes are the causes, `healthy` and `unknown`. A rule that was assessed speaks for or against every class by how often
-it fires in runs of that class, counted on planted runs (`likelihoods.json`, written by the diagnostics bench) and
-smoothed towards what the rule table says. Of the rules in one channel, which see the same thing, only the strongest
-counts for a class. A rule that could not be assessed says nothing. While a validity rule fires, only evaluation faults
-are ranked; while a root rule fires, only its own suspects are reported.
+Classes are the causes, `healthy` and `unknown`. A rule that was assessed is evidence for or against every class,
+by how often it fires in runs of that class. The rates are counted on planted runs (`likelihoods.json`, written by the
+diagnostics bench) and smoothed towards the rule table's expectation. The rules of one channel see the same thing, so
+only the strongest of them counts for a class. A rule that could not be assessed is no evidence.
+
+While a validity rule fires, only evaluation faults are ranked. While a root rule fires, only its own suspects are
+reported.
 """
 
 from __future__ import annotations
@@ -30,20 +32,20 @@ the healthy runs it was fitted on must be able to outweigh the odds of 25 to 1 t
 SMOOTHING = 2.0
 """Planted runs that the rule table's own expectation counts for."""
 ONLY_WITNESS, MAIN_SUSPECT, OTHER_SUSPECT = 0.95, 0.6, 0.4
-"""How often a rule is expected to fire for the first cause it speaks for, where it is the only rule to do so and where
-others do too, and for the causes it names after the first."""
+"""Rates at which a rule is expected to fire: for its first suspect where no other channel names that cause first, for
+its first suspect where others do, and for its further suspects."""
 QUIET = 0.01
-"""How often a rule is expected to fire in a healthy run, and for a cause it does not speak for unless runs say more."""
+"""Rate at which a rule is expected to fire in a healthy run, and for a cause that it does not suspect."""
 OFTEN_FINE = 0.05
-"""The same of a rule that describes: what explains a low Sharpe is seen in good runs too."""
+"""The same for observations and explanations: what explains a low Sharpe occurs in healthy runs too."""
 UNKNOWN_FLOOR = 0.015
-"""An unknown fault may set off anything but a root rule."""
+"""Smallest rate at which an unknown fault fires a rule: it may fire any rule but a root rule."""
 NEVER_FINE = ("invalid", "failure", "defect")
 """Severities that are wrong whatever the results are: while such a rule fires, no run is called healthy."""
 DEFECT_AGAINST_HEALTHY = 2.3
 """A fired defect lowers the log odds of `healthy` by this much (10 to 1)."""
 CONCLUSIVE, MARGIN = 0.5, 3.0
-"""Posterior and odds against the next class without which nothing is concluded."""
+"""A conclusion needs this probability of the leading class, and these odds against the next one."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class RankedCause:
     group: str
     probability: float
     evidence: tuple[str, ...]
-    """Fired rules that speak for it, the strongest first."""
+    """Ids of the fired rules that are evidence for it, the strongest first."""
     probe: str
 
 
@@ -73,12 +75,12 @@ class Ranking:
 Counts = Mapping[str, Mapping[str, Sequence[int]]]
 """Rule -> class -> (fired, assessed) in planted runs."""
 Statuses = Mapping[str, Status]
-"""Rule -> how it came out."""
+"""Rule -> its status in one run."""
 
 
 @cache
 def learned() -> Counts:
-    """Counts of the planted runs that the diagnostics bench was fitted on."""
+    """Counts from the planted runs of the diagnostics bench."""
     path = Path(__file__).with_name("likelihoods.json")
     content: Counts = json.loads(path.read_text(encoding="utf-8"))["rules"]
     return content
@@ -107,7 +109,7 @@ def rank(findings: Sequence[Finding], counts: Counts | None = None, rules: Seque
 
 
 def _classes(fired: Sequence[Rule]) -> list[str]:
-    """What is ranked: every class, or evaluation faults alone while a rule proves the report false."""
+    """The classes to rank: all of them, or only evaluation faults while a rule proves the report false."""
     classes = [cause.id for cause in CAUSES] + [HEALTHY, UNKNOWN]
     if not any(rule.severity == "invalid" and _group(rule) in PROVABLE for rule in fired):
         return classes
@@ -122,7 +124,7 @@ def _log_odds(
     for channel in dict.fromkeys(rule.channel for rule in rules):
         assessed = [r for r in rules if r.channel == channel and status.get(r.id) in ("fired", "not_fired")]
         for name in classes:
-            # A rule that names the cause comes before how other rules behave in runs of that cause.
+            # Where rules of the channel suspect the cause, the others do not count for it.
             speaking = [rule for rule in assessed if name in rule.suspects]
             speaking = speaking or [rule for rule in assessed if rule.severity != "observation"]
             ratios = [likelihoods.log_ratio(rule, status[rule.id] == "fired", name) for rule in speaking]
@@ -132,7 +134,7 @@ def _log_odds(
 
 
 def _penalise(scores: dict[str, float], fired: Sequence[Rule]) -> None:
-    """Lowers what a fired root rule excludes, and `healthy` where something is wrong by itself."""
+    """Lowers the causes that a fired root rule excludes, and `healthy` while a rule of `NEVER_FINE` fires."""
     for name in scores:
         if name in BY_ID and any(rule.root and name not in rule.suspects for rule in fired):
             scores[name] -= CAP
@@ -177,7 +179,7 @@ class Likelihoods:
 
     def __init__(self, counts: Counts, rules: Sequence[Rule]) -> None:
         self.counts = counts
-        # Channels with a rule that speaks for a cause above all: one of several may well be silent.
+        # Cause -> number of channels that suspect it first: where there are several, one may well be quiet.
         first = {(rule.suspects[0], rule.channel) for rule in rules if rule.suspects}
         self.witnesses = Counter(cause for cause, _ in first)
         self.background = {rule.id: self._background(rule) for rule in rules}
@@ -190,9 +192,9 @@ class Likelihoods:
     def rate(self, rule: Rule, name: str) -> float:
         """P(rule fires | class).
 
-        For a healthy run and for a cause that the rule names: the table's expectation, corrected by planted runs of
-        the class. For any other cause: how often the rule fires in runs of all causes that it does not name, because
-        what it did in two runs of one cause is no evidence for that cause.
+        For a healthy run and for a suspect of the rule: the table's expectation, corrected by planted runs of the
+        class. For any other cause: how often the rule fires in runs of all causes that it does not suspect, because
+        two runs of one cause are too few to learn a rate for that cause.
         """
         if name == HEALTHY or name in rule.suspects:
             fired, assessed = self._count(rule, name)

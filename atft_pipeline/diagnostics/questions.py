@@ -1,4 +1,4 @@
-"""The questions of a validation report. Each rule answers one of them, and the report answers all."""
+"""The questions of a validation report. Each rule answers one of them; the report answers all of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a rule is, and how it is held against the signals of a run. The rules themselves stand in `topics/`.
+"""What a rule is, and how it is assessed on the signals of a run. The rules themselves are in `topics/`.
 
 A rule fires when all of its conditions hold. It is `not_assessable` as soon as one of its signals was not measured,
 whatever the others say: missing evidence is never "fine". While a validity rule fires, no other finding counts: a
@@ -21,7 +21,8 @@ from atft_pipeline.diagnostics.signal import Signals, Value
 Status = Literal["fired", "not_fired", "not_assessable"]
 Severity = Literal["invalid", "failure", "defect", "explanation", "observation"]
 """`invalid`: the Sharpe must not be read. `failure`: the run did not end. `defect`: wrong whatever the Sharpe is.
-`explanation`: would explain a low Sharpe, and is only an observation where the Sharpe is not low. `observation`."""
+`explanation`: would explain a low Sharpe; it is an observation where the Sharpe is not low. `observation`: describes
+without a judgement."""
 Group = Literal[
     "validity", "runtime", "data", "curves", "learning rate", "loss terms", "ic", "gradients", "experiments", "noise"
 ]
@@ -64,15 +65,15 @@ class Rule:
     evidence: str
     next_step: str
     changes: tuple[Change, ...] = ()
-    """Settings that the next step tries; the command that trains with them follows the sentence."""
+    """Settings that the next step tries. The command that trains with them follows the sentence."""
     experiments: tuple[str, ...] = ()
-    """Ids of the experiments that it asks for when it fires."""
+    """Ids of the experiments that the rule asks for when it fires."""
     question: Question
     """The question of the report that this rule answers. An observation answers nothing by itself."""
     channel: str
-    """Evidence group: of the rules of one channel, which see the same thing, only the strongest counts."""
+    """Rules of one channel see the same thing, so only the strongest of them counts for a cause."""
     suspects: tuple[str, ...] = ()
-    """Ids of the causes that it speaks for, the likeliest first; empty where it only describes."""
+    """Ids of the causes that the rule is evidence for, the likeliest first; empty where it only describes."""
     root: bool = False
     """Only its own suspects can cause it, so while it fires only they are reported."""
 
@@ -84,7 +85,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Finding:
-    """One rule held against one run."""
+    """A rule with its outcome for one run."""
 
     rule: str
     cause: str
@@ -101,7 +102,7 @@ class Finding:
 
 
 def assess(signals: Signals, rules: Sequence[Rule], next_step: Callable[[Rule], str] = lambda _: "") -> list[Finding]:
-    """Every rule held against `signals`, in the order of `rules`; `next_step` says what to do after a fired one.
+    """Assesses every rule on `signals`, in the order of `rules`; `next_step` says what to do after a fired one.
 
     An explanation of a Sharpe that is not low is an observation. While a validity rule fires, nothing else is decisive.
     """
@@ -140,7 +141,7 @@ def _finding(
 
 
 def _evidence(rule: Rule, status: Status, signals: Signals) -> str:
-    """The rule's sentence where it fired; else the figures alone, which the sentence would accuse."""
+    """The rule's sentence where it fired, else the figures alone: the sentence would accuse a run that is fine."""
     if status == "fired":
         return _fill(rule.evidence, signals)
     if status == "not_assessable":

@@ -1,4 +1,4 @@
-"""What a run was made on. Each piece is read once, and only while it is still the one that the run names."""
+"""The inputs of a run. Each is read once, and only if its fingerprint is still the one in the run's record."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class RunInputs:
     def _of_the_run(self, what: str, kind: str) -> Path:
         path = Path(str(self.record.run.get(f"{what}_path")))
         if read_manifest(path, kind).get("fingerprint") != self.record.run.get(f"{what}_fingerprint"):
-            raise InputError(f"{path}: not the {what} that the run was made on")
+            raise InputError(f"{path}: not the {what} that the run was trained on")
         return path
 
     @cached_property
@@ -88,12 +88,12 @@ class RunInputs:
 
     @property
     def universe(self) -> str:
-        """Column of the membership that marks what the run is trained on."""
+        """Column of the membership that marks the stocks the run is trained on."""
         return "is_liquid" if self.config.train.universe == "liquid" else "is_investable"
 
     @cached_property
     def sessions(self) -> NDArray[np.datetime64]:
-        """[T] that have a row, as a panel has them; the manifest also lists those on which nothing traded."""
+        """[T] sessions with a row, as in a panel; the manifest also lists sessions on which nothing traded."""
         query = "SELECT DISTINCT Date FROM read_parquet(?) ORDER BY 1"
         dates = duckdb.execute(query, [self.members]).fetchnumpy()["Date"]
         return np.asarray(dates, "datetime64[D]")
@@ -106,7 +106,7 @@ class RunInputs:
 
     @cached_property
     def validation_scores(self) -> tuple[int, pa.Table]:
-        """Epoch and validation rows of the newest predictions that hold some, also the relation `scored`."""
+        """Epoch and rows of the newest predictions with validation rows; registers them as the relation `scored`."""
         for epoch in sorted(self.record.predictions, reverse=True):
             table = read_scores(self.record.predictions[epoch], HORIZONS)
             rows = None if table is None else table.filter(pc.equal(table["split"], "validation"))
@@ -117,7 +117,7 @@ class RunInputs:
 
     @cached_property
     def sample(self) -> pa.Table:
-        """What the model was given in the sampled sessions (`inputs.parquet`), also the relation `given`."""
+        """The model's inputs in the sampled sessions (`inputs.parquet`); registers them as the relation `given`."""
         try:
             table = pq.read_table(self.record.run_dir / "inputs.parquet").select(SAMPLE.names).cast(SAMPLE)
         except (OSError, pa.ArrowException, KeyError) as error:
@@ -128,11 +128,11 @@ class RunInputs:
         return table
 
     def require_scores(self) -> None:
-        """Makes the relation `scored`. Raises InputError where no predictions can be read."""
+        """Registers the relation `scored`. Raises InputError where no predictions can be read."""
         _ = self.validation_scores
 
     def require_sample(self) -> None:
-        """Makes the relation `given`. Raises InputError where the sample cannot be read."""
+        """Registers the relation `given`. Raises InputError where the sample cannot be read."""
         _ = self.sample
 
     def _register(self, name: str, table: pa.Table) -> None:
@@ -140,7 +140,7 @@ class RunInputs:
         self._registered.append(name)
 
     def forget_tables(self) -> None:
-        """Takes `scored` and `given` out of the connection, which outlives these inputs."""
+        """Removes `scored` and `given` from the connection, which outlives these inputs."""
         while self._registered:
             self.record.connection.unregister(self._registered.pop())
 

@@ -1,4 +1,4 @@
-"""What is known of a run, as named figures. None means "not measured", which is never "fine"."""
+"""Signals: named figures of a run. None means "not measured", which is never "fine"."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class SignalTable(dict[str, Measure]):
 
 @dataclass(frozen=True)
 class Audit:
-    """Signals that one function measures together from the files that a run was made on.
+    """Signals that one function measures together from the input files of a run.
 
-    It may raise InputError or an error of reading: all of its signals count as not measured then.
+    If the function raises InputError or an error of reading, all of its signals count as not measured.
     """
 
     names: tuple[str, ...]

@@ -1,1 +1,1 @@
-"""Runs while they go on: progress, warnings, dashboard, comparison."""
+"""Runs while they train and side by side: progress, warnings, dashboard, comparison."""

@@ -1,9 +1,9 @@
 """Finished runs and baselines side by side, and an alarm where two figures are too equal to have been measured twice.
 
 Each run is read from its own directory (a link that leaves it is refused). What cannot be compared, because it is
-missing, unfinished or of other data, is a row that says so. The alarm is for the failure this project grew out of: one
-Sharpe, read from another run's files, that stood under three run lengths. Different weights score differently, and a
-mean over hundreds of sessions in float64 does not repeat itself to the last bit.
+missing, unfinished or of other data, is a row that says so. The alarm finds figures that were read from another run's
+files: different weights score differently, and a mean over hundreds of sessions in float64 does not repeat itself to
+the last bit.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ REPEATABLE: frozenset[str] = frozenset(
         "max_drawdown",
     }
 )  # fmt: skip
-"""Metrics that two honest evaluations may share to the last bit; every other one is held against all others."""
+"""Metrics that two honest evaluations may share to the last bit; the alarm compares every other one."""
 
 SCORE_METRICS: tuple[str, ...] = ("ic_mean", "icir")
-"""Metrics that change with every score, also where no rank does."""
+"""Metrics that change with every score, even where no rank changes."""
 RANK_METRICS: tuple[str, ...] = ("rank_ic_mean", "rank_icir")
 
 TOO_SHORT = f"nothing below {MILESTONES[0][0]} epochs"
@@ -63,7 +63,7 @@ class Row:
     name: str
     state: State
     reason: str = ""
-    """Empty where the figures are there."""
+    """Empty where the row has figures."""
     kind: Literal["run", "baseline"] = "run"
     epochs: int | None = None
     sharpe: float | None = None
@@ -75,7 +75,7 @@ class Row:
     ic: float | None = None
     rank_ic: float | None = None
     runtime_s: float | None = None
-    """Training and validation of all epochs, as recorded: a resumed run's pauses do not count."""
+    """Recorded time of training and validation over all epochs; the pauses of a resumed run do not count."""
     degeneracy_resets: int | None = None
     gradient_warnings: int | None = None
     expected: str | None = None
@@ -115,7 +115,7 @@ class Comparison:
     rows: tuple[Row, ...]
     alarms: tuple[Identity, ...]
     notes: tuple[Identity, ...]
-    """Identities that the daily records explain: weights too close to each other to change a holding."""
+    """Identities that the daily records explain: the weights are too close to each other to change a holding."""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON."""
@@ -132,7 +132,7 @@ class Comparison:
         return [_cells(row) for row in self.rows]
 
     def missed(self) -> list[dict[str, str]]:
-        """What the validation report expected and a run did not show, or did not measure."""
+        """Expectations of the validation report that a run missed or did not measure."""
         return [
             {
                 "run": row.name,
@@ -157,7 +157,7 @@ class _Figure:
 
 @dataclass
 class _Run:
-    """A run directory as read, or why it was not."""
+    """A run directory as it was read, or why it could not be."""
 
     name: str
     record: Record | None
@@ -172,7 +172,7 @@ class _Run:
 
     @property
     def setting(self) -> dict[str, Any] | None:
-        """What decides which sessions and stocks its figures are of; None where it is not recorded."""
+        """The settings that decide which sessions and stocks its figures cover; None where they are not recorded."""
         if self.record is None or not isinstance(self.record.config("split"), dict):
             return None
         return setting(self.record.config("split"), self.record.config("evaluation") or {})
@@ -193,9 +193,9 @@ def compare(
 
     Figures are compared on `dataset_fingerprint`, by default that of the first finished run, and on the split and
     evaluation of the first finished run of that dataset. `baselines` is what the asset of that name stored, or why
-    there is nothing. The alarm looks at every figure of every run, at all epochs and whatever its dataset.
+    there are none. The alarm compares every figure of every run, at all epochs and on every dataset.
     """
-    read = [_read(name, place) for name, place in runs.items()]
+    read = [_read(name, location) for name, location in runs.items()]
     try:
         finished = [run for run in read if run.state in ("finished", "invalid")]
         if dataset_fingerprint is None:
@@ -217,7 +217,7 @@ def read_baselines(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: no readable baselines ({error}); materialize the asset `baselines` again") from error
+        raise InputError(f"{path}: no readable baselines ({error}); fit them again") from error
     if not isinstance(content, dict) or content.get("kind") != BASELINES_KIND:
         raise InputError(f"{path}: not what the asset `baselines` stored; give its JSON file")
     return content
@@ -285,8 +285,9 @@ def _row(run: _Run, fingerprint: str | None, common: Mapping[str, Any] | None) -
         stopped = (Milestone("no_crash", None, 1.0, "no crash", False),) if crashed else ()
         return Row(run.name, run.state, run.reason, epochs=planned, milestones=stopped)
     if run.fingerprint != fingerprint:
-        found, expected = (str(value or "unknown")[:12] for value in (run.fingerprint, fingerprint))
-        return Row(run.name, "other dataset", f"trained on dataset {found}, the others on {expected}", epochs=planned)
+        trained_on, expected = (str(value or "unknown")[:12] for value in (run.fingerprint, fingerprint))
+        reason = f"trained on dataset {trained_on}, the others on {expected}"
+        return Row(run.name, "other dataset", reason, epochs=planned)
     if run.setting is None or run.setting != common:
         return Row(run.name, "other split", _setting_difference(run.setting, common), epochs=planned)
     return _measured(run, record, planned)
@@ -340,7 +341,7 @@ def _measured(run: _Run, record: Record, planned: int | None) -> Row:
 
 
 def _count(record: Record, metric: str) -> int | None:
-    """Sum over epochs of a count; None where it was never recorded, which is not 0."""
+    """A count summed over the epochs; None where it was never recorded, which does not mean 0."""
     total = record.scalar("SELECT sum(value) FROM series WHERE metric = ? AND step IS NULL", metric)
     return None if total is None else int(total)
 
@@ -362,7 +363,7 @@ def _baseline_rows(
     rows = []
     for name, splits in baselines["models"].items():
         if stale:
-            rows.append(Row(name, "stale", f"{stale}; materialize the asset `baselines` again", "baseline"))
+            rows.append(Row(name, "stale", f"{stale}; fit the baselines again", "baseline"))
             continue
         (sharpe, se), (test, test_se) = (_stored(splits, split, "sharpe_daily") for split in ("validation", "test"))
         refusal = splits["validation"]["reason"]
@@ -400,7 +401,7 @@ def _stored(splits: Mapping[str, Any], split: str, metric: str) -> tuple[float |
 
 
 def _baseline_figures(baselines: Mapping[str, Any] | str) -> list[_Figure]:
-    """Their figures take part in the alarm: a network that scores to the bit like one is one, or was read from it."""
+    """Figures of the baselines, for the alarm: a network that equals a baseline to the bit was read from it."""
     if isinstance(baselines, str):
         return []
     return [
@@ -416,7 +417,7 @@ def _baseline_figures(baselines: Mapping[str, Any] | str) -> list[_Figure]:
 
 
 def _identities(figures: Iterable[_Figure], records: Mapping[str, Record]) -> tuple[list[Identity], list[Identity]]:
-    """Groups of equal figures of different weights: those that nothing explains, and those that a record does."""
+    """(alarms, notes): equal figures of different weights that nothing explains, and those that a record explains."""
     groups: defaultdict[tuple[str, str, str, float | str], list[Occurrence]] = defaultdict(list)
     for figure in figures:
         if figure.metric not in REPEATABLE:
@@ -439,9 +440,9 @@ def _holdings_unchanged(
 ) -> bool:
     """Whether the daily records show that the scores differed and the ranking, or the holdings, did not.
 
-    An epoch of a small learning rate moves the weights by millionths, and two runs of one seed begin almost alike:
-    scores and IC differ, and on a small market not one stock changes its place. A copied figure has no such record
-    behind it.
+    An epoch with a small learning rate moves the weights by millionths, and two runs of one seed start almost equal.
+    Their scores and ICs differ, but on a small market no stock may change its rank. A copied figure has no such daily
+    record behind it.
     """
     if metric == "predictions_hash" or metric in SCORE_METRICS:
         return False
@@ -499,10 +500,10 @@ def _epochs(at: Sequence[int]) -> str:
 
 
 def _cells(row: Row) -> dict[str, str]:
-    unsaid = "not measured" if row.state == "finished" else row.state
+    absent = "not measured" if row.state == "finished" else row.state
 
     def number(value: float | None, digits: int = 3) -> str:
-        return unsaid if value is None else f"{value:.{digits}f}"
+        return absent if value is None else f"{value:.{digits}f}"
 
     def sharpe(value: float | None, se: float | None) -> str:
         return number(value) if value is None or se is None else f"{value:.3f} ± {se:.3f}"
@@ -510,7 +511,7 @@ def _cells(row: Row) -> dict[str, str]:
     def of_a_run(value: object) -> str:
         """A baseline has no epochs, no gradients and no verdict."""
         if value is None:
-            return "not applicable" if row.kind == "baseline" and row.state == "finished" else unsaid
+            return "not applicable" if row.kind == "baseline" and row.state == "finished" else absent
         return str(value)
 
     answer = None if row.as_expected is None else "yes" if row.as_expected else "no"
@@ -527,7 +528,7 @@ def _cells(row: Row) -> dict[str, str]:
         "Sharpe, test": sharpe(row.sharpe_test, row.sharpe_test_se),
         "IC": number(row.ic, 4),
         "RankIC": number(row.rank_ic, 4),
-        "runtime": unsaid if row.runtime_s is None else f"{row.runtime_s:.0f} s",
+        "runtime": absent if row.runtime_s is None else f"{row.runtime_s:.0f} s",
         f"degeneracy resets (fewer than {MAX_DEGENERACY_RESETS})": of_a_run(row.degeneracy_resets),
         "gradient warnings (0)": of_a_run(row.gradient_warnings),
         "verdict": of_a_run(row.verdict),

@@ -1,4 +1,4 @@
-"""A frame of the monitor as text for a terminal or a file: a panel per run that goes on, a row per ended one."""
+"""A frame of the monitor as text for a terminal or a file: a panel per running run, a row per ended run."""
 
 from __future__ import annotations
 
@@ -30,9 +30,10 @@ PLAIN_WIDTH = 100
 
 @contextmanager
 def screen(stream: TextIO | None = None) -> Iterator[Callable[[Frame], None]]:
-    """What shows a frame: in place of the one before on a terminal, below it and without control characters elsewhere.
+    """Yields the function that shows a frame.
 
-    The terminal is as it was when the block ends, an interrupt included.
+    On a terminal a frame replaces the previous one; elsewhere it follows it, without control characters. The terminal
+    is restored when the block ends, also by an interrupt.
     """
     stream = sys.stdout if stream is None else stream
     console = Console(file=stream)
@@ -52,7 +53,7 @@ def plain(frame: Frame, width: int = PLAIN_WIDTH) -> str:
 
 
 def fitted(frame: Frame, console: Console) -> RenderableType:
-    """The frame with as many panels as the terminal has lines for; the other runs become rows, the warnings stay."""
+    """The frame with as many panels as the terminal has lines for; other runs become rows, and warnings stay."""
     for panels in range(len(frame.runs), 0, -1):
         drawn = draw(frame, panels)
         if len(console.render_lines(drawn)) < console.height:
@@ -61,7 +62,7 @@ def fitted(frame: Frame, console: Console) -> RenderableType:
 
 
 def draw(frame: Frame, panels: int | None = None) -> RenderableType:
-    """Panels of the first `panels` runs that go on (None: of all), rows of the others, and the warnings below."""
+    """Panels of the first `panels` running runs (None: of all), rows of the others, and the warnings below."""
     going_on = [run for run in frame.runs if run.progress.goes_on][:panels]
     rows = [run for run in frame.runs if run not in going_on]
     parts: list[RenderableType] = [Text(f"{one_line(frame.place)}  {frame.time}", style="dim")]
@@ -130,7 +131,7 @@ def _evaluation(run: RunProgress) -> str:
 
 
 def _gradients(curves: Mapping[str, Curve]) -> RenderableType:
-    """Two components a line, so that a model of seven takes four."""
+    """Two components per line, so that seven components take four lines."""
     if not curves:
         return Text("not measured")
     cells = [(one_line(name), number(newest(curve)), sparkline(curve)) for name, curve in curves.items()]
@@ -175,7 +176,7 @@ def _rows(runs: list[RunProgress]) -> RenderableType:
 
 def _problems(run: Watched) -> list[str]:
     ended = [run.progress.reason] if run.progress.reason and not run.progress.goes_on else []
-    unassessed = [f"no rule could be held against it: {run.unassessed}"] if run.unassessed else []
+    unassessed = [f"its rules could not be assessed: {run.unassessed}"] if run.unassessed else []
     return [*ended, *run.progress.problems, *unassessed]
 
 
@@ -184,7 +185,7 @@ def _sentence(run: RunProgress, problem: str) -> Text:
 
 
 def _warnings(frame: Frame) -> list[RenderableType]:
-    """The newest warnings of every run that was assessed, or that there are none."""
+    """The newest warnings of every run that was assessed, or a line that says there are none."""
     lines: list[RenderableType] = []
     for run in frame.runs:
         for warning in run.warnings:

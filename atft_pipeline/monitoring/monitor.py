@@ -1,6 +1,6 @@
-"""Runs watched while they train: one frame per look, with the persistent warnings of those that are in progress.
+"""Runs watched while they train: one frame per look, with the persistent warnings of running runs.
 
-A frame is read from the runs' own records alone; nothing is written to a run directory.
+A frame is read from the runs' records; nothing is written to a run directory.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from atft_pipeline.monitoring.progress import RunProgress, has_ended, read_all_p
 from atft_pipeline.training.distributed.interrupts import pause
 
 ENDED_SHOWN = 5
-"""Of the runs that go on no more, this many newest ones are shown."""
+"""Number of the newest ended runs that a frame shows."""
 
 
 @dataclass(frozen=True)
 class Watched:
-    """A run of a frame. `warnings` are of a run that goes on, or that was asked for by name.
+    """A run of a frame. Only a running run, or one that was asked for by name, has `warnings`.
 
-    `unassessed`: why there are none, where the rules could not be held against the run.
+    `unassessed`: why there are none, where the rules could not be assessed.
     """
 
     progress: RunProgress
@@ -56,7 +56,7 @@ Look = Callable[[float], Frame]
 
 
 def look_at_folder(runs: Path) -> Look:
-    """Every run of a folder that goes on or cannot be read, and the newest ones that have ended."""
+    """Looks at every run of a folder that is running or cannot be read, and at the newest ended ones."""
 
     def look(now_s: float) -> Frame:
         all_runs = read_all_progress(runs, now_s)
@@ -69,7 +69,7 @@ def look_at_folder(runs: Path) -> Look:
 
 
 def look_at_run(run_dir: Path) -> Look:
-    """One run, whatever its state. Raises InputError where the directory does not exist."""
+    """Looks at one run, whatever its state. Raises InputError where the directory does not exist."""
 
     def look(now_s: float) -> Frame:
         if not run_dir.is_dir():
@@ -91,7 +91,7 @@ def watch_folder(runs: Path, show: Callable[[Frame], None], *, every_s: float, o
 
 
 def watch_run(run_dir: Path, show: Callable[[Frame], None], *, every_s: float, once: bool) -> int:
-    """Shows one run until it has ended; the exit code is 1 when it then has not succeeded, else 0."""
+    """Shows one run until it has ended; the exit code is 1 if it has ended without success, else 0."""
     look = look_at_run(run_dir)
     _require_pause(every_s)
     while True:

@@ -1,4 +1,4 @@
-"""Figures, durations and states as people read them on a terminal; None is said in words, never as 0."""
+"""Figures, durations and states as people read them on a terminal; None becomes words, never 0."""
 
 from __future__ import annotations
 
@@ -59,5 +59,5 @@ def duration(seconds: float) -> str:
 
 
 def one_line(value: object) -> str:
-    """One line without control characters, whatever a record holds."""
+    """The value as one line without control characters, whatever a record holds."""
     return "".join(c if c.isprintable() else "?" for c in " ".join(str(value).split()))

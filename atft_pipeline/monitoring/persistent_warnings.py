@@ -1,4 +1,4 @@
-"""Warnings of a run that is still training: rules that fire at each of its newest epochs, each judged by itself."""
+"""Warnings of a run that is still training: rules that fire at each of its newest epochs, assessed epoch by epoch."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from atft_pipeline.runs.reader import open_record, part_epoch
 from atft_pipeline.runs.tables import TABLES
 
 PERSISTENT_EPOCHS = 3
-"""Newest complete epochs at which a rule must fire to be a warning; fewer may be the noise of one evaluation."""
+"""Newest complete epochs at which a rule must fire before it warns; fewer may be the noise of one evaluation."""
 
 Files = Mapping[Path, tuple[int, int, int]]
-"""Part or predictions file -> its epoch, time of change in ns and size."""
+"""File of a table or of predictions -> its epoch, time of change in ns and size."""
 
 Fired = Mapping[str, Finding]
 """Rule -> finding, of the rules that had fired by the end of an epoch, without observations."""
@@ -69,16 +69,16 @@ def persistent_warnings(run_dir: Path) -> tuple[PersistentWarning, ...]:
 
 
 def complete_epochs(run_dir: Path) -> list[int]:
-    """Epochs whose parts are all written, ascending: run.json counts an epoch after them."""
+    """Epochs whose files are all written, ascending: run.json counts an epoch only after its files."""
     done = read_run(run_dir).get("epochs_done")
     named = [part_epoch(path) for path in (run_dir / "series").glob("epoch_*.parquet")]
     return sorted(epoch for epoch in named if isinstance(done, int) and epoch is not None and epoch <= done)
 
 
 def _fired_newest_first(run_dir: Path, epochs: list[int]) -> list[Fired]:
-    """What had fired at the epochs that make a warning, and before them at those that are assessed already.
+    """Fired rules by epoch, newest first: at the epochs that make a warning, then at older ones assessed before.
 
-    Older epochs are not assessed just to date a warning: a record of 120 epochs takes a second beside a training.
+    Older epochs are not assessed only to date a warning: 120 epochs would take a second from a running training.
     """
     files, fired = _files(run_dir), list[Fired]()
     for epoch in epochs:

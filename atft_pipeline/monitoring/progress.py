@@ -1,6 +1,6 @@
-"""How far each run is and what its newest figures are, read from its record while it is written.
+"""The progress of each run and its newest figures, read from the record while it is written.
 
-What cannot be read is named among its problems.
+Parts that cannot be read are listed among the run's problems.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Curve = Mapping[int, float]
 """Epoch -> value, ascending; NaN where what was recorded is not finite."""
 
 CurveKey = tuple[str, ...]
-"""What names a curve: (metric, split, component, term) in `series`, (metric, split, slice) in `evals`."""
+"""Key of a curve: (metric, split, component, term) in `series`, (metric, split, slice) in `evals`."""
 
 CURVE_KEYS: dict[str, tuple[str, ...]] = {
     "series": ("metric", "split", "component", "term"),
@@ -37,7 +37,7 @@ CURVE_KEYS: dict[str, tuple[str, ...]] = {
 }
 
 PASSING = ("passed", "not_applicable")
-"""Verdicts of a run that has earned what was asked of it."""
+"""Verdicts of a run that meets its criterion, or is too short for it."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class RunProgress:
 
     @property
     def has_succeeded(self) -> bool:
-        """Finished, and its criterion is met or does not apply to so short a run."""
+        """Whether it has finished, and its criterion is met or does not apply to a run of its length."""
         return self.state == "finished" and self.verdict in PASSING
 
     def as_dict(self) -> dict[str, Any]:
@@ -166,7 +166,7 @@ def read_all_progress(runs: Path, now_s: float) -> list[RunProgress]:
 
 
 def _curves(run_dir: Path, table: str, problems: list[str]) -> dict[CurveKey, dict[int, float]]:
-    """Curves of all readable parts; each part is opened once per process while it stays the same."""
+    """Curves from all readable files of a table; each file is read once per process while it stays the same."""
     curves: dict[CurveKey, dict[int, float]] = {}
     for path in sorted((run_dir / table).glob("epoch_*.parquet")):
         try:
@@ -182,7 +182,7 @@ def _curves(run_dir: Path, table: str, problems: list[str]) -> dict[CurveKey, di
 
 @lru_cache(maxsize=8192)
 def _epoch_rows(path: Path, changed_ns: int, size: int, table: str) -> tuple[tuple[CurveKey, int, float], ...]:  # noqa: ARG001
-    """(key, epoch, value) of the figures of whole epochs; a part whose time or size has changed is read again."""
+    """(key, epoch, value) of figures by epoch, not by step; a file whose time or size has changed is read again."""
     rows = read_part(path, table)
     if "step" in rows.schema.names:
         rows = rows.filter(pc.is_null(rows["step"]))
@@ -205,7 +205,7 @@ def _count(series: Mapping[CurveKey, Curve], metric: str) -> int | None:
 def _left_s(
     series: Mapping[CurveKey, Curve], epoch: int | None, epochs: int | None, since_s: float | None
 ) -> float | None:
-    """Seconds to the end of a run that goes on; the epoch in progress has taken `since_s` of its own."""
+    """Seconds to the end of a running run, of whose current epoch `since_s` have passed."""
     length = epoch_length_s(
         series.get(("epoch_s", "train", "", ""), {}), series.get(("validation_s", "validation", "", ""), {})
     )
@@ -251,7 +251,7 @@ def _text(value: object) -> str | None:
 
 
 def _verdict(run_dir: Path, problems: list[str]) -> str | None:
-    """Status of verdict.json; None, and why, where there is none to read."""
+    """Status of verdict.json; where it cannot be read None, and a sentence in `problems`."""
     try:
         status = read_document(run_dir, "verdict.json").get("status")
     except UnreadableFile as error:
@@ -311,7 +311,7 @@ def run_snapshot(run_dir: Path) -> dict[str, Any]:
 
 
 def has_ended(progress: RunProgress) -> bool:
-    """Whether no process writes the run any more. One that starts cannot be read yet, but a process holds it."""
+    """Whether no process writes the run any more. A starting run cannot be read yet, but a process holds its lock."""
     if progress.state == "unreadable":
         return not is_held(progress.run_dir)
     return not progress.goes_on
@@ -324,7 +324,7 @@ def epoch_length_s(trained_s: Mapping[int, float], validated_s: Mapping[int, flo
 
 
 def _newest(series: pa.Table, metric: str, **where: str) -> float | None:
-    """The figure of the newest epoch; None where there is none or it is not finite, which JSON cannot say."""
+    """The figure of the newest epoch; None where there is none or it is not finite, which JSON cannot express."""
     values = series_values(series, metric, **where)
     newest = values[max(values)] if values else math.nan
     return newest if math.isfinite(newest) else None

@@ -81,7 +81,7 @@ def judge(
     """
     status, why = _status(config, epochs_planned, epochs_done, evidence, validity)
     if epochs_done < config.criterion_epoch:
-        evidence = None  # another epoch's figures must not stand under the criterion's name
+        evidence = None  # figures of another epoch must not appear as the criterion's
     milestones = progress_milestones(progress, epochs_planned)
     return {
         "status": status,
@@ -149,7 +149,7 @@ def _status(
 
 
 def _summary(status: Status, why: str, config: EvaluationConfig, evidence: CriterionEvidence | None) -> str:
-    """The verdict in one line that needs no other context."""
+    """The verdict in one line that is understood without context."""
     label = status.replace("_", " ")
     if why:
         return f"{label}: {' '.join(why.split())}"
@@ -167,7 +167,7 @@ def _summary(status: Status, why: str, config: EvaluationConfig, evidence: Crite
 
 
 def _distinguishable(value: float, threshold: float) -> tuple[str, str]:
-    """Both as text, with enough digits to see on which side the value lies: 0.1002 > 0.10, not 0.100 > 0.10."""
+    """Both as text, with enough digits to show which is larger: 0.1002 > 0.10, not 0.100 > 0.10."""
     for digits in range(3, 10):
         text = f"{value:.{digits}f}"
         if value == threshold or float(text) != threshold:
@@ -200,7 +200,7 @@ def _reversal_warning(evidence: CriterionEvidence | None, reversal_sharpe: float
     if evidence is None or value is None:
         return []
     if reversal is None:
-        return ["the one-factor reversal was not measured: so it is open whether the model earns more than one factor"]
+        return ["the one-factor reversal was not measured, so it is open whether the model earns more than one factor"]
     if reversal < value:
         return []
     return [f"one-factor reversal earns as much: daily Sharpe {reversal:.3f} against the model's {value:.3f}"]

@@ -1,6 +1,6 @@
 """Training health: finite losses, gradients in every component, weights that moved, predictions that differ.
 
-A health item that fails warns and never decides.
+A failed health item is a warning; it does not change the verdict.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from atft_pipeline.storage.json_values import finite_or_none
 
 GRADIENT_FLOOR_L2 = 1e-7
-"""Mean gradient l2 of a component under which nothing reaches it."""
+"""Smallest mean gradient l2 at which a component counts as reached."""
 
 HEALTHY_DISPERSION_RATIO = 1e-3
-"""Std of predictions over the target's, within a session, under which predictions count as constant."""
+"""Smallest ratio of the predictions' std to the target's, within a session, at which predictions are not constant."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def parameters_moved(movement: Mapping[str, float | None]) -> HealthItem:
         not still,
         min(distances.values()),
         0.0,
-        f"weights as they were initialised in: {', '.join(still) or 'no component'}",
+        f"weights unchanged since initialisation in: {', '.join(still) or 'no component'}",
     )
 
 

@@ -1,4 +1,4 @@
-"""The expectations of the validation report. A run that misses one is warned of; the verdict does not change."""
+"""The expectations of the validation report. Missing one is a warning; it does not change the verdict."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ TARGET_SHARPE = 0.849
 
 @dataclass(frozen=True)
 class TrainingProgress:
-    """What a run has reached, as far as the milestones ask."""
+    """The figures of a run that the milestones read."""
 
     sharpe_by_epoch: Mapping[int, float | None] = field(default_factory=dict)
     """Epoch -> `sharpe_daily` of validation."""
     gradient_warnings: int | None = 0
     degeneracy_resets: int | None = 0
     crashed: bool = False
-    """Whether a start of the run failed or was killed before a later one finished it."""
+    """Whether an earlier start of the run failed or was killed."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ BEYOND_50: tuple[float, float] = (0.30, 0.85)
 
 
 def progress_milestones(progress: TrainingProgress, epochs_planned: int) -> list[Milestone]:
-    """The expectations that the run was planned to reach."""
+    """The milestones whose epochs the run was planned to reach."""
     items = []
     for epoch, low, high in MILESTONES:
         if epoch <= epochs_planned:

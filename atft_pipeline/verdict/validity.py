@@ -1,4 +1,4 @@
-"""The validity checks: is a Sharpe this run's own, does it depend on the weights, and does the evaluation work at all?
+"""The validity checks: is a Sharpe this run's own, does it depend on the weights, and does the evaluation work?
 
 Every check is a pure function of arrays that are already computed. `passed` is True, False, or None where the
 measurement is missing; with None a verdict is not valid. Scores and returns are [T, N] with NaN for missing values, as
@@ -22,7 +22,7 @@ from atft_pipeline.evaluation.metrics import information_coefficient, mean_and_e
 from atft_pipeline.evaluation.portfolio import long_short, rankable
 
 REINITIALISED_RANK_IC = 0.99
-"""The scores of two draws of the weights agree far less; scores that do not come from the weights agree exactly."""
+"""Two draws of the weights agree far less; scores that do not come from the weights agree exactly."""
 PERMUTATIONS = 100
 PERMUTATION_ERRORS = 4.0
 """Standard errors of the mean over permutations: a correct evaluation exceeds it once in 16,000."""
@@ -33,7 +33,7 @@ differ by at most 1e-5, and the smallest healthy std is 0.014. A GPU may run in 
 additions have no fixed order."""
 REPEATED_STATISTICS: tuple[str, ...] = ("ic_mean", "rank_ic_mean", "sharpe_daily", "sharpe_daily_net", "turnover_mean")
 REPEATED_STATISTICS_TOLERANCE = 1e-2
-"""Absolute, relative above 1. Nearly equal scores may swap ranks between two passes, which changes a portfolio leg."""
+"""Absolute, relative above 1. Nearly equal scores may swap ranks between two passes and change a portfolio leg."""
 TARGET_TOLERANCE = 1e-6
 """Absolute, and relative above 1: float32 keeps seven digits of a return."""
 
@@ -78,7 +78,7 @@ def not_assessable(name: str, what: str) -> ValidityItem:
 def reinitialised_weights_score_differently(trained: Array, fresh: Array) -> ValidityItem:
     """Passes when the mean RankIC between the scores and those of newly drawn weights is at most 0.99.
 
-    A session in which both have constant scores counts as equal, one in which only one has them as different.
+    A session counts as equal where both have constant scores, and as different where only one has.
     """
     name = "reinitialised_weights_score_differently"
     both = np.isfinite(trained) & np.isfinite(fresh)
@@ -96,7 +96,7 @@ def reinitialised_weights_score_differently(trained: Array, fresh: Array) -> Val
         value,
         REINITIALISED_RANK_IC,
         "mean RankIC between the trained model's scores and those of re-initialised weights; near 1 the scores do not"
-        " come from the weights",
+        " depend on the weights",
     )
 
 
@@ -120,7 +120,7 @@ def permuted_scores_earn_nothing(
         return not_assessable(name, "permuted scores have no portfolio; too few stocks per session")
     error = float(earned.std(ddof=1) / math.sqrt(len(earned)))
     mean = float(earned.mean())
-    # Without spread a mean of 0 is no earning at all; any other mean is infinitely many errors away from 0.
+    # Without spread, a mean of 0 is 0 errors away from 0, and any other mean infinitely many.
     value = mean / error if error > 0.0 else 0.0 if mean == 0.0 else math.copysign(math.inf, mean)
     passed = abs(value) <= PERMUTATION_ERRORS
     return ValidityItem(
@@ -129,7 +129,7 @@ def permuted_scores_earn_nothing(
         value,
         PERMUTATION_ERRORS,
         f"mean daily return of {len(earned)} within-session permutations of the scores is {mean:.2e},"
-        f" {value:.1f} standard errors from 0; further away the evaluation itself earns",
+        f" {value:.1f} standard errors from 0; if it is further away, the evaluation itself earns",
     )
 
 
@@ -157,7 +157,7 @@ def true_returns_earn_most(scores: Array, targets: Array, mean_return: MeanRetur
     if not math.isfinite(oracle) or not all(map(math.isfinite, rivals)):
         return not_assessable(name, "no session has enough stocks for a portfolio")
     value = oracle - max(rivals)
-    rounding = 1e-12  # the model may rank like the oracle, whose return is then summed in another order
+    rounding = 1e-12  # the model may rank like the true returns, and then its return is summed in another order
     return ValidityItem(
         name,
         oracle > 0.0 and value >= -rounding,
@@ -227,8 +227,8 @@ def forward_returns(open_: Array, close: Array, execution: str, horizon_sessions
 def targets_match_prices(used: Array, recomputed: Array, member: NDArray[np.bool_]) -> ValidityItem:
     """Passes when every target used equals the one recomputed from prices, within 1e-6 (relative above 1).
 
-    All arrays are [T, N]. A target without prices behind it fails. A target that prices give and the dataset left null
-    is only counted: quarantine may null it.
+    All arrays are [T, N]. A target without prices behind it fails. A null target that prices would give is only
+    counted, because quarantine may have removed it.
     """
     name = "targets_match_prices"
     present = member & np.isfinite(used)
@@ -244,8 +244,8 @@ def targets_match_prices(used: Array, recomputed: Array, member: NDArray[np.bool
         unfounded == 0 and value <= TARGET_TOLERANCE,
         value,
         TARGET_TOLERANCE,
-        f"largest difference between {len(gap)} targets used and the same from prices; {unfounded} have no price behind"
-        f" them, {left_out} that prices give were left null",
+        f"largest difference between {len(gap)} used targets and those from prices; {unfounded} have no price behind"
+        f" them, {left_out} that prices give are null",
     )
 
 
@@ -320,7 +320,7 @@ def lag_scan(
     lags: Sequence[int] = tuple(range(-5, 6)),
     sharpe_daily: float | None = None,
 ) -> dict[str, Any]:
-    """Mean IC of the score of session t with the one-session return of t + lag, and warnings, which veto nothing.
+    """Mean IC of the score of session t with the one-session return of t + lag; its warnings do not change the verdict.
 
     `returns` [T, N] are close-to-close returns of each session. Those at lag 0 and below are known when the score is
     made, those at lag 1 and above are not. The scan warns of three things:

@@ -1,6 +1,6 @@
 """Bad input through Dagster: one clear sentence before any stack trace, a failed run, earlier outputs as they were.
 
-That such a run exits 1 with this sentence first is asserted of processes in `test_assets_processes`.
+`test_assets_processes` asserts that the process of such a run exits 1 and prints this sentence first.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Trainings that never reach their diagnostics: sensors find them by their Dagster run, and a job explains them."""
+"""Trainings that end before their diagnostics: sensors find them by their Dagster run, and a job diagnoses them."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The commands as a user types them: real processes, one folder, history kept between calls, exit codes.
+"""The commands as a user types them: real processes, one folder, a history across calls, exit codes.
 
-The tests build on each other in the order of the file, as a user's calls do; each says what it starts from.
+Each test continues from the one before it, as a user's calls do, and says what it starts from.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Reports and the Dagster UI as a person sees them, in a real browser."""
+"""Reports and the Dagster UI in a real browser, as a person sees them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""model_120ep starts only when the last word on the last model_20ep of the same data and configuration is `passed`."""
+"""model_120ep starts only when the newest verdict of the newest model_20ep of the same inputs is `passed`."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def refusal(instance: dg.DagsterInstance, **config: Any) -> str:
 
 
 def test_gate_refuses_without_any_short_run(work: Path, instance: dg.DagsterInstance) -> None:  # noqa: ARG001
-    assert "model_20ep was never materialized" in refusal(instance)
+    assert "model_20ep was never trained" in refusal(instance)
 
 
 def test_gate_refuses_a_short_run_that_was_never_judged(work: Path, instance: dg.DagsterInstance) -> None:
@@ -115,7 +115,7 @@ def test_gate_refuses_every_verdict_but_passed(
 def test_gate_refuses_when_the_model_was_made_again_after_its_check(work: Path, instance: dg.DagsterInstance) -> None:
     checked(instance, "passed", **identity(work))
     materialized(instance, **identity(work))
-    assert "older than the last materialization" in refusal(instance)
+    assert "older than the newest training" in refusal(instance)
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_gate_refuses_a_verdict_that_says_nothing_of_its_data(work: Path, instan
 
 
 def test_blank_override_reason_does_not_open_the_gate(work: Path, instance: dg.DagsterInstance) -> None:  # noqa: ARG001
-    assert "never materialized" in refusal(instance, override_reason="  ")
+    assert "never trained" in refusal(instance, override_reason="  ")
 
 
 def test_changed_criterion_needs_a_reason(work: Path, instance: dg.DagsterInstance) -> None:  # noqa: ARG001

@@ -1,4 +1,4 @@
-"""`kill -9` at any moment: the run goes on to the end it would have reached, and no table has a torn row."""
+"""`kill -9` at any moment: the resumed run ends as if it had not been killed, and no table has a torn row."""
 
 from __future__ import annotations
 

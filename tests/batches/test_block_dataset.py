@@ -1,4 +1,4 @@
-"""Panel and blocks against a row-by-row reading of the tables they come from."""
+"""Panel and blocks compared with a row-by-row reading of the tables that they are built from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a panel's cells lie: the decision, the memory map and what it leaves, and the same bits from either place."""
+"""Where a panel is stored: the choice, the memory map with its leftovers, and the same bits from either place."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """`atft` as scripts use it: exit codes, and JSON that is alone on stdout.
 
-Commands run in this process; a training and what only a process has (its pipes, its exit code) in ones of their own.
+Commands run in this process. Trainings, and tests of pipes and exit codes, start processes of their own.
 """
 
 from __future__ import annotations

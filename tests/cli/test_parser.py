@@ -1,4 +1,4 @@
-"""The parser of `atft`: defaults and choices are those of the library, and older names of commands still work."""
+"""The parser of `atft`: it takes defaults and choices from the library, and older names of commands still work."""
 
 from __future__ import annotations
 

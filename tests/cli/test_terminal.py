@@ -1,4 +1,4 @@
-"""What people see: colours and bars on a terminal, the same lines in plain text everywhere else."""
+"""Output for people: colours and bars on a terminal, the same lines in plain text everywhere else."""
 
 from __future__ import annotations
 

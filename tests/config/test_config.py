@@ -1,4 +1,4 @@
-"""Configuration: text to fields, each field validated once, and no field without an effect."""
+"""Configuration: text becomes fields, each field is validated once, and every field has an effect."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prices and dataset in monthly parts: a span after the other, continued, and always what one pass over all gives."""
+"""Prices and dataset by month: built span by span and continued, they equal one pass over all sessions."""
 
 from __future__ import annotations
 

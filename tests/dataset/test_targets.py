@@ -1,4 +1,4 @@
-"""Forward returns: entered at the execution price after the score, left h sessions later, null where nobody traded."""
+"""Forward returns: from the execution price after the score to h sessions later, null where nobody traded."""
 
 from __future__ import annotations
 

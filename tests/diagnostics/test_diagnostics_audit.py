@@ -1,4 +1,4 @@
-"""A trained run held against its dataset: every gap is 0 on the honest one, and each falsehood opens its own."""
+"""A trained run compared with its dataset: every gap is 0 on an honest run, and each fault opens its own."""
 
 from __future__ import annotations
 

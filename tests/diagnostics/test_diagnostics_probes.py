@@ -1,4 +1,4 @@
-"""Probes: each finds nothing on an honest run, its own fault on a spoilt one, and says why where it cannot be made."""
+"""Probes: each finds nothing on an honest run and its own fault on a spoilt one, or says why it cannot run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Laws of the ranking: what evidence may do to the probabilities of causes, whatever the rules are."""
+"""Laws of the ranking: how evidence may change the probabilities of causes, whatever the rules are."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report of a diagnosis: its sections in order, its commands as pasted, its plots, and atomic files."""
+"""The report of a diagnosis: the order of its sections, commands that can be pasted, plots, and atomic files."""
 
 from __future__ import annotations
 

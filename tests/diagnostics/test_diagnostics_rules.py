@@ -1,4 +1,4 @@
-"""Every rule of the table: a run that fires it, the healthy run that does not, and a record that cannot tell."""
+"""Every rule of the table: a run that fires it, the healthy run that does not, a record that does not measure it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Experiments A to D: paired against the run they explain, refused where nothing could be read from them, fed back."""
+"""Experiments A to D: compared with the run they explain, added to its report, refused where that is impossible."""
 
 from __future__ import annotations
 

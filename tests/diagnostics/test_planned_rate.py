@@ -1,4 +1,4 @@
-"""The rate that a diagnosis expects is the training's own: held against the schedule that training runs."""
+"""The rate that a diagnosis expects equals that of the schedule that training runs."""
 
 from __future__ import annotations
 

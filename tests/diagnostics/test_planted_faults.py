@@ -1,7 +1,7 @@
-"""The diagnostics bench in small: faults planted into real trainings are named, and a healthy run is let be.
+"""The diagnostics bench in small: faults planted into real trainings are named, and a healthy run is not accused.
 
-The bench (`make bench-diagnostics`) has every fault, several markets and the figures; here stand a few of each kind, on
-a market of 60 stocks and six epochs, so that what the bench builds on is held by every change.
+The bench (`make bench-diagnostics`) has every fault, several markets and the figures. These tests have a few faults of
+each kind, on a market of 60 stocks and for six epochs, so that no change breaks the bench unnoticed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Every remedy does what it says: held against every preset, since presets differ by factors of a hundred."""
+"""Every remedy does what it says, on every preset: presets differ by factors of a hundred."""
 
 from __future__ import annotations
 

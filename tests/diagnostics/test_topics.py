@@ -1,4 +1,4 @@
-"""A diagnosis stands in one topic module: what it measures, its rule, and what the report says of it."""
+"""One topic module is enough for a new diagnosis: its signals, its rule and its line in the report."""
 
 from __future__ import annotations
 

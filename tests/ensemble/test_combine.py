@@ -1,4 +1,4 @@
-"""Scores combined: against loops, without look-ahead, and a blend that is never far behind its better part."""
+"""Combined scores: equal to plain loops, without look-ahead, and a blend is never far behind its better part."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Costs, periods, capacity and exposures against slow loops, and against the files of a tiny market's run."""
+"""Costs, periods, capacity and exposures compared with slow loops, and with the files of a tiny market's run."""
 
 from __future__ import annotations
 

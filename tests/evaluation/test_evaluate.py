@@ -1,4 +1,4 @@
-"""The one evaluation: hand-computed panels, and what is refused or never ranked."""
+"""The evaluation: hand-computed panels, refused inputs, and cells that are never ranked."""
 
 from __future__ import annotations
 

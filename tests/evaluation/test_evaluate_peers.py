@@ -1,7 +1,7 @@
 """Figures of `atft evaluate` against alphalens, empyrical, skfolio, pandas and the JPX competition metric, to 1e-9.
 
 One table of Date, Code, score and target with tied scores, null targets, a universe that changes and a session too
-small for a portfolio is evaluated by the product and, as a pandas frame, by each peer.
+small for a portfolio is evaluated by this library and, as a pandas frame, by each peer.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The best one-factor reversal: chosen on the training sessions, and on them alone."""
+"""The best one-factor reversal is chosen on the training sessions alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Slices: which cells each covers, which of them a run reports, and the panel that its scores are held against."""
+"""Slices: which cells each covers, which slices a run reports, and the panel that its scores are evaluated on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the compiled words share: broadcasting, memory layouts and the output they are given."""
+"""What all compiled expressions share: broadcasting, memory layouts and an output array from the caller."""
 
 from __future__ import annotations
 

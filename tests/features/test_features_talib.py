@@ -1,6 +1,6 @@
-"""The technical indicators against TA-Lib, which others wrote: the feature's own row, on a stock without a gap.
+"""The technical indicators compared with TA-Lib, an independent implementation, on a stock without gaps.
 
-TA-Lib knows no null: it starts when its window is full, where a feature starts at two thirds of it. Values are compared
+TA-Lib has no nulls: it starts when its window is full, while a feature starts at two thirds of it. Values are compared
 from TA-Lib's first one on. Where a definition differs, the test says how and shows it.
 """
 

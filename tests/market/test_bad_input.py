@@ -1,6 +1,6 @@
-"""Whatever is wrong with the input: exit code 2, one sentence that names it and what to do, and nothing else changed.
+"""Bad input of every kind: exit code 2, one sentence that names it and what to do, and no output changed.
 
-Cases run in this process, one of each kind as a process of its own.
+Cases run in this process; one of each kind also runs as a process of its own.
 """
 
 from __future__ import annotations

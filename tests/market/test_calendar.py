@@ -1,4 +1,4 @@
-"""Sessions and close times of the exchange, where the calendar library alone would be wrong."""
+"""Sessions and close times of the exchange, on days where the calendar library alone is wrong."""
 
 from __future__ import annotations
 

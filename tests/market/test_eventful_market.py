@@ -1,4 +1,4 @@
-"""The eventful market holds what it says it holds: laws tested on a market without the event would prove nothing."""
+"""The eventful market has the events that it claims: a law tested on a market without its event proves nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A source folder is read with its types made right, or refused in one sentence that names table, column and file."""
+"""A source folder is read with its types converted, or refused in a sentence that names table, column and file."""
 
 from __future__ import annotations
 

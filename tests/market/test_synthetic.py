@@ -1,4 +1,4 @@
-"""The generated market holds the signal that its truth states, and a longer market begins with the shorter one."""
+"""The generated market has the signal that its truth states, and a longer market begins with the shorter one."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Markets that several tests look at: a generated one, one full of events, and one for the graph."""
+"""Markets that several tests use: a generated one, one full of events, and one for the graph."""

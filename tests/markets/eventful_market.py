@@ -1,4 +1,4 @@
-"""One deterministic market in which everything happens that happens to real ones, and the list of where it does.
+"""A deterministic market with every event that real markets have, and a list of where each one happens.
 
 The generator's market is the quiet background (its own splits are undone first). Each event is one small function whose
 docstring is the market's rule, and `_plan` says which stock has which event on which session. Panels are [T, N].

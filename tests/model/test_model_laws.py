@@ -1,4 +1,4 @@
-"""Laws of the model: one score per stock and session, whatever the block, and nobody else's business."""
+"""Laws of the model: one score per stock and session, which does not depend on the block it is computed in."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `atft monitor` shows of runs that are being written, when it warns, and how it ends."""
+"""`atft monitor`: what it shows of running runs, when it warns, and how it ends."""
 
 from __future__ import annotations
 
@@ -203,7 +203,7 @@ def test_a_run_that_goes_on_shows_every_figure_and_its_warning(tmp_path: Path) -
     for component in ("variable_selection", "temporal_encoder", "gat"):
         assert re.search(rf"{component} +0\.25 +[▁-█]{{16}}", text), "l2 at epoch 20 and its sparkline"
     assert "degeneracy events 0, resets 5" in text
-    assert "WARNING run, since epoch 18 or earlier: the head was re-drawn again and again" in text
+    assert "WARNING run, since epoch 18 or earlier: the head was reset many times" in text
     assert not CONTROL.search(text)
 
 

@@ -1,4 +1,4 @@
-"""One snapshot per run, from its own record."""
+"""`atft status`: one snapshot per run, read from the run's record."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What touches the outside world: the run's size, paths and links, and what killed runs leave."""
+"""Resources that touch the outside world: the size of a run, paths and links, and leftovers of killed runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The writer of a run directory keeps what it is given."""
+"""The writer of a run directory stores everything that it is given."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The state of a run: decided once, so that every reader says the same."""
+"""The state of a run is decided in one place, so that every reader reports the same."""
 
 from __future__ import annotations
 

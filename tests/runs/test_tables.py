@@ -1,4 +1,4 @@
-"""Tables of a run: partitions that are complete or not there."""
+"""Tables of a run: a partition is either complete or absent."""
 
 from __future__ import annotations
 

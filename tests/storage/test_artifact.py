@@ -1,4 +1,4 @@
-"""`ml_dataset` on disk: what is written is what is read, and a half-written dataset never looks like a whole one."""
+"""`ml_dataset` on disk: reading returns what was written, and a half-written dataset never looks complete."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Atomic replacement: the old one or the new one, whatever happens in between."""
+"""Atomic replacement: a reader sees the old or the new content, whatever happens in between."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What components put out, as figures: on a network of identities whose every output is known."""
+"""Figures of the components' outputs, on a network of identities whose outputs are all known."""
 
 from __future__ import annotations
 

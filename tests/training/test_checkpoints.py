@@ -1,4 +1,4 @@
-"""Checkpoints: what they belong to is compared by name, and nothing in the file is executed."""
+"""Checkpoints: the run that they belong to is checked, and nothing in the file is executed."""
 
 from __future__ import annotations
 

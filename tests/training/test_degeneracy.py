@@ -1,4 +1,4 @@
-"""The collapse of predictions: its measure against a slow reference, its guard step by step."""
+"""The collapse of predictions: its measure compared with a slow reference, and its guard step by step."""
 
 from __future__ import annotations
 

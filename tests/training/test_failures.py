@@ -1,4 +1,4 @@
-"""How a run ends before its time: no room on the disk, no memory, numbers that are not finite, a signal, a rival."""
+"""How a run ends early: a full disk, no memory, numbers that are not finite, a signal, a second writer."""
 
 from __future__ import annotations
 

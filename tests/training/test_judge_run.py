@@ -1,4 +1,4 @@
-"""From a run's record to its verdict: the criterion epoch alone decides, and only where the run is valid."""
+"""From a run's record to its verdict: only the criterion epoch decides, and only where the run is valid."""
 
 from __future__ import annotations
 

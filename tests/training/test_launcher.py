@@ -1,4 +1,4 @@
-"""Training in several processes: the same curve as one, the error of the one that dies, and nothing left running."""
+"""Training in several processes: the curve of one, the error of a process that dies, and no process left behind."""
 
 from __future__ import annotations
 

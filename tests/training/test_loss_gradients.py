@@ -1,4 +1,4 @@
-"""Which weight each loss term really has: recovered from the gradient, whatever the configuration says."""
+"""The effective weight of each loss term, recovered from the gradient, whatever the configuration says."""
 
 from __future__ import annotations
 

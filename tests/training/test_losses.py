@@ -1,4 +1,4 @@
-"""Each loss term against a slow, obvious implementation, its gradient against finite differences."""
+"""Each loss term compared with a slow, obvious implementation, and its gradient with finite differences."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The life of a run: what decides it, what a stop leaves, and what a restart repeats."""
+"""The life of a run: what decides its result, what a stop leaves behind, and what a restart repeats."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The training loop: blocks, collapsed predictions, and what it records."""
+"""The training loop: its blocks, its reaction to collapsed predictions, and its record."""
 
 from __future__ import annotations
 

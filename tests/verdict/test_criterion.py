@@ -1,4 +1,4 @@
-"""The rules of the verdict: each branch fires, and does not."""
+"""The rules of the verdict: each has a case in which it applies and one in which it does not."""
 
 from __future__ import annotations
 

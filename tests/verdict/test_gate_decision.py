@@ -1,4 +1,4 @@
-"""The gate of the long run: what opens it, what keeps it shut, and what an override leaves."""
+"""The gate of the long run: what opens it, what keeps it shut, and what an override records."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def test_the_gate_opens_for_a_fresh_pass_of_the_same_data_and_config():
 
 
 SHUT = {
-    "never materialized": (CHECK, None, CURRENT),
+    "never trained": (CHECK, None, CURRENT),
     "never evaluated": (None, BUILT, CURRENT),
-    "older than the last materialization": (CHECK, {"timestamp": 12.0}, CURRENT),
+    "older than the newest training": (CHECK, {"timestamp": 12.0}, CURRENT),
     "another dataset": (CHECK, BUILT, CURRENT | {"dataset_fingerprint": "e"}),
     "another configuration": (CHECK, BUILT, CURRENT | {"config_key": "e"}),
     "unknown": (CHECK | {"config_key": None}, BUILT, CURRENT),

@@ -1,4 +1,4 @@
-"""Training health: every item passes, fails, and says what it found."""
+"""Training health: every item has a case that passes and one that fails, and explains its value."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Milestones: those that a run was planned to reach, met and missed."""
+"""Milestones that a run was planned to reach: met, missed and not reached."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every item of the battery with a case that passes, one that fails and one that cannot be assessed."""
+"""Every validity check has a case that passes, one that fails and one that is not assessable."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from atft_pipeline.runs.reader import Record
 
 @dataclass(frozen=True)
 class Experiment:
-    """Rules ask for it by its id (`Rule.experiments`)."""
+    """A training with other settings. Rules ask for it by its id (`Rule.experiments`)."""
 
     id: str
     title: str
@@ -55,8 +55,8 @@ class ExperimentAdvice:
     """In words, with old and new values."""
     overrides: dict[str, Any]
     command: str
-    """Trains the experiment, compares it with the run and writes the run's report anew; where the run has nothing to be
-    compared with, only trains it."""
+    """Trains the experiment, compares it with the run and renews the run's report. A run without evaluations cannot be
+    compared: the command then only trains."""
 
 
 def advise(

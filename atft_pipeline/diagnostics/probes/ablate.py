@@ -1,4 +1,4 @@
-"""What each component is worth: its output permuted over the stocks."""
+"""What each component is worth: the IC that is lost when its output is permuted over the stocks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ridge on the run's own sessions: is there anything to learn?"""
+"""Ridge on the run's own sessions, to see whether there is anything to learn."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ SIGNALS = ("baseline_ic", "baseline_ic_t", "baseline_train_ic", "over_baseline_t
 
 
 def measure(inputs: RunInputs) -> Figures:
-    """Ridge on the run's training sessions, judged on its validation sessions: is there anything to learn?
+    """Fits ridge on the run's training sessions and evaluates it on its validation sessions.
 
-    `baseline_ic` and its t; `over_baseline_t`: of the run's daily IC minus ridge's; `baseline_train_ic`: in sample.
+    `baseline_ic` and its t; `over_baseline_t`: t of the run's daily IC minus ridge's; `baseline_train_ic`: in sample.
     """
     from atft_pipeline.evaluation.baselines import fit_ridge
 

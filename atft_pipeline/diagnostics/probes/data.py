@@ -1,4 +1,4 @@
-"""The dataset's files against its manifest, and its rows against a dataset made again from the source."""
+"""The dataset's files compared with its manifest, and its rows with a dataset that is built again from the source."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ SIGNALS = (
 RECOMPUTED_SESSIONS = 4
 """Sessions before the end of the validation whose features are computed again without any later data."""
 VALUE_TOLERANCE = 1e-5
-"""Relative: a feature is float32, and sums run over fewer sessions."""
+"""Relative tolerance: a feature is float32, and sums run over fewer sessions."""
 
 
 def measure(inputs: RunInputs) -> Figures:
-    """Holds the dataset's files against its manifest, and its rows against a dataset made anew from the source.
+    """Compares the dataset's files with its manifest, and its rows with a dataset built again from the source.
 
-    `parts_unlike_manifest`: months whose content is not the one described. The rows of the last sessions before the end
-    of the validation are computed without any later quote: `features_know_later`, features that come out otherwise;
-    `rows_unlike_source`: share of rows that only one of the two has; `targets_unlike_source`: share of the targets
+    `parts_unlike_manifest`: months with another content than the manifest describes. The rows of the last validation
+    sessions are computed without any later quote. `features_know_later`: features that differ then.
+    `rows_unlike_source`: share of rows that only one of the two has. `targets_unlike_source`: share of the targets
     known by then that differ.
     """
     figures: Figures = {"parts_unlike_manifest": float(_unlike_manifest(inputs.dataset, inputs.manifest))}
@@ -65,7 +65,7 @@ def _made_until(source: Path, last: np.datetime64, config: Any) -> pa.Table:
     tables = dict(read_checked(open_source(source)).tables)
     for name, table in tables.items():
         day = RAW_TABLES[name].date
-        # Snapshots of the listing may follow the quotes by years, and then describe all before them.
+        # The first snapshot of the listing may be years after the first quotes, and describes them too.
         tables[name] = table if name == "listed" else table.filter(table[day] <= last.item())
     prices = build_prices(tables, config)
     return build_dataset(prices.panel, prices.quarantine, tables, config, {"path": str(source)})[0]
@@ -84,19 +84,19 @@ def _differences(inputs: RunInputs, made: pa.Table, sessions: NDArray[np.datetim
     joined = stored_rows.join(recent, on=["Date", "Code"], suffix="_made")
     keys = ["Date", "Code"]
     stored_keys, made_keys = stored.filter(pl.col("Date") <= until).select(keys).collect(), made_rows.select(keys)
-    alone = (
+    unmatched = (
         stored_keys.join(made_keys, on=keys, how="anti").height
         + made_keys.join(stored_keys, on=keys, how="anti").height
     )
     differing = [name for name in inputs.manifest["features"] if _unlike(joined[name], joined[f"{name}_made"])]
-    # A target reaches past the cut, so only those of the sessions a month before it are known on both sides.
+    # A target reads prices after its session, so the newest targets before the cut are missing on one side.
     targets = stored.filter(pl.col("Date") <= until).select([*keys, "target_1d"]).collect()
     both = targets.join(made_rows.select([*keys, "target_1d"]), on=keys, suffix="_made").drop_nulls("target_1d_made")
     wrong = (both["target_1d"].fill_null(float("inf")) - both["target_1d_made"]).abs() > VALUE_TOLERANCE
     return {
         "features_know_later": float(len(differing)),
         "features_know_later_names": ", ".join(differing[:5]) or "none",
-        "rows_unlike_source": alone / max(stored_keys.height + made_keys.height, 1),
+        "rows_unlike_source": unmatched / max(stored_keys.height + made_keys.height, 1),
         "targets_unlike_source": float(wrong.mean() or 0.0) if both.height else None,  # type: ignore[arg-type]
     }
 

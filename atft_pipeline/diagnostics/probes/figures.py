@@ -5,4 +5,4 @@ from __future__ import annotations
 from atft_pipeline.diagnostics.signal import Value
 
 Figures = dict[str, Value]
-"""Name -> figure; those that a probe lists in its SIGNALS are read by rules, the others by people."""
+"""Name -> figure. Rules read those that the probe lists in its SIGNALS; the others are for people."""

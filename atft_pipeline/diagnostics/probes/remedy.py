@@ -1,4 +1,4 @@
-"""The settings that would remove a cause, tried for two epochs."""
+"""A remedy, the settings that should remove a cause, tried for two epochs."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ PROBE_EPOCHS = 2
 
 
 def remedy(inputs: RunInputs, cause: str) -> Figures:
-    """Two epochs as the run was set and two with the cause's remedy, same seed and batches, IC paired by session.
+    """Trains two epochs as the run was set and two with the cause's remedy; compares their ICs session by session.
 
-    Both are trained with the present code: a fault that was in older code is in neither.
+    Both have the same seed and batches. Both are trained with the present code, so a fault of older code is in neither.
     """
     from atft_pipeline.config.overrides import with_overrides
     from atft_pipeline.training.train import train

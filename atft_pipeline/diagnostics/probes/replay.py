@@ -13,10 +13,11 @@ SIGNALS = ("replay_differs", "replay_initial_differs")
 
 
 def measure(inputs: RunInputs) -> Figures:
-    """Trains the first epoch again, same code, data and seed. `replay_differs`: 1 where its weights are others,
-    `replay_initial_differs`: where the weights it starts from already are.
+    """Trains the first epoch again with the same code, data and seed.
 
-    Needs the code that the run was trained with and a CPU run of one process: nothing else promises the same bits.
+    `replay_differs`: 1 where its weights differ from the run's. `replay_initial_differs`: 1 where the initial weights
+    already do. Needs the code that the run was trained with, and a CPU run of one process: no other run repeats its
+    bits.
     """
     import torch
 

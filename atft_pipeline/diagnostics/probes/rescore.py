@@ -1,4 +1,4 @@
-"""The scores of the run's checkpoints, computed again and held against the stored predictions."""
+"""The scores of the run's checkpoints, computed again and compared with the stored predictions."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ REPRODUCES = 1e-3
 def measure(inputs: RunInputs) -> Figures:
     """Scores the validation sessions again with the run's checkpoints, and compares with the stored predictions.
 
-    `rescored_gap`: largest difference over the spread of the scores, with the checkpoint of their epoch;
-    `rescored_correlation`: of the two; `rescored_epoch`: the epoch whose checkpoint gives the predictions, -1 none.
+    `rescored_gap`: largest difference over the spread of the scores, with the checkpoint of the predictions' epoch.
+    `rescored_correlation`: correlation of the two. `rescored_epoch`: epoch of the checkpoint that gives the
+    predictions, -1 where none does.
     """
     predictions = inputs.record.predictions
     epoch = max(predictions, default=0)
@@ -34,7 +35,7 @@ def measure(inputs: RunInputs) -> Figures:
     if epoch not in inputs.checkpoints:
         raise InputError(f"no checkpoint of epoch {epoch}, whose predictions are stored")
     panel = inputs.panel
-    stored = _placed(predictions[epoch], panel.sessions[inputs.split.validation], panel.codes)
+    stored = _stored_panel(predictions[epoch], panel.sessions[inputs.split.validation], panel.codes)
     rescored = inputs.scores(inputs.model(epoch))
     both = np.isfinite(rescored) & np.isfinite(stored)
     if not both.any():
@@ -59,7 +60,7 @@ def _gap(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
     return largest / spread if spread > 0 else (0.0 if largest == 0 else math.inf)
 
 
-def _placed(file: Path, sessions: NDArray[np.datetime64], codes: NDArray[np.str_]) -> NDArray[np.float64]:
+def _stored_panel(file: Path, sessions: NDArray[np.datetime64], codes: NDArray[np.str_]) -> NDArray[np.float64]:
     """Stored validation scores of horizon 1 as `[T, N]`, NaN where there is none."""
     table = read_scores(file, [1])
     if table is None:

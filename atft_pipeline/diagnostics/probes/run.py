@@ -1,8 +1,8 @@
 """Probes: short computations that confirm or refute a cause, from seconds to two epochs.
 
 A probe computes again, with the code at hand, what the run claims: scores from its checkpoints, its data from the
-source, its graph, its first epoch. Its figures are stored in the run's `probes/NAME.json` and read as signals like all
-others. A probe that cannot be made says why, and its figures stay not measured.
+source, its graph, its first epoch. Its figures are stored in the run's `probes/NAME.json` and read like all other
+signals. A probe that cannot run says why, and its figures count as not measured.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ MODULES: dict[str, ModuleType] = {
     "ablate": ablate,
     "replay": replay,
 }
-"""Probes that need nothing but the run. Each module has `measure` and the `SIGNALS` that rules may ask for."""
+"""Probes that need nothing but the run. Each module has `measure` and the `SIGNALS` that rules may read."""
 
 PROBES: dict[str, Callable[[RunInputs], Figures]] = {name: module.measure for name, module in MODULES.items()}
 PROBE_SIGNALS: dict[str, tuple[str, ...]] = {name: module.SIGNALS for name, module in MODULES.items()}
 
 REMEDY = "remedy"
-"""Probe of a cause that settings remove: `remedy` of that cause."""
+"""The probe that tries a cause's remedy; it is stored once per cause, as `remedy_CAUSE`."""
 
 
 def run_probes(record: Record, names: Iterable[str]) -> None:
-    """Makes the named probes and stores their figures, over those of an earlier call."""
+    """Runs the named probes and stores their figures, which replace those of an earlier call."""
     inputs = RunInputs(record)
     for name in dict.fromkeys(names):
         _run(inputs, name, PROBES[name])
@@ -85,6 +85,6 @@ def stored_probes(record: Record) -> list[dict[str, Any]]:
 
 
 def probe_figures(record: Record) -> dict[str, Value]:
-    """Figures of the stored probes that rules read. What a remedy gained is shown, and decides nothing."""
+    """Figures of the stored probes that rules read. The gain of a remedy is only shown."""
     figures = [item for probe in stored_probes(record) if probe["probe"] in PROBES for item in probe["figures"].items()]
     return {name: value for name, value in figures if isinstance(value, float | str)}

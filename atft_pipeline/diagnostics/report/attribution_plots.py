@@ -1,4 +1,4 @@
-"""Costs, periods, capacity and exposures as pictures, PNG bytes like those of plots.py."""
+"""Costs, periods, capacity and exposures as plots: PNG bytes, as in plots.py."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SECTOR_INCHES = 0.24
 
 
 def draw_attributions(attributions: Mapping[str, Attribution | Missing]) -> dict[str, bytes]:
-    """Title -> PNG, of the plots whose inputs at least one split has."""
+    """Title -> PNG of each plot for which at least one split has inputs."""
     assessed = {split: a for split, a in attributions.items() if isinstance(a, Attribution)}
     if not assessed:
         return {}
@@ -131,7 +131,7 @@ def _market(attributions: Attributions, axes: Axes) -> bool:
 
 
 def _sectors(attributions: Attributions, axes: Axes) -> bool:
-    """Mean absolute net weight as bars, mean net weight as dots: near 0 where long and short sessions cancel."""
+    """Mean absolute net weight as bars, mean net weight as dots, near 0 where long and short sessions cancel."""
     exposures = {split: a.sectors for split, a in attributions.items() if isinstance(a.sectors, SectorExposure)}
     names = list(dict.fromkeys(sector.name for exposure in exposures.values() for sector in exposure.sectors))
     if not names:
@@ -178,7 +178,7 @@ def _shown(estimate: Estimate) -> str:
 
 
 def _middle(sessions: Days, month: np.datetime64) -> np.datetime64:
-    """The middle one of the month's sessions: a split may begin or end within it."""
+    """The middle of the split's sessions in the month: a split may begin or end within a month."""
     of_period = sessions[sessions.astype("datetime64[M]") == month]
     return np.datetime64(of_period[len(of_period) // 2])
 

@@ -27,7 +27,7 @@ NOT_ASSESSABLE = "not assessable"
 
 
 def attribution_tables(attributions: Attributions) -> dict[str, Rows]:
-    """Title -> rows with equal keys. A table without rows is one whose input is missing in every split."""
+    """Title -> rows with equal keys. A table has no rows where its input is missing in every split."""
     return {
         "Costs and turnover": _costs(attributions),
         "Sharpe by year, gross": _periods(attributions, lambda a: a.by_year),
@@ -174,7 +174,7 @@ def _estimate(estimate: Estimate, *, sign: bool = False) -> str:
 
 
 def fixed(value: float, *, sign: bool = False) -> str:
-    """To three decimals, as figures of one column are compared."""
+    """Three decimals, so that the figures of a column can be compared."""
     return NOT_MEASURED if not math.isfinite(value) else f"{value:+.3f}" if sign else f"{value:.3f}"
 
 

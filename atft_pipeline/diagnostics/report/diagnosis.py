@@ -24,25 +24,25 @@ class Diagnosis:
     """Why one run ended as it did, as far as its record says."""
 
     record: Record
-    """What was read. It is still open."""
+    """The record that was read; it is still open."""
     final: dict[str, Any]
     verdict_line: str
     warnings: list[str]
-    """Warnings of the verdict, also of one that passed."""
+    """Warnings of the verdict; a passed verdict may have some too."""
     signals: Signals
     findings: list[Finding]
     rules: Sequence[Rule]
-    """Those held against the run, a finding each."""
+    """The rules that were assessed; each has a finding."""
     ranking: Ranking
     probe_command: str
-    """Makes the probes of the leading causes."""
+    """Runs the probes of the leading causes."""
     experiments: list[ExperimentAdvice]
     results: list[dict[str, str]]
     """A row per experiment that was run."""
     probes: list[dict[str, Any]]
     """What each probe of this run measured, or why it could not."""
     siblings: list[dict[str, str]]
-    """Other runs of the same dataset beside this one, a row each. They are shown, and decide nothing."""
+    """A row per sibling run. They are shown, and decide nothing."""
     attributions: Mapping[str, Attribution | Missing]
     """Split -> costs, periods, capacity and exposures."""
     missing: list[str]

@@ -15,23 +15,24 @@ def headline(record: Record, signals: Signals, findings: Sequence[Finding], rank
     state, figures = _state(record), _figures(signals, record)
     proven = [f for f in findings if f.decisive and f.status == "fired" and f.severity == "invalid"]
     evidence = {f.rule: f.evidence for f in findings}
-    said = ranking.sentence
+    conclusion = ranking.sentence
     if ranking.conclusion == "cause" and ranking.causes[0].evidence:
-        said = f"{said} Evidence: {evidence[ranking.causes[0].evidence[0]]}."
+        conclusion = f"{conclusion} Evidence: {evidence[ranking.causes[0].evidence[0]]}."
     ended = [f for f in findings if f.status == "fired" and f.severity == "failure"]
-    if ended and ended[0].evidence not in said:
-        said = f"{ended[0].cause[0].upper()}{ended[0].cause[1:]}: {ended[0].evidence}. {said}"
+    if ended and ended[0].evidence not in conclusion:
+        conclusion = f"{ended[0].cause[0].upper()}{ended[0].cause[1:]}: {ended[0].evidence}. {conclusion}"
     blind = _blind(sum(f.status == "not_assessable" for f in findings))
     if proven:
-        return f"{state}Invalid: the Sharpe must not be read: {proven[0].cause} ({proven[0].evidence}). {said}{blind}"
-    return f"{state}{figures} {said}{blind}"
+        invalid = f"Invalid: the Sharpe must not be read: {proven[0].cause} ({proven[0].evidence})."
+        return f"{state}{invalid} {conclusion}{blind}"
+    return f"{state}{figures} {conclusion}{blind}"
 
 
 def _state(record: Record) -> str:
     if record.state == "running":
         return f"Still training ({record.epochs_done} of {record.epochs_planned} epochs). "
     if record.run.get("status") == "interrupted":
-        return f"Interrupted ({record.epochs_done} of {record.epochs_planned} epochs), start it again to go on. "
+        return f"Interrupted ({record.epochs_done} of {record.epochs_planned} epochs), start it again to continue. "
     return ""
 
 

@@ -9,8 +9,8 @@ from markdown_it import MarkdownIt
 
 NOT_MEASURED = "not measured"
 
-# What a report writes is markdown; what a record says (a path, an error's own words) is text, so nothing is switched on
-# that could make a link, a picture or raw HTML of it.
+# The report itself is markdown, but text from a record (a path, an error's own words) is not. So no syntax is enabled
+# that could turn such text into a link, a picture or raw HTML.
 _PARSER = MarkdownIt("zero", {"html": False, "breaks": True}).enable(
     ["table", "heading", "list", "fence", "backticks", "emphasis", "newline"]
 )

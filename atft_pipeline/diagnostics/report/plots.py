@@ -1,4 +1,4 @@
-"""The pictures that carry the evidence, as PNG bytes. Off-screen; never touches pyplot's global state."""
+"""The plots of a report, as PNG bytes. They are drawn off-screen, without pyplot's global state."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LEFT_INCHES, LEGEND_INCHES, TITLE_INCHES, BELOW_INCHES = 1.3, 1.95, 0.45, 0.52
 
 
 def draw(record: Record) -> dict[str, bytes]:
-    """Title -> PNG, of the plots whose numbers the record has; in the order a reader wants them."""
+    """Title -> PNG of each plot for which the record has figures, in the order of the report."""
     return pictures({title: partial(by_epoch, plot, record) for title, plot in PLOTS.items()})
 
 
@@ -34,7 +34,7 @@ def by_epoch(plot: Callable[[Record, Axes], bool], record: Record, axes: Axes) -
 
 
 def pictures(plots: Mapping[str, Callable[[Axes], bool]]) -> dict[str, bytes]:
-    """Title -> PNG, of the plots that find something to draw."""
+    """Title -> PNG of each plot that has something to draw."""
     drawn_plots = {}
     for title, plot in plots.items():
         drawn = figure(title, plot)
@@ -46,16 +46,16 @@ def pictures(plots: Mapping[str, Callable[[Axes], bool]]) -> dict[str, bytes]:
 
 
 def figure(title: str, plot: Callable[[Axes], bool]) -> Figure | None:
-    """What `plot` draws, the legend beside it; None where it finds nothing to draw.
+    """What `plot` draws, with the legend beside it; None where there is nothing to draw.
 
-    Margins and title have fixed positions: to compute them, matplotlib measures every label, which takes longer than
-    the drawing.
+    Margins and title have fixed positions. To compute them, matplotlib would measure every label, which takes longer
+    than drawing.
     """
     drawn = Figure(figsize=SIZE_INCHES, dpi=DPI)
     axes = drawn.add_subplot()
     if not plot(axes):
         return None
-    axes.set_title(title, loc="left", fontsize=11, y=1.0, pad=16)  # above what an axis says of its unit
+    axes.set_title(title, loc="left", fontsize=11, y=1.0, pad=16)  # above the factor that an axis writes over its ticks
     axes.grid(alpha=0.3)
     right = 0.2
     if axes.get_legend_handles_labels()[0]:

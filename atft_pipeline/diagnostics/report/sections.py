@@ -1,5 +1,6 @@
-"""The sections of a report, in the order of the validation report. All of its questions are answered, if only by
-"not assessable".
+"""The sections of a report, in the order of the validation report.
+
+Every question of the validation report has an answer, even if it is "not assessable".
 """
 
 from __future__ import annotations
@@ -104,8 +105,8 @@ def _causes(diagnosis: Diagnosis) -> str:
     ]
     for cause in ranking.causes:
         if cause.probability >= SHOWN_PROBABILITY or cause in ranking.causes[:SHOWN_CAUSES]:
-            told = "; ".join(evidence[rule].evidence for rule in cause.evidence[:3])
-            rows.append([f"{cause.probability:.2f}", cause.name, told or "none", cause.probe])
+            reasons = "; ".join(evidence[rule].evidence for rule in cause.evidence[:3])
+            rows.append([f"{cause.probability:.2f}", cause.name, reasons or "none", cause.probe])
     ranked = table(["probability", "cause", "evidence", "probe"], sorted(rows, key=lambda row: row[0], reverse=True))
     return f"{ranking.sentence}\n\n{ranked}\n\n### Rules that fired\n\n{_fired(diagnosis)}"
 
@@ -124,7 +125,7 @@ def _fired(diagnosis: Diagnosis) -> str:
 
 def _probes(diagnosis: Diagnosis) -> str:
     if not diagnosis.probes:
-        return f"None were made: `{diagnosis.probe_command}` makes those of the three most probable causes."
+        return f"None was run: `{diagnosis.probe_command}` runs those of the three most probable causes."
     rows = []
     for probe in diagnosis.probes:
         measured = ", ".join(f"{name} {figure(value)}" for name, value in (probe.get("figures") or {}).items())
@@ -169,7 +170,7 @@ def _answer(question: Question, rules: Sequence[Rule], diagnosis: Diagnosis) -> 
 
 
 def _next_steps(diagnosis: Diagnosis) -> str:
-    """Steps of the leading cause's rules first, then those of the others."""
+    """Next steps: first those of the leading cause's rules, then the others."""
     leading = diagnosis.ranking.causes[0].evidence if diagnosis.ranking.conclusion == "cause" else ()
     by_command: dict[str, str] = {}
     for finding in sorted(diagnosis.causes, key=lambda f: leading.index(f.rule) if f.rule in leading else len(leading)):
@@ -179,12 +180,12 @@ def _next_steps(diagnosis: Diagnosis) -> str:
     if diagnosis.ranking.conclusion == "inconclusive" and not diagnosis.probes:
         steps.append(f"measure what would decide: `{diagnosis.probe_command}`")
     if not steps:
-        return "None that the record asks for."
+        return "The record asks for none."
     return "\n".join(f"{number}. {_as_code(step)}" for number, step in enumerate(steps, start=1))
 
 
 def _as_code(step: str) -> str:
-    """The command of a next step, where it ends in one, on a line of its own."""
+    """A next step with its command, if it has one, on a line of its own."""
     sentence, command = _sentence_and_command(step)
     return f"{sentence}:\n\n   {command}\n" if command else step
 
@@ -216,8 +217,8 @@ def _coverage(diagnosis: Diagnosis) -> str:
     return (
         f"Assessed and not seen: {listed('not_fired')}.\n\nSeen: {listed('fired')}.\n\nNot assessable, which does"
         f" not mean fine: {listed('not_assessable')}.\n\nFiles that could not be used:\n\n{files}\n\n"
-        "Gradients alone do not decide whether a component contributes: the probe `ablate` does, which permutes its"
-        " output over the stocks and measures the IC."
+        "Gradients alone do not show whether a component contributes. The probe `ablate` does: it permutes the"
+        " component's output over the stocks and measures the IC that is lost."
     )
 
 

@@ -16,7 +16,7 @@ def sibling_rows(record: Record) -> list[dict[str, str]]:
     """A row per run of the same dataset in the same folder, this one first, then the newest.
 
     `same Sharpe, other weights`: the Sharpe equals this run's to the last bit although the weights differ, which never
-    happens between honest runs. Empty where the run has no sibling.
+    happens between honest runs. Empty where the run has no sibling run.
     """
     this_run = _row(record.run_dir, record.run, record.verdict)
     siblings = []

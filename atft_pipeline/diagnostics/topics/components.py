@@ -1,4 +1,4 @@
-"""The output of each component: whether it tells the stocks apart, and what it is worth."""
+"""The output of each component: whether it differs between stocks, and how much IC it is worth."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from atft_pipeline.runs.reader import Record
 SIGNALS = SignalTable()
 
 DEGENERACY_RESETS_ALLOWED = 5
-"""Fewer are expected of a run whose head collapses by chance."""
+"""A run whose head collapses by chance needs fewer resets."""
 
 
 @SIGNALS.add
@@ -42,7 +42,7 @@ def encoder_spread(record: Record) -> float | None:
 
 @SIGNALS.add
 def encoder_spread_max(record: Record) -> float | None:
-    """The same at the epoch where it is largest. An encoder that is cut off never has a spread."""
+    """The same at the epoch where it is largest. An encoder that is bypassed has no spread at any epoch."""
     return max(record.curve("stock_spread", component="backbone_projection").values(), default=None)
 
 
@@ -58,20 +58,20 @@ def fusion_spread(record: Record) -> float | None:
 
 @SIGNALS.add
 def graph_or_encoder_spread(record: Record) -> float | None:
-    """The smaller of the two, which the fusion works with; the encoder's in a run without graph."""
+    """The smaller spread of the fusion's inputs; without a graph that of the encoder."""
     return min((v for v in (encoder_spread(record), graph_spread(record)) if v is not None), default=None)
 
 
 @SIGNALS.add
 def dead_units(record: Record) -> float | None:
-    """Largest share of units without a response, late. The head's four outputs do not count."""
+    """Largest share of constant units in a component, late. The head's four outputs do not count."""
     names = [name for name in record.components("dead_units") if name != "prediction_head"]
     return max((share for name in names if (share := _late(record, "dead_units", name)) is not None), default=None)
 
 
 @SIGNALS.add
 def attention_entropy(record: Record) -> float | None:
-    """Smallest mean entropy of an attention, relative to equal weights, late."""
+    """Smallest mean entropy of an attention's weights, relative to equal weights, late."""
     names = record.components("attention_entropy")
     return min((e for name in names if (e := _late(record, "attention_entropy", name)) is not None), default=None)
 
@@ -87,7 +87,7 @@ RULES: tuple[Rule, ...] = (
             "{degeneracy_events:.0f} checks under the guard's dispersion ratio, {degeneracy_resets:.0f} resets of the"
             " head"
         ),
-        next_step="learn from ranks, whose loss a constant does not minimise",
+        next_step="weigh the IC term more: constant predictions do not minimise it",
         changes=(raised("train.loss.ic", 2, at_least=0.5),),
         question=questions.DEGENERATE,
         channel="dispersion",
@@ -95,12 +95,12 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         id="degeneracy_resets_many",
-        cause="the head was re-drawn again and again",
+        cause="the head was reset many times",
         group="gradients",
         severity="defect",
         when=all_of(("degeneracy_resets", ">=", DEGENERACY_RESETS_ALLOWED)),
         evidence="{degeneracy_resets:.0f} resets; fewer than 5 are expected",
-        next_step="lower the learning rate and learn from ranks",
+        next_step="lower the learning rate and weigh the IC term more",
         changes=(
             lowered("train.optimizer.lr", 0.3),
             raised("train.loss.ic", 2, at_least=0.5),
@@ -115,8 +115,8 @@ RULES: tuple[Rule, ...] = (
         group="gradients",
         severity="defect",
         when=all_of(("encoder_spread_max", "<", 0.01)),
-        evidence="spread over the stocks of the backbone's output, largest epoch: {encoder_spread_max:.2g} of its size",
-        next_step="check what stands between encoder and fusion, then train again: {rerun}",
+        evidence="largest spread across stocks of the backbone's output: {encoder_spread_max:.2g} of its size",
+        next_step="check the path from encoder to fusion, then train again: {rerun}",
         question=questions.GRADIENTS_LOW,
         channel="encoder output",
         suspects=("encoder_bypassed",),
@@ -128,7 +128,7 @@ RULES: tuple[Rule, ...] = (
         severity="defect",
         when=all_of(("encoder_spread", "<", 0.01), ("encoder_spread_max", ">=", 0.01)),
         evidence=(
-            "spread over the stocks of the backbone's output: {encoder_spread:.2g} of its size, at most"
+            "spread across stocks of the backbone's output: {encoder_spread:.2g} of its size, at most"
             " {encoder_spread_max:.2g} before"
         ),
         next_step="lower the learning rate",
@@ -139,11 +139,11 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         id="graph_smooths",
-        cause="after the graph all stocks look alike",
+        cause="after the graph all stocks have nearly the same state",
         group="gradients",
         severity="defect",
         when=all_of(("graph_spread", "<", 0.02), ("encoder_spread", ">=", 0.01)),
-        evidence="spread over the stocks: encoder {encoder_spread:.2g}, after the graph {graph_spread:.2g} of its size",
+        evidence="spread across stocks: encoder {encoder_spread:.2g}, after the graph {graph_spread:.2g} of its size",
         next_step="leave the graph out and compare",
         changes=(switched("model.graph", False),),
         question=questions.GRAPH_DOMINATES,
@@ -152,12 +152,12 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         id="stocks_look_alike",
-        cause="the head sees the same state for all stocks",
+        cause="the head reads nearly the same state for all stocks",
         group="gradients",
         severity="defect",
         when=all_of(("fusion_spread", "<", 0.02), ("graph_or_encoder_spread", ">=", 0.02)),
-        evidence="spread over the stocks before the head: {fusion_spread:.2g} of its size",
-        next_step="check the fusion, and learn from ranks",
+        evidence="spread across stocks before the head: {fusion_spread:.2g} of its size",
+        next_step="check the fusion, and weigh the IC term more",
         changes=(raised("train.loss.ic", 2, at_least=0.5),),
         question=questions.DEGENERATE,
         channel="fusion output",
@@ -165,11 +165,11 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         id="units_dead",
-        cause="most units of a component never respond",
+        cause="most units of a component are constant",
         group="gradients",
         severity="defect",
         when=all_of(("dead_units", ">", 0.5)),
-        evidence="{dead_units:.0%} of the units of a component are constant over stocks and sessions",
+        evidence="{dead_units:.0%} of its units have the same output for all stocks and sessions",
         next_step="lower the learning rate and draw other initial weights",
         changes=(
             lowered("train.optimizer.lr", 1 / 3),
@@ -181,7 +181,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         id="attention_collapsed",
-        cause="attention looks at one place only",
+        cause="attention puts almost all its weight on one position",
         group="gradients",
         severity="explanation",
         when=all_of(("attention_entropy", "<", 0.1)),

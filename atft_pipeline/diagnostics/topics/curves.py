@@ -17,16 +17,16 @@ from atft_pipeline.runs.reader import Curve, Record
 SIGNALS = SignalTable()
 
 FLAT_LOSS = 2e-4
-"""Relative change of a loss that reads as none. With standardised targets the mse can fall by IC² only: 0.0009 for an
-IC of 0.03, so a threshold of a per cent would call every healthy run flat."""
+"""Relative change under which a loss counts as flat. With standardised targets the mse can fall by IC² only, 0.0009 for
+an IC of 0.03, so a threshold of one per cent would call every healthy run flat."""
 TREND_TAU = 0.3
 """Kendall's tau over the epochs under which a curve counts as flat, so that noise around a level is no trend."""
 LATE_EPOCHS = 6
-"""Epochs before which every loss is worse than a constant's."""
+"""Fewer epochs are not judged: early in training every loss is worse than a constant's."""
 
 
 def loss_curve(record: Record, split: str) -> Curve:
-    """Weighted total loss by epoch; the raw mse where phases change the weights and totals cannot be compared."""
+    """Weighted total loss by epoch; the raw mse where phases change the weights, so that totals cannot be compared."""
     changing = record.scalar(
         """SELECT count(*) FROM (SELECT term FROM series WHERE metric = 'loss_weight' AND step IS NULL
                                  GROUP BY term HAVING max(value) > min(value))"""
@@ -94,7 +94,7 @@ def validation_rise(record: Record) -> float | None:
 
 @SIGNALS.add
 def validation_rise_of_gain(record: Record) -> float | None:
-    """The same rise as a share of what the validation loss had gained before; 1 = all of it given back."""
+    """The same rise as a share of the fall before it; at 1 the whole fall is undone."""
     curve = loss_curve(record, "validation")
     if len(curve) < MIN_TREND_EPOCHS:
         return None
@@ -104,7 +104,7 @@ def validation_rise_of_gain(record: Record) -> float | None:
 
 @SIGNALS.add
 def train_gain(record: Record) -> float | None:
-    """1 - mean squared error of standardised targets, mean of the last quarter of the epochs: what is fitted."""
+    """1 - mean squared error of standardised targets, mean of the last quarter of the epochs: the variance fitted."""
     return _late_gain(record, "train")
 
 
@@ -116,7 +116,6 @@ def validation_gain(record: Record) -> float | None:
 
 def _late_gain(record: Record, split: str) -> float | None:
     values = list(record.curve("loss_raw", split=split, term="mse").values())
-    # Before some epochs are done every loss is worse than a constant's.
     return 1.0 - float(np.mean(values[-(len(values) // 4 or 1) :])) if len(values) >= LATE_EPOCHS else None
 
 
@@ -124,7 +123,7 @@ def _late_gain(record: Record, split: str) -> float | None:
 def loss_spike(record: Record) -> float | None:
     """(largest - median) over the range from the 10th to the 90th percentile of the step losses after epoch 1.
 
-    The epoch after one at whose end the guard drew the head anew is left out: that jump is the guard's.
+    The epoch after a reset of the head is left out, because the reset causes that jump.
     """
     (row,) = record.rows(
         """SELECT (max(value) - median(value)) / nullif(quantile_cont(value, 0.9) - quantile_cont(value, 0.1), 0)
@@ -137,7 +136,7 @@ def loss_spike(record: Record) -> float | None:
 RULES: tuple[Rule, ...] = (
     Rule(
         id="validation_flat_early",
-        cause="overfitting: validation stops improving early while the train loss goes on falling",
+        cause="overfitting: validation stops improving early while the train loss keeps falling",
         group="curves",
         severity="explanation",
         when=all_of(
@@ -165,7 +164,7 @@ RULES: tuple[Rule, ...] = (
         severity="explanation",
         when=all_of(("validation_rise", ">", 2e-3), ("validation_rise_of_gain", ">=", 0.5)),
         evidence=(
-            "it ends {validation_rise:.2%} above its lowest value at epoch {validation_best_epoch:.0f} of"
+            "the loss ends {validation_rise:.2%} above its lowest value, at epoch {validation_best_epoch:.0f} of"
             " {epochs_done:.0f}"
         ),
         next_step="regularise more",
@@ -202,7 +201,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         id="both_fall_sharpe_flat",
-        cause="both losses fall and the Sharpe does not follow: the loss is not aligned with it",
+        cause="both losses fall and the Sharpe does not rise: the loss is not aligned with it",
         group="curves",
         severity="explanation",
         when=all_of(
@@ -235,7 +234,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         id="worse_than_constant_in_training",
-        cause="even on the training sessions the loss is no better than a constant's",
+        cause="even on training sessions the loss is no better than that of constant predictions",
         group="curves",
         severity="explanation",
         when=all_of(("train_gain", "<", 5e-4)),
@@ -254,7 +253,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         id="fits_training_alone",
-        cause="the training loss falls far and validation gets worse than a constant",
+        cause="the training loss falls far, and validation is worse than with constant predictions",
         group="curves",
         severity="explanation",
         when=all_of(("train_gain", ">", 0.1), ("validation_gain", "<", -0.05)),

@@ -15,11 +15,12 @@ SIGNALS = SignalTable()
 
 TARGET_TOLERANCE = 1e-6
 LEAVING_SESSIONS, LEAVING_ROWS, LEAVING_TAIL = 250, 60_000, 20
-"""A hundredth of the stocks leaves in a year: on 240 stock-years none leaving has a probability of a tenth."""
+"""A smaller dataset need not have stocks that leave. About 1% of stocks leave in a year, so among 240 stock-years none
+leaves with a probability of a tenth. Stocks whose rows end within the tail may still be listed."""
 
 
 def _in_split(inputs: RunInputs) -> dict[str, Value]:
-    """Sessions evaluated as validation, against the split that the configuration gives on the dataset's sessions."""
+    """Compares the sessions evaluated as validation with the configured split of the dataset's sessions."""
     inputs.require_scores()
     sessions, split = inputs.sessions, inputs.split
     dates = inputs.record.connection.execute("SELECT DISTINCT Date FROM scored").fetchnumpy()["Date"]
@@ -32,7 +33,7 @@ def _in_split(inputs: RunInputs) -> dict[str, Value]:
 
 
 def _targets_agree(inputs: RunInputs) -> dict[str, Value]:
-    """The targets evaluated, row by row, and the rows of the universe that have no score."""
+    """Compares the evaluated targets with the dataset's, and counts the rows of the universe without a score."""
     inputs.require_scores()
     first, last = (inputs.sessions[inputs.split.validation[end]].item() for end in (0, -1))
     unlike = inputs.record.scalar(
@@ -54,7 +55,7 @@ def _targets_agree(inputs: RunInputs) -> dict[str, Value]:
 
 
 def _sessions(inputs: RunInputs) -> dict[str, Value]:
-    """Sessions that the first epoch trained on, against the split that the configuration gives."""
+    """Compares the sessions that the first epoch trained on with the configured split."""
     inputs.require_sample()
     record, sessions, split = inputs.record, inputs.sessions, inputs.split
 
@@ -74,7 +75,7 @@ def _sessions(inputs: RunInputs) -> dict[str, Value]:
 
 
 def _feature_ic(inputs: RunInputs) -> dict[str, Value]:
-    """The largest mean correlation of an input with the coming return, over the sampled sessions."""
+    """The largest mean correlation of a feature with the target, over the sampled sessions."""
     inputs.require_sample()
     rows = inputs.record.rows(
         """SELECT name, abs(avg(ic)) AS size FROM given WHERE name NOT LIKE 'target\\_%' ESCAPE '\\' AND ic IS NOT NULL
@@ -84,7 +85,7 @@ def _feature_ic(inputs: RunInputs) -> dict[str, Value]:
 
 
 def _leaving(inputs: RunInputs) -> dict[str, Value]:
-    """Stocks whose rows end before the dataset does; None where it is too small to expect one."""
+    """Counts stocks whose rows end before the dataset does; not measured where it is too small to expect one."""
     sessions = inputs.sessions
     if len(sessions) < LEAVING_SESSIONS or len(sessions) * inputs.manifest["stocks"] < LEAVING_ROWS:
         return {}
@@ -177,7 +178,7 @@ RULES: tuple[Rule, ...] = (
         group="data",
         severity="defect",
         when=all_of(("train_not_seen", ">", 0.1), ("trained_elsewhere", "<=", 0)),
-        evidence="{train_not_seen:.0%} of a sample of them did not come by in the first epoch",
+        evidence="{train_not_seen:.0%} of the sampled ones were not read in the first epoch",
         next_step="find what draws the blocks of an epoch, then train again: {rerun}",
         question=questions.INPUTS_REACH_MODEL,
         channel="split",
@@ -190,7 +191,7 @@ RULES: tuple[Rule, ...] = (
         group="validity",
         severity="invalid",
         when=all_of(("targets_unlike_dataset", ">", 0.001)),
-        evidence="{targets_unlike_dataset:.0%} of the rows have another target_1d than the dataset",
+        evidence="{targets_unlike_dataset:.0%} of the rows have another target_1d than in the dataset",
         next_step="compare one row of the predictions with the dataset, then train again: {rerun}",
         question=questions.SHARPE_IS_OWN,
         channel="targets",
@@ -202,7 +203,7 @@ RULES: tuple[Rule, ...] = (
         group="validity",
         severity="invalid",
         when=all_of(("targets_unlike_source", ">", 0.001)),
-        evidence="{targets_unlike_source:.0%} of the targets come out otherwise when they are made again",
+        evidence="{targets_unlike_source:.0%} of the targets differ when they are computed again",
         next_step="build the dataset again and train on it: {build_dataset}",
         question=questions.SHARPE_IS_OWN,
         channel="targets of source",
@@ -223,12 +224,12 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         id="feature_too_good",
-        cause="one feature alone is better than any daily signal is",
+        cause="one feature alone predicts better than an honest daily feature can",
         group="data",
         severity="defect",
         when=all_of(("feature_ic", ">", 0.15)),
         evidence="mean IC of {feature_ic_name} over the sampled sessions: {feature_ic:.3f}",
-        next_step="compute its rows again without later quotes, and compare: {diagnose_all}",
+        next_step="compute its rows again without later quotes and compare them: {diagnose_all}",
         question=questions.SHARPE_IS_OWN,
         channel="feature ic",
         suspects=("look_ahead_in_feature", "target_shifted", "labels_misaligned"),
@@ -249,7 +250,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         id="features_know_later",
-        cause="features come out otherwise when later quotes are withheld",
+        cause="features change when later quotes are withheld",
         group="data",
         severity="defect",
         when=all_of(("features_know_later", ">", 0)),
@@ -266,7 +267,7 @@ RULES: tuple[Rule, ...] = (
         group="data",
         severity="defect",
         when=all_of(("rows_unlike_source", ">", 0.001)),
-        evidence="{rows_unlike_source:.1%} of the rows are in one of the two alone",
+        evidence="{rows_unlike_source:.1%} of the rows exist in only one of the two",
         next_step="build the dataset again from its source: {build_dataset}",
         question=questions.DATASET_IS_OF_SOURCE,
         channel="rows made again",
@@ -275,12 +276,12 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         id="no_stock_leaves",
-        cause="no stock ever leaves the dataset: its source may hold survivors alone",
+        cause="no stock ever leaves the dataset: its source may hold survivors only",
         group="data",
         severity="observation",
         when=all_of(("codes_that_leave", "<=", 0)),
-        evidence="of all its stocks {codes_that_leave:.0f} end before the dataset does",
-        next_step="ask the source for delisted stocks, because figures of survivors flatter",
+        evidence="stocks whose rows end before the dataset does: {codes_that_leave:.0f}",
+        next_step="add delisted stocks to the source: results on survivors alone are too good",
         question=questions.DATASET_IS_OF_SOURCE,
         channel="leaving",
         suspects=("survivorship",),
@@ -291,7 +292,7 @@ RULES: tuple[Rule, ...] = (
         group="data",
         severity="defect",
         when=all_of(("parts_unlike_manifest", ">", 0)),
-        evidence="{parts_unlike_manifest:.0f} months have another content than when the dataset was built",
+        evidence="{parts_unlike_manifest:.0f} months have changed since the dataset was built",
         next_step="build the dataset again: {build_dataset}",
         question=questions.DATASET_IS_OF_SOURCE,
         channel="dataset content",
@@ -299,11 +300,11 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         id="graph_unlike_dataset",
-        cause="the graph is not the one that the dataset gives",
+        cause="the graph is not the one that follows from the dataset",
         group="data",
         severity="defect",
         when=all_of(("edges_unlike_dataset", ">", 0.001)),
-        evidence="{edges_unlike_dataset:.0%} of the edges are in one of the two alone",
+        evidence="{edges_unlike_dataset:.0%} of the edges exist in only one of the two",
         next_step="build the graph again: {build_graph}",
         question=questions.DATASET_IS_OF_SOURCE,
         channel="graph made again",

@@ -1,4 +1,4 @@
-"""Gradients by component: whether they reach it, and how they change over the epochs."""
+"""Gradients by component: whether they reach the component, and how they change over the epochs."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def silent_component_names(record: Record) -> str | None:
 
 @SIGNALS.add
 def components_heard(record: Record) -> float | None:
-    """Components but the head whose gradient was not 0 throughout."""
+    """Components, without the head, whose gradient was above 0 at some epoch."""
     curves = _gradients(record)
     others = [curve for name, curve in curves.items() if name != "prediction_head"]
     return float(sum(max(curve.values()) > 0.0 for curve in others)) if others else None
@@ -147,7 +147,7 @@ RULES: tuple[Rule, ...] = (
         severity="explanation",
         when=all_of(("gradient_warnings", ">", 0)),
         evidence=(
-            "{gradient_warnings:.0f} warnings (an epoch of a component with l2 under 1e-7): {gradient_warning_names}"
+            "{gradient_warnings:.0f} warnings (epochs of a component with l2 under 1e-7): {gradient_warning_names}"
         ),
         next_step="raise the learning rate (experiment D): {experiment_d}",
         experiments=("D",),
@@ -161,7 +161,7 @@ RULES: tuple[Rule, ...] = (
         group="gradients",
         severity="explanation",
         when=all_of(("encoder_gradient_ratio", "<", 0.1)),
-        evidence="late over early l2: {encoder_gradient_ratio:.3f}",
+        evidence="ratio of late to early l2: {encoder_gradient_ratio:.3f}",
         next_step="leave the skip path out, to see whether the encoder still contributes",
         changes=(switched("model.skip", False),),
         question=questions.GRADIENTS_FALLING,
@@ -181,12 +181,12 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         id="encoder_never_heard",
-        cause="the temporal encoder's gradient was never noticeable",
+        cause="the temporal encoder's gradient was negligible at every epoch",
         group="gradients",
         severity="explanation",
         when=all_of(("encoder_gradient_max", "<", 1e-5)),
-        evidence="largest l2 of an epoch {encoder_gradient_max:.2g}",
-        next_step="check what stands between encoder and loss, then train again: {rerun}",
+        evidence="largest l2 of any epoch: {encoder_gradient_max:.2g}",
+        next_step="check the path from encoder to loss, then train again: {rerun}",
         question=questions.GRADIENTS_LOW,
         channel="gradients reach",
         suspects=("encoder_bypassed", "zeros_reach_head", "frozen_component"),
@@ -197,7 +197,7 @@ RULES: tuple[Rule, ...] = (
         group="gradients",
         severity="explanation",
         when=all_of(("gradient_rise", ">", 10.0)),
-        evidence="largest late over early l2: {gradient_rise:.1f} ({gradient_rise_name})",
+        evidence="largest ratio of late to early l2: {gradient_rise:.1f} ({gradient_rise_name})",
         next_step="clip tighter",
         changes=(lowered("train.optimizer.clip_norm", 0.5),),
         question=questions.GRADIENTS_RISING,
@@ -211,8 +211,8 @@ RULES: tuple[Rule, ...] = (
         severity="explanation",
         when=all_of(("graph_to_encoder_gradient", ">", 10.0)),
         evidence=(
-            "gat over temporal_encoder l2, median epoch: {graph_to_encoder_gradient:.1f}; gradients alone do not decide"
-            " who contributes"
+            "l2 of gat over that of temporal_encoder, median epoch: {graph_to_encoder_gradient:.1f}; gradients alone"
+            " do not show which one contributes"
         ),
         next_step="leave the graph out and compare the daily IC",
         changes=(switched("model.graph", False),),
@@ -227,7 +227,7 @@ RULES: tuple[Rule, ...] = (
         severity="defect",
         when=all_of(("components_heard", "<=", 0), ("head_gradient", ">", 0), ("frozen_components", "<=", 0)),
         evidence="gradient l2 exactly 0 at every epoch: {silent_component_names}",
-        next_step="check what the head reads (a padding, a wrong position), then train again: {rerun}",
+        next_step="check what the head reads (padding, or a wrong position), then train again: {rerun}",
         question=questions.GRADIENTS_LOW,
         channel="head input",
         suspects=("zeros_reach_head",),

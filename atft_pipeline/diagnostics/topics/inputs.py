@@ -1,4 +1,4 @@
-"""Whether the features reach the model as the dataset has them: sampled blocks against the dataset's rows."""
+"""Whether the features reach the model unchanged: sampled blocks compared with the dataset's rows."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from atft_pipeline.runs.reader import Record
 SIGNALS = SignalTable()
 
 INPUT_TOLERANCE = 1e-3
-"""Relative: sums over float32 in another order."""
+"""Relative tolerance, for sums over float32 in another order."""
 OF_SESSIONS = 0.5
-"""A feature differs where more than this share of its sampled sessions does: one odd session is a revised dataset."""
+"""A feature differs where more than this share of its sampled sessions does: a few may come from a revised dataset."""
 SCALED = 5.0
-"""Ratio of spreads above which, or under whose inverse, a feature has another unit."""
+"""A feature has another unit where the ratio of its spreads is above this or below its inverse."""
 DRIFTED = 10.0
-"""Ratio of spreads between training and validation: an order of magnitude."""
+"""Ratio of the spreads in training and validation above which a feature has drifted: an order of magnitude."""
 
 
 @SIGNALS.add
@@ -49,7 +49,7 @@ def _size(value: object) -> float | None:
 
 
 def _drift(inputs: RunInputs) -> dict[str, Value]:
-    """Features whose cross-sectional spread in validation is another order of magnitude than in training."""
+    """Counts features whose cross-sectional spread differs by an order of magnitude between training and validation."""
     inputs.require_sample()
     rows = inputs.record.rows(
         """SELECT name, median(std) FILTER (split = 'train'), median(std) FILTER (split = 'validation')
@@ -61,10 +61,10 @@ def _drift(inputs: RunInputs) -> dict[str, Value]:
 
 
 class Compared(NamedTuple):
-    """A feature in the sampled sessions of a split against the dataset's rows of the same sessions.
+    """A feature in the sampled sessions of a split, compared with the dataset's rows of the same sessions.
 
-    Shares are of the sessions in which the stocks are the same: where stocks are left out every figure differs, which
-    says something of the stocks and nothing of the features.
+    Shares count sessions with the same number of stocks. Where stocks are left out every figure differs, which is a
+    fault of the stocks and not of the feature.
     """
 
     name: str
@@ -80,7 +80,7 @@ class Compared(NamedTuple):
     other_stocks: float | None
     """Share of all sessions with another number of stocks; None where no number was recorded."""
     varies: float | None
-    """Share of sessions in which it varies in the dataset; a figure of the market is one to all stocks."""
+    """Share of sessions in which it varies in the dataset; a market-wide feature is the same for all stocks."""
 
     @property
     def is_target(self) -> bool:
@@ -88,14 +88,14 @@ class Compared(NamedTuple):
 
     @property
     def is_scaled(self) -> bool:
-        """A change of unit leaves the correlation with the target as it is; another column or noise does not."""
+        """A change of unit keeps the correlation with the target; another column or noise changes it."""
         same_ic = self.other_ic is not None and self.other_ic <= OF_SESSIONS
         ratio = self.spread_ratio or 1.0
         return not 1 / SCALED <= ratio <= SCALED and self.constant <= OF_SESSIONS and same_ic
 
 
 def _inputs_agree(inputs: RunInputs) -> dict[str, Value]:
-    """Sampled blocks against the dataset's rows of the same sessions and universe."""
+    """Compares sampled blocks with the dataset's rows of the same sessions and universe."""
     inputs.require_sample()
     record = inputs.record
     sampled = {row[0] for row in record.rows("SELECT DISTINCT name FROM given")}
@@ -128,14 +128,14 @@ def _inputs_agree(inputs: RunInputs) -> dict[str, Value]:
 
 
 def _expect(inputs: RunInputs, names: Sequence[str]) -> None:
-    """Makes the table `expected`: the moments of each feature that the dataset gives in the sampled sessions."""
+    """Creates the table `expected`: the moments of each feature in the dataset, by sampled session."""
     columns = ", ".join(
         f"""struct_pack(name := '{name}', present := count("{name}"), mean := avg("{name}"),
             std := stddev_pop("{name}"), ic := corr("{name}", target_1d))"""
         for name in names
     )
     connection = inputs.record.connection
-    # Most of what a diagnosis reads. Two threads add up in another order each time, far within INPUT_TOLERANCE.
+    # This reads more than all the rest of a diagnosis. Two threads vary the order of sums, far within INPUT_TOLERANCE.
     connection.execute("SET threads = 2")
     connection.execute(
         f"""CREATE OR REPLACE TEMP TABLE expected AS
@@ -164,7 +164,7 @@ def _compared(record: Record) -> list[Compared]:
 
 
 def _unlike(g: str, e: str) -> str:
-    """SQL: whether the moments of a feature in a session are others in relation `g` than in relation `e`."""
+    """SQL: whether the moments of a feature in a session differ between the relations `g` and `e`."""
     return f"""{g}.present != {e}.present OR abs({g}.mean - {e}.mean) > {INPUT_TOLERANCE} * (abs({e}.mean) + {e}.std)
                OR abs({g}.std - {e}.std) > {INPUT_TOLERANCE} * (abs({e}.mean) + {e}.std)"""
 
@@ -188,7 +188,7 @@ def _exchanged(record: Record) -> dict[str, Value]:
 
 
 def _largest_of_a_split(rows: Sequence[Compared]) -> float | None:
-    """The larger mean share of sessions with another number of stocks, of training and validation."""
+    """The mean share of sessions with another number of stocks, in the split where it is larger."""
     counted = [(row.split, row.other_stocks) for row in rows if row.other_stocks is not None]
     splits = {split for split, _ in counted}
     return max((float(np.mean([share for split, share in counted if split == of])) for of in splits), default=None)
@@ -241,12 +241,12 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         id="last_session_empty",
-        cause="nothing of the session to be scored reaches the model",
+        cause="the features of the scored session do not reach the model",
         group="data",
         severity="defect",
         when=all_of(("inputs_constant_share", ">=", 0.95)),
         evidence="{inputs_constant_share:.0%} of the features are constant in the last session of sampled blocks",
-        next_step="check padding and positions at which a block is read, then train again: {rerun}",
+        next_step="check the padding of blocks and the position that is read, then train again: {rerun}",
         question=questions.INPUTS_REACH_MODEL,
         channel="inputs constant",
         suspects=("zeros_reach_head", "features_missing"),
@@ -258,8 +258,8 @@ RULES: tuple[Rule, ...] = (
         severity="defect",
         when=all_of(("inputs_scaled", ">", 0)),
         evidence=(
-            "{inputs_scaled:.0f} features have a spread over five times or under a fifth of the dataset's, and the same"
-            " correlation with the target"
+            "{inputs_scaled:.0f} features have a spread above five times or below a fifth of the dataset's, with the"
+            " same correlation with the target"
         ),
         next_step="find the conversion between dataset and model, then train again: {rerun}",
         question=questions.INPUTS_REACH_MODEL,
@@ -272,7 +272,7 @@ RULES: tuple[Rule, ...] = (
         group="data",
         severity="explanation",
         when=all_of(("inputs_drifted", ">", 0)),
-        evidence="{inputs_drifted:.0f} features, median spread within a session",
+        evidence="{inputs_drifted:.0f} features, by their median spread within a session",
         next_step="look for a unit that changes in the source, then build again: {build_dataset}",
         question=questions.INPUTS_REACH_MODEL,
         channel="inputs drifted",
@@ -280,12 +280,12 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         id="inputs_exchanged",
-        cause="features reach the model in the place of others",
+        cause="features reach the model in the columns of other features",
         group="data",
         severity="defect",
         when=all_of(("inputs_exchanged", ">", 0)),
         evidence=(
-            "{inputs_exchanged:.0f} features have mean, spread and correlation with the target of another one:"
+            "{inputs_exchanged:.0f} features have the mean, spread and correlation with the target of another one:"
             " {inputs_exchanged_example}"
         ),
         next_step=(
@@ -316,7 +316,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         id="labels_unlike_dataset",
-        cause="training targets do not stand beside the features they belong to",
+        cause="training targets do not belong to the features beside them",
         group="data",
         severity="defect",
         when=all_of(
@@ -325,8 +325,8 @@ RULES: tuple[Rule, ...] = (
             ("targets_unlike_dataset", "<=", 0.001),
         ),
         evidence=(
-            "in {labels_unlike_dataset:.0%} of the sampled training cells a feature's correlation with the target is"
-            " another than in the dataset, though the features are the dataset's"
+            "in {labels_unlike_dataset:.0%} of the sampled training cells a feature's correlation with the target"
+            " differs from the dataset's, although the features do not"
         ),
         next_step="compare a training block with the dataset row by row, then train again: {rerun}",
         question=questions.INPUTS_REACH_MODEL,
@@ -340,7 +340,7 @@ RULES: tuple[Rule, ...] = (
         group="data",
         severity="defect",
         when=all_of(("stocks_not_given", ">", 0.25)),
-        evidence="in {stocks_not_given:.0%} of a split's sampled sessions",
+        evidence="their number differs in {stocks_not_given:.0%} of a split's sampled sessions",
         next_step="find the filter between dataset and model, then train again: {rerun}",
         question=questions.INPUTS_REACH_MODEL,
         channel="stocks given",

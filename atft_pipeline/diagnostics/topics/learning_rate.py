@@ -1,4 +1,4 @@
-"""The learning rate against its schedule."""
+"""The recorded learning rate compared with its schedule."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from atft_pipeline.training.schedule import SHAPES
 SIGNALS = SignalTable()
 
 WARM_START_EPOCHS = 2
-"""Epochs without a better validation loss that are allowed beyond the plateau's patience."""
+"""Epochs without a better validation loss that are granted beyond the plateau's patience."""
 
 
 @SIGNALS.add
@@ -43,7 +43,7 @@ def lr_below_1e5_epoch(record: Record) -> float | None:
 
 @SIGNALS.add
 def lr_below_1e5_left_share(record: Record) -> float | None:
-    """Share of the planned epochs that remain from that epoch on; 0 when there is none."""
+    """Share of the planned epochs that follow that epoch; 0 when there is none."""
     first, planned = lr_below_1e5_epoch(record), record.epochs_planned
     return None if first is None or not planned else max(0.0, 1.0 - first / planned)
 
@@ -65,10 +65,10 @@ def _after_warmup(record: Record, curve: Curve) -> Curve:
 
 
 def planned_lr(record: Record) -> Curve:
-    """The rate the schedule foresees at the end of each recorded epoch, by the training's own shapes.
+    """The rate that the schedule plans for the end of each recorded epoch, computed by training's own functions.
 
-    Empty where the configuration is not one that this code trains with. `plateau` has no plan of its own: it is
-    replayed over the recorded validation losses, with grace.
+    Empty where this code cannot train with the configuration. `plateau` follows the validation losses, so it is
+    replayed over the recorded ones, with `WARM_START_EPOCHS` of grace.
     """
     schedule, base = _schedule(record), record.number("train.optimizer.lr", math.nan)
     planned, epochs = record.epochs_planned, record.curve("lr")
@@ -87,9 +87,9 @@ def planned_lr(record: Record) -> Curve:
 
 
 def _schedule(record: Record) -> ScheduleConfig | None:
-    """The run's schedule; None where it is not recorded, or not one that this code trains with.
+    """The run's schedule; None where it is not recorded, or where this code cannot train with it.
 
-    Fields of another type have the value that a run of an older version had.
+    A field that is not recorded as a number gets a fixed default.
     """
     name = record.config("train.schedule.name")
     if not isinstance(name, str) or name not in SHAPES:
@@ -137,15 +137,16 @@ def lr_planned_spread(record: Record) -> float | None:
 
 @SIGNALS.add
 def lr_spread_to_plan(record: Record) -> float | None:
-    """Logarithm of that spread over the planned one's: 0 where the rate stands still, near 1 where it does as planned.
-    A plan that hardly moves counts as one of half."""
+    """log(spread) / log(planned spread): 0 for a constant rate, near 1 for a rate that follows its plan.
+
+    A planned spread below 1.5 counts as 1.5."""
     spread, planned = lr_spread(record), lr_planned_spread(record)
     return math.log(spread) / math.log(max(planned, 1.5)) if spread and planned else None
 
 
 @SIGNALS.add
 def lr_to_plan(record: Record) -> float | None:
-    """Smallest rate / planned rate after the warm-up; None for `plateau`, whose plan is the losses."""
+    """Smallest rate / planned rate after the warm-up; None for `plateau`, which follows the losses."""
     if record.config("train.schedule.name") == "plateau":
         return None
     plan, rates = planned_lr(record), _after_warmup(record, record.curve("lr"))
@@ -155,7 +156,7 @@ def lr_to_plan(record: Record) -> float | None:
 
 @SIGNALS.add
 def plateau_against_losses(record: Record) -> float | None:
-    """Largest |log ratio| of the recorded rate and the one that the validation losses ask for; `plateau` alone."""
+    """Largest |log ratio| of the recorded rate to the one that the validation losses ask for; only for `plateau`."""
     schedule = _schedule(record)
     if schedule is None or schedule.name != "plateau":
         return None
@@ -189,13 +190,14 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         id="lr_below_plan",
-        cause="the learning rate fell faster than its schedule foresees",
+        cause="the learning rate fell faster than its schedule plans",
         group="learning rate",
         severity="defect",
         when=all_of(("lr_to_plan", "<", 0.5), ("lr_spread_to_plan", ">=", 0.1)),
         evidence="at its lowest it was {lr_to_plan:.2f} of the planned rate; last {lr_last:.1e}",
         next_step=(
-            "check that the schedule steps once per optimizer step and knows the planned epochs, then go on: {resume}"
+            "check that the schedule steps once per optimizer step and knows the number of planned epochs, then"
+            " continue: {resume}"
         ),
         question=questions.DECAYED_EARLY,
         channel="rate against plan",
@@ -216,7 +218,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         id="lr_constant_against_plan",
-        cause="the scheduler does not step, or begins anew: the learning rate is constant against its plan",
+        cause="the scheduler does not step, or restarts: the learning rate is constant against its plan",
         group="learning rate",
         severity="defect",
         when=all_of(("lr_spread_to_plan", "<", 0.1), ("lr_planned_spread", ">", 1.5)),
@@ -228,11 +230,11 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         id="plateau_against_losses",
-        cause="the plateau schedule does not do what its validation losses ask for",
+        cause="the plateau schedule does not follow the validation losses",
         group="learning rate",
         severity="defect",
         when=all_of(("plateau_against_losses", ">", 0.5)),
-        evidence="largest log ratio of the recorded rate and the one asked for: {plateau_against_losses:.2f}",
+        evidence="largest log ratio of the recorded rate to the one that they ask for: {plateau_against_losses:.2f}",
         next_step="check which metric and direction epoch_end is given, then train again: {rerun}",
         question=questions.DECAYED_EARLY,
         channel="plateau",

@@ -1,4 +1,4 @@
-"""The terms of the loss: their weights, and the gradient that each one gives."""
+"""The terms of the loss: their weights, and what each contributes to the gradient."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from atft_pipeline.runs.reader import Record, as_number
 SIGNALS = SignalTable()
 
 PENALTY_DOMINATES = 1 / 3
-"""Gradient contribution above which the variance penalty decides. Where it has won, it balances the squared error, each
-with one half. The two oppose each other by design, so they are no terms in conflict then."""
+"""Gradient contribution above which the variance penalty dominates. When it does, it and the squared error balance each
+other at one half each. They oppose each other by design, so that is no conflict of terms."""
 HARDLY_EXPLAINED = 0.5
-"""Unexplained share of the gradient above which the weights read from it mean nothing; honest runs on CPU: 1e-14."""
+"""Unexplained share of the gradient above which effective weights mean nothing; healthy runs on CPU: 1e-14."""
 TERM_READS_NOTHING = 0.2
-"""Effective over configured weight under which a term counts as without effect; honest losses are within 1e-4 of 1."""
+"""Effective over configured weight under which a term has no effect; in healthy runs it is within 1e-4 of 1."""
 REVERSED = -0.05
-"""Ratio at or under which the training raises the term."""
+"""Effective over configured weight at or below which the training raises the term."""
 NOTICEABLE_SHARE = 0.05
-"""Gradient contribution under which a term's conflict with the others decides nothing."""
+"""Gradient contribution under which a term's conflict with the others does not matter."""
 
 
 def _weights(record: Record) -> dict[str, float]:
-    """Largest weight each term had in the epochs done, as recorded, else as configured."""
+    """Largest weight of each term over the epochs done, as recorded, else as configured."""
     recorded = {
         term: max(curve.values())
         for term in LOSS_TERMS
@@ -67,7 +67,7 @@ def sharpe_loss_share(record: Record) -> float | None:
 def _swallowed(record: Record) -> list[str] | None:
     """Terms with a weight whose raw value is not recorded, or is the same at every one of three or more epochs.
 
-    Not the variance penalty at 0, where it is while the scores spread as they should.
+    A variance penalty of 0 is left out: it stays at 0 while the scores spread enough.
     """
     curves = {term: record.curve("loss_raw", split="train", term=term) for term in LOSS_TERMS}
     weights = _weights(record)
@@ -93,7 +93,7 @@ def swallowed_term_names(record: Record) -> str | None:
 
 
 def _effective(record: Record) -> dict[str, float] | None:
-    """Term with a weight -> effective over configured weight, median over the epochs in which it can be told."""
+    """Term with a weight -> effective over configured weight, median over the epochs in which both are recorded."""
     if not record.scalar("SELECT count(*) FROM series WHERE metric = 'gradient_residual'"):
         return None
     effective = {}
@@ -108,7 +108,7 @@ def _effective(record: Record) -> dict[str, float] | None:
 
 @SIGNALS.add
 def terms_without_effect(record: Record) -> float | None:
-    """Loss terms with a weight whose gradient is not in the loss's."""
+    """Loss terms that have a weight and contribute nothing to the gradient of the loss."""
     effective = _effective(record)
     return (
         None if effective is None else float(sum(REVERSED < ratio < TERM_READS_NOTHING for ratio in effective.values()))
@@ -136,7 +136,7 @@ def unexplained_gradient(record: Record) -> float | None:
 
 @SIGNALS.add
 def unexplained_pull(record: Record) -> float | None:
-    """The same, 0 where the head gets no gradient at all: no gradient comes from no other loss."""
+    """The same, but 0 where the head has no gradient at all: that is no evidence of another loss."""
     unexplained = unexplained_gradient(record)
     has_gradient = (median(record.curve("grad_l2", component="prediction_head")) or 0.0) > 0.0
     return unexplained if unexplained is None or has_gradient else 0.0
@@ -144,7 +144,7 @@ def unexplained_pull(record: Record) -> float | None:
 
 @SIGNALS.add
 def term_conflict(record: Record) -> float | None:
-    """Smallest cosine of a term's gradient with the others', of terms that contribute noticeably; 1 with one term."""
+    """Smallest cosine of a noticeable term's gradient with that of the others; 1 with one term."""
     if not record.curve("gradient_residual", term="total"):
         return None
     cosines = []
@@ -166,7 +166,7 @@ def variance_penalty_share(record: Record) -> float | None:
 RULES: tuple[Rule, ...] = (
     Rule(
         id="loss_term_swallowed",
-        cause="a loss term with a weight never changes: it is swallowed or detached",
+        cause="a loss term with a weight never changes: it is left out or detached",
         group="loss terms",
         severity="defect",
         when=all_of(("swallowed_terms", ">", 0)),
@@ -190,7 +190,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         id="sharpe_term_light",
-        cause="the Sharpe is low and its term is too light beside the others",
+        cause="the Sharpe is low and its term is too light compared with the others",
         group="loss terms",
         severity="explanation",
         when=all_of(("sharpe_weight", ">", 0), ("sharpe_loss_share", "<", 0.05), SHARPE_IS_LOW),
@@ -203,7 +203,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         id="term_without_effect",
-        cause="a loss term has a weight and none of its gradient is in the loss's",
+        cause="a loss term has a weight and contributes nothing to the gradient of the loss",
         group="loss terms",
         severity="defect",
         when=all_of(("terms_without_effect", ">", 0), ("unexplained_pull", "<=", HARDLY_EXPLAINED)),
@@ -229,12 +229,12 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         id="loss_altered",
-        cause="most of the loss's gradient comes from none of its terms",
+        cause="no term of the loss explains most of its gradient",
         group="loss terms",
         severity="defect",
         when=all_of(("unexplained_pull", ">", HARDLY_EXPLAINED)),
         evidence=(
-            "{unexplained_pull:.0%} of it is not explained by the terms, computed on the block's scores and targets;"
+            "{unexplained_pull:.0%} of it is not explained by the terms on the block's scores and targets;"
             " effective over configured weights: {effective_weights}"
         ),
         next_step=(
@@ -248,13 +248,12 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         id="loss_unexplained",
-        cause="the gradient of the loss is not what its terms and weights give",
+        cause="the gradient of the loss does not follow from its terms and weights",
         group="loss terms",
         severity="defect",
         when=all_of(("unexplained_gradient", ">", 0.05)),
         evidence=(
-            "{unexplained_gradient:.0%} of it is explained by no term; effective over configured weights:"
-            " {effective_weights}"
+            "no term explains {unexplained_gradient:.0%} of it; effective over configured weights: {effective_weights}"
         ),
         next_step="check what else is added to the loss or scales it, then train again: {rerun}",
         question=questions.SHARPE_TERM_ABSENT,
@@ -279,11 +278,11 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         id="variance_penalty_dominates",
-        cause="the variance penalty decides the gradient of the loss",
+        cause="the variance penalty dominates the gradient of the loss",
         group="loss terms",
         severity="explanation",
         when=all_of(("variance_penalty_share", ">", PENALTY_DOMINATES)),
-        evidence="{variance_penalty_share:.0%} of the gradient by terms",
+        evidence="its gradient contribution is {variance_penalty_share:.0%}",
         next_step="weigh the variance penalty less",
         changes=(lowered("train.loss.variance_penalty", 0.1),),
         question=questions.SHARPE_WEIGHT_LOW,

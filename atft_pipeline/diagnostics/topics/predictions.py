@@ -1,4 +1,4 @@
-"""The stored predictions: whether they rank the stocks, and whether the record's figures follow from them."""
+"""The stored predictions: whether they rank the stocks, and whether the recorded figures follow from them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from atft_pipeline.runs.reader import Record, read_scores
 SIGNALS = SignalTable()
 
 STORED_SHARPE_TOLERANCE = 1e-3
-"""Of a Sharpe that is computed again from stored float32 scores."""
+"""Tolerance of a Sharpe that is computed again from stored float32 scores."""
 TARGET_CLIP = 5.0
 """Standard deviations at which the loss clips a target."""
 
@@ -31,7 +31,7 @@ TARGET_CLIP = 5.0
 def predictions_sharpe_gap(record: Record) -> float | None:
     """Largest |evals.sharpe_daily - Sharpe of the stored predictions|, criterion epoch and last epoch.
 
-    Slice `liquid`, splits as stored; the portfolio is the evaluation's own definition.
+    On the slice `liquid` of each stored split, with the portfolio of the evaluation.
     """
     gaps = []
     for epoch in {record.criterion_epoch, max(record.predictions, default=0)} & set(record.predictions):
@@ -97,7 +97,7 @@ def invalid_evaluations(record: Record) -> float | None:
 
 
 def _scores_agree(inputs: RunInputs) -> dict[str, Value]:
-    """The stored scores against what the record says of them."""
+    """Compares the stored scores with the figures that the record has of them."""
     record, (epoch, table) = inputs.record, inputs.validation_scores
     correlated = record.rows(
         """WITH own AS (SELECT Date AS date, corr(score_1d::DOUBLE, target_1d::DOUBLE) AS ic FROM scored
@@ -121,7 +121,7 @@ def _scores_agree(inputs: RunInputs) -> dict[str, Value]:
 
 
 def _squared_error_gaps(record: Record, epoch: int, table: pa.Table) -> tuple[float | None, float | None]:
-    """|recorded - recomputed| mean squared error of the validation scores, as stored and with the sign turned."""
+    """|recorded - recomputed| mean squared error of the validation scores, as stored and with the opposite sign."""
     recorded = record.curve("loss_raw", split="validation", term="mse").get(epoch)
     weights = record.config("train.loss.horizon_weights")
     if recorded is None or not isinstance(weights, list) or len(weights) != len(HORIZONS):
@@ -189,7 +189,7 @@ RULES: tuple[Rule, ...] = (
         severity="invalid",
         when=all_of(("score_dispersion", "<", 1e-6)),
         evidence="std of the scores within a session, median: {score_dispersion:.2g}",
-        next_step="redraw the head earlier and learn from ranks",
+        next_step="reset the head earlier and weigh the IC term more",
         changes=(
             lowered("train.guard.patience", 1 / 3, at_least=1),
             raised("train.loss.ic", 2, at_least=0.5),
@@ -205,18 +205,18 @@ RULES: tuple[Rule, ...] = (
         severity="invalid",
         when=all_of(("invalid_evaluations", ">", 0)),
         evidence="{invalid_evaluations:.0f} evaluations with valid = 0",
-        next_step="ask for the reason at one epoch: {evaluate}",
+        next_step="read the reason at one epoch: {evaluate}",
         question=questions.DEGENERATE,
         channel="refused",
         suspects=("predictions_collapse", "zeros_reach_head", "no_dispersion"),
     ),
     Rule(
         id="scores_negated",
-        cause="the scores evaluated are minus those that the loss saw",
+        cause="the evaluated scores have the opposite sign of those in the loss",
         group="validity",
         severity="invalid",
         when=all_of(("squared_error_gap", ">", 1e-4), ("squared_error_gap_negated", "<", 1e-6)),
-        evidence="the recorded squared error is that of the stored scores with the sign turned",
+        evidence="the recorded squared error is that of the stored scores with the opposite sign",
         next_step="look for a minus sign between model and evaluation, then train again: {rerun}",
         question=questions.SHARPE_IS_OWN,
         channel="sign",
@@ -224,7 +224,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         id="daily_ic_inverted",
-        cause="the recorded daily ICs are minus those of the stored predictions",
+        cause="the recorded daily ICs have the opposite sign of those of the stored predictions",
         group="validity",
         severity="invalid",
         when=all_of(("predicted_ic_correlation", "<", -0.99)),
@@ -252,8 +252,8 @@ RULES: tuple[Rule, ...] = (
         group="validity",
         severity="invalid",
         when=all_of(("squared_error_gap", ">", 1e-4), ("squared_error_gap_negated", ">=", 1e-6)),
-        evidence="squared error recorded and recomputed differ by {squared_error_gap:.2g}",
-        next_step="look at what changes the scores between model and evaluation, then train again: {rerun}",
+        evidence="the recorded and the recomputed squared error differ by {squared_error_gap:.2g}",
+        next_step="find what changes the scores between model and evaluation, then train again: {rerun}",
         question=questions.SHARPE_IS_OWN,
         channel="squared error",
         suspects=("unrankable_scores_ranked", "cached_predictions", "early_epoch_as_final"),
@@ -276,7 +276,7 @@ RULES: tuple[Rule, ...] = (
         group="validity",
         severity="invalid",
         when=all_of(("tied_scores", ">", 0.02), ("score_dispersion", ">=", 1e-3)),
-        evidence="{tied_scores:.0%} of the scores equal another of their session to the last bit",
+        evidence="{tied_scores:.0%} of the scores equal another score of their session to the last bit",
         next_step="find what fills missing scores, then train again: {rerun}",
         question=questions.DEGENERATE,
         channel="ties",

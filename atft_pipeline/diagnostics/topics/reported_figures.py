@@ -1,4 +1,4 @@
-"""Whether the figures reported are this run's own: verdict, evaluations and daily returns against each other."""
+"""Whether the reported figures are this run's own: verdict, evaluations and daily returns are compared."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from atft_pipeline.runs.reader import Record, as_number
 SIGNALS = SignalTable()
 
 RECOMPUTED_TOLERANCE = 1e-6
-"""Of a figure that is computed again from the rows that gave it."""
+"""Tolerance of a figure that is computed again from its own rows."""
 
 
 @SIGNALS.add
@@ -39,7 +39,7 @@ def _verdict_epochs(record: Record) -> list[int]:
 
 @SIGNALS.add
 def verdict_keys_elsewhere(record: Record) -> float | None:
-    """Of run key, config key and dataset fingerprint: how many differ between verdict.json and run.json."""
+    """How many of run key, config key and dataset fingerprint differ between verdict.json and run.json."""
     pairs = [
         (record.verdict.get(theirs), record.run.get(ours))
         for theirs, ours in (
@@ -60,7 +60,7 @@ def verdict_sharpe(record: Record) -> float | None:
 
 @SIGNALS.add
 def verdict_sharpe_gap(record: Record) -> float | None:
-    """|Sharpe of the verdict - this run's own evaluation at the epoch, split and slice the verdict names|."""
+    """|Sharpe of the verdict - this run's evaluation at the epoch, split and slice that the verdict names|."""
     claimed, criterion = verdict_sharpe(record), record.criterion
     evaluated = record.evaluation("sharpe_daily", str(criterion.get("split") or "validation")).get(
         int(as_number(criterion.get("epoch"), -1))
@@ -123,7 +123,7 @@ def validity_failed_names(record: Record) -> str | None:
 
 
 def _figures_agree(inputs: RunInputs) -> dict[str, Value]:
-    """Whether the statistics follow from the daily rows: the IC as the Sharpe."""
+    """Whether IC and Sharpe follow from the daily rows."""
     gaps = inputs.record.rows(
         """WITH own AS (SELECT epoch, split, slice, avg(ic) AS ic, avg(gross) / nullif(stddev_samp(gross), 0) AS sharpe
                         FROM daily WHERE isfinite(gross) GROUP BY ALL)
@@ -159,7 +159,7 @@ RULES: tuple[Rule, ...] = (
             "{verdict_hashes_elsewhere:.0f} of the verdict's weights_hash and predictions_hash occur in no evaluation"
             " of this run at the epochs it names"
         ),
-        next_step="keep no file of an older run in the directory and train again: {rerun}",
+        next_step="remove files of older runs from the directory, then train again: {rerun}",
         question=questions.SHARPE_IS_OWN,
         channel="verdict",
         suspects=("metric_of_other_run", "early_epoch_as_final"),
@@ -210,7 +210,7 @@ RULES: tuple[Rule, ...] = (
         severity="invalid",
         when=all_of(("validity_failed", ">", 0)),
         evidence="failed: {validity_failed_names}",
-        next_step="repair what the check names before you read any figure, then compute them again: {evaluate}",
+        next_step="repair what the check names, then compute the figures again: {evaluate}",
         question=questions.SHARPE_IS_OWN,
         channel="validity checks",
     ),
@@ -228,7 +228,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         id="verdict_from_elsewhere",
-        cause="the verdict's Sharpe is neither its epoch's nor the best of all",
+        cause="the verdict's Sharpe is neither that of its epoch nor the best of all epochs",
         group="validity",
         severity="invalid",
         when=all_of(("verdict_sharpe_gap", ">", RECOMPUTED_TOLERANCE), ("verdict_maximum_gap", ">=", 1e-9)),
@@ -261,7 +261,7 @@ RULES: tuple[Rule, ...] = (
             ("sharpe_repeat_span", "<", 3),
         ),
         evidence=(
-            "the IC follows from the daily rows and the Sharpe does not: {sharpe_ratio_to_daily:.2f} times mean/std of"
+            "the IC follows from the daily rows, but the Sharpe does not: {sharpe_ratio_to_daily:.2f} times mean/std of"
             " daily.gross"
         ),
         next_step="compute the figures again from the stored predictions: {evaluate}",

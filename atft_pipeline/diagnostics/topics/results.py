@@ -18,7 +18,7 @@ EARLY_MILESTONE_SHARE = 0.8
 
 
 def _decision(record: Record) -> tuple[int, float, float | None] | None:
-    """(epoch, Sharpe, se) that the criterion reads: at its epoch, or at the last evaluation of a run before it."""
+    """(epoch, Sharpe, se) at the criterion epoch, or at the last evaluation of a run that has not reached it."""
     values = record.evaluation("sharpe_daily")
     if not values:
         return None
@@ -59,14 +59,14 @@ def sharpe_demanded(record: Record) -> float | None:
 
 @SIGNALS.add
 def sharpe_shortfall(record: Record) -> float | None:
-    """Sharpe missing to the criterion, before its epoch to the milestone; negative where it is passed."""
+    """How far the Sharpe is below the criterion, before its epoch below the milestone; negative where it is above."""
     decision = _decision(record)
     return None if decision is None else _demanded(record, decision[0]) - decision[1]
 
 
 @SIGNALS.add
 def sharpe_distance_se(record: Record) -> float | None:
-    """|Sharpe - demanded| in standard errors."""
+    """|Sharpe - demanded Sharpe| in standard errors."""
     shortfall, error = sharpe_shortfall(record), sharpe_se(record)
     return abs(shortfall) / error if shortfall is not None and error else None
 
@@ -147,14 +147,14 @@ RULES: tuple[Rule, ...] = (
         severity="explanation",
         when=all_of(("baseline_ic_t", "<", 1.0), ("baseline_ic_t", ">=", -2.0)),
         evidence="ridge on the same sessions: IC {baseline_ic:.4f}, {baseline_ic_t:.1f} standard errors from zero",
-        next_step="add features that hold a signal, and ask what the baselines earn on them: {ask_baselines}",
+        next_step="add features that hold a signal, and fit the baselines on them: {ask_baselines}",
         question=questions.IC_FLAT,
         channel="baseline",
         suspects=("no_signal",),
     ),
     Rule(
         id="baseline_finds_more",
-        cause="ridge finds what the network does not",
+        cause="ridge finds a signal that the network does not",
         group="data",
         severity="explanation",
         when=all_of(("baseline_ic_t", ">=", 2.0), ("ic_last_t", "<", 1.0)),
@@ -163,7 +163,7 @@ RULES: tuple[Rule, ...] = (
             " network {ic_last:.4f}"
         ),
         next_step=(
-            "look for the fault in the training and not in the features: the other causes of this report say where"
+            "look for the fault in the training, not in the features: the other causes of this report say where"
         ),
         question=questions.IC_FLAT,
         channel="baseline",
@@ -171,7 +171,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         id="relation_reversed",
-        cause="what holds in training is reversed in validation, for ridge as for the network",
+        cause="relations of the training sessions reverse in validation, also for ridge",
         group="data",
         severity="explanation",
         when=all_of(("baseline_ic_t", "<", -2.0)),
@@ -192,14 +192,14 @@ RULES: tuple[Rule, ...] = (
         severity="explanation",
         when=all_of(("ic_last_t_signed", "<", -2.0)),
         evidence="IC {ic_last:.4f}, {ic_last_t_signed:.1f} standard errors from zero",
-        next_step="find out whether it is a sign or a regime, by asking ridge: {diagnose_all}",
+        next_step="fit ridge, to tell a wrong sign from another regime: {diagnose_all}",
         question=questions.IC_FLAT,
         channel="ic negative",
         suspects=("regime_shift", "sign_inverted", "terms_in_conflict"),
     ),
     Rule(
         id="ic_flat",
-        cause="IC does not rise and cannot be told from zero: nothing was learnt that generalises",
+        cause="IC does not rise and does not differ from zero: nothing was learnt that generalises",
         group="ic",
         severity="explanation",
         when=all_of(("ic_rise_t", "<", 2.0), ("ic_last_t", "<", 2.0)),
@@ -207,7 +207,7 @@ RULES: tuple[Rule, ...] = (
             "IC {ic_last:.4f}, RankIC {rank_ic_last:.4f}, at best {ic_last_t:.1f} standard errors from zero; change"
             " since the first evaluation {ic_rise_t:.1f}"
         ),
-        next_step="ask the baselines whether the features hold any signal: {ask_baselines}",
+        next_step="fit the baselines, to see whether the features hold any signal: {ask_baselines}",
         question=questions.IC_FLAT,
         channel="result",
         suspects=("no_signal", "labels_misaligned", "regime_shift"),
@@ -222,7 +222,7 @@ RULES: tuple[Rule, ...] = (
             "from the first to the last evaluation: IC or RankIC {ic_rise_t:.1f}, daily return {sharpe_rise_t:.1f}"
             " standard errors (paired by session)"
         ),
-        next_step="weigh the tails, i.e. the Sharpe term, more (experiment B): {experiment_b}",
+        next_step="weigh the Sharpe term more, which depends on the traded tails (experiment B): {experiment_b}",
         experiments=("B",),
         question=questions.IC_RISES_ALONE,
         channel="result",
@@ -282,7 +282,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         id="sharpe_below_demanded",
-        cause="the Sharpe is below what is demanded, beyond chance",
+        cause="the Sharpe is below the demanded one, beyond chance",
         group="ic",
         severity="explanation",
         when=all_of(("sharpe_shortfall", ">", 0.0), ("sharpe_distance_se", ">=", 1.645)),
@@ -290,7 +290,7 @@ RULES: tuple[Rule, ...] = (
             "Sharpe {sharpe:.4f} ± {sharpe_se:.4f} against {sharpe_demanded:.2f}: {sharpe_distance_se:.1f} standard"
             " errors below"
         ),
-        next_step="make every probe: {diagnose_all}",
+        next_step="run every probe: {diagnose_all}",
         question=questions.CRITERION_DECIDED,
         channel="result",
     ),

@@ -1,4 +1,4 @@
-"""Whether the run is whole, repeatable and fed in time."""
+"""Whether the run is complete and repeatable, and gets its data in time."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def failure_reason(record: Record) -> str | None:
 
 @SIGNALS.add
 def failure_not_finite(record: Record) -> float | None:
-    """1 where the run failed for a number that was not finite."""
+    """1 where the run failed because of a number that was not finite."""
     has_failed = failed(record)
     if not has_failed:
         return has_failed
@@ -49,7 +49,7 @@ def abandoned(record: Record) -> float | None:
 
 @SIGNALS.add
 def non_finite_losses(record: Record) -> float | None:
-    """Losses or gradients that were not finite, of all that were recorded."""
+    """Recorded losses and gradients that were not finite."""
     return record.scalar(
         """SELECT sum(CASE WHEN metric = 'non_finite' OR value IS NULL OR NOT isfinite(value) THEN 1 ELSE 0 END)
            FROM series WHERE metric IN ('loss', 'loss_raw', 'loss_weighted', 'grad_norm', 'non_finite')"""
@@ -69,7 +69,7 @@ def epochs_done(record: Record) -> float | None:
 
 @SIGNALS.add
 def epochs_missing(record: Record) -> float | None:
-    """Epochs before the newest of which the training or the evaluation left no row; None where neither left any."""
+    """Epochs before the newest that have no row of training or none of evaluation; None where there are no rows."""
     recorded = [set(record.curve("lr")), {int(e) for (e,) in record.rows("SELECT DISTINCT epoch FROM evals")}]
     if not any(recorded):
         return None
@@ -84,7 +84,7 @@ def epochs_planned(record: Record) -> float | None:
 
 @SIGNALS.add
 def lr_jump_on_resume(record: Record) -> float | None:
-    """Rate of the first epoch after a resume over the last before, relative to the plan's; 0 without a resume."""
+    """|log| of the rate's ratio across a resume over the planned ratio; 0 without a resume."""
     if not record.run:
         return None
     resumed = int(as_number(record.run.get("resumed_after_epoch"), 0))
@@ -100,7 +100,7 @@ def lr_jump_on_resume(record: Record) -> float | None:
 
 @SIGNALS.add
 def loss_jump_on_resume(record: Record) -> float | None:
-    """Rise of the training loss over a resume, in median absolute changes from epoch to epoch; 0 without a resume."""
+    """Rise of the training loss across a resume, in median absolute changes by epoch; 0 without a resume."""
     if not record.run:
         return None
     resumed = int(as_number(record.run.get("resumed_after_epoch"), 0))
@@ -135,7 +135,7 @@ RULES: tuple[Rule, ...] = (
         severity="failure",
         when=all_of(("failed", ">", 0), ("failure_not_finite", "<=", 0)),
         evidence="after {epochs_done:.0f} of {epochs_planned:.0f} epochs: {failure_reason}",
-        next_step="remove the reason, then go on after the last complete epoch: {resume}",
+        next_step="remove the reason, then continue after the last complete epoch: {resume}",
         question=questions.CRASHED,
         channel="ended",
         suspects=("crashed",),
@@ -155,12 +155,12 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         id="run_killed",
-        cause="the run was killed: it says running, and no process holds it",
+        cause="the run was killed: its record says running, and no process holds its lock",
         group="runtime",
         severity="failure",
         when=all_of(("abandoned", ">", 0)),
         evidence="{epochs_done:.0f} of {epochs_planned:.0f} epochs recorded, no end in run.json",
-        next_step="go on after the last complete epoch: {resume}",
+        next_step="continue after the last complete epoch: {resume}",
         question=questions.CRASHED,
         channel="ended",
         suspects=("crashed",),
@@ -172,7 +172,7 @@ RULES: tuple[Rule, ...] = (
         severity="defect",
         when=all_of(("loader_wait_share", ">", 0.3)),
         evidence="{loader_wait_share:.0%} of the training time was spent waiting for blocks",
-        next_step="make blocks ahead in more threads",
+        next_step="prepare blocks ahead in more threads",
         changes=(raised("train.loader_workers", 2, at_least=4),),
         question=questions.WHOLE,
         channel="loader",
@@ -184,8 +184,8 @@ RULES: tuple[Rule, ...] = (
         group="runtime",
         severity="defect",
         when=all_of(("replay_differs", ">", 0)),
-        evidence="same code, data, seed and threads, and another weights_hash",
-        next_step="find the code that ran instead of this, or what the seed does not reach, then train again: {rerun}",
+        evidence="same code, data, seed and threads, but another weights_hash",
+        next_step="find which other code ran, or which randomness has no seed, then train again: {rerun}",
         question=questions.WHOLE,
         channel="replay",
     ),
@@ -196,7 +196,7 @@ RULES: tuple[Rule, ...] = (
         severity="defect",
         when=all_of(("replay_initial_differs", ">", 0)),
         evidence="drawn again with the same code and seed, the initial weights have another hash",
-        next_step="find the randomness that the seed does not reach, then train again: {rerun}",
+        next_step="find the randomness that has no seed, then train again: {rerun}",
         question=questions.WHOLE,
         channel="initial weights drawn again",
         suspects=("not_deterministic",),
@@ -204,11 +204,11 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         id="rate_jumps_on_resume",
-        cause="the run went on with another learning rate than its schedule had reached",
+        cause="the run resumed with another learning rate than its schedule had reached",
         group="runtime",
         severity="defect",
         when=all_of(("lr_jump_on_resume", ">", 0.3)),
-        evidence="log ratio of the rate after the resume to the planned one: {lr_jump_on_resume:.2f}",
+        evidence="log ratio of the rate's change at the resume to the planned change: {lr_jump_on_resume:.2f}",
         next_step="train again from the start: {rerun}",
         question=questions.WHOLE,
         channel="resume",
@@ -217,11 +217,11 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         id="loss_jumps_on_resume",
-        cause="the training loss jumps where the run went on",
+        cause="the training loss jumps where the run resumed",
         group="runtime",
         severity="defect",
         when=all_of(("loss_jump_on_resume", ">", 8.0)),
-        evidence="by {loss_jump_on_resume:.0f} usual changes from epoch to epoch",
+        evidence="it rises by {loss_jump_on_resume:.0f} times the usual change from epoch to epoch",
         next_step="train again from the start: {rerun}",
         question=questions.WHOLE,
         channel="resume",
@@ -233,7 +233,7 @@ RULES: tuple[Rule, ...] = (
         group="runtime",
         severity="defect",
         when=all_of(("epochs_missing", ">", 0)),
-        evidence="{epochs_missing:.0f} of the epochs before the newest left no row of training or evaluation",
+        evidence="{epochs_missing:.0f} epochs before the newest have no row of training or of evaluation",
         next_step="train again into a fresh directory: {rerun}",
         question=questions.WHOLE,
         channel="epochs",

@@ -50,7 +50,7 @@ def unoptimized_component_names(record: Record) -> str | None:
 
 @SIGNALS.add
 def lost_update_share(record: Record) -> float | None:
-    """Largest share of a component's elements that a step left as they were, of components that are trained."""
+    """Largest share of weights that a step left unchanged, over the trained components."""
     trained = {
         name: share
         for name, share in medians_by_component(record, "unchanged_share").items()
@@ -63,7 +63,7 @@ def lost_update_share(record: Record) -> float | None:
 
 @SIGNALS.add
 def parameter_bits(record: Record) -> float | None:
-    """Bits of the narrowest parameter."""
+    """Bits of the parameter with the lowest precision."""
     return min(medians_by_component(record, "parameter_bits").values(), default=None)
 
 
@@ -75,7 +75,7 @@ def largest_update(record: Record) -> float | None:
 
 @SIGNALS.add
 def peak_update(record: Record) -> float | None:
-    """The same, largest over epochs: too large steps blow the weights up until the ratio looks usual again."""
+    """The same, largest over epochs: too large steps make the weights grow until the ratio looks usual again."""
     curves = [record.curve("update_to_weight", component=name) for name in record.components("update_to_weight")]
     return max((ratio for curve in curves for ratio in curve.values()), default=None)
 
@@ -105,7 +105,7 @@ def clip_ratio(record: Record) -> float | None:
 
 @SIGNALS.add
 def optimizer_is_adaptive(record: Record) -> float | None:
-    """1 where the optimizer divides by the gradient's own size, so that a constant factor is undone."""
+    """1 where the optimizer divides by the size of the gradient, which undoes a constant factor."""
     name = record.run.get("optimizer")
     if not isinstance(name, str):
         return None
@@ -146,13 +146,13 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         id="updates_clipped_away",
-        cause="an update is far smaller than the learning rate lets it be",
+        cause="updates are far smaller than the learning rate allows",
         group="learning rate",
         severity="defect",
         when=all_of(("update_per_lr", "<", 0.05), ("largest_update", ">", 0)),
         evidence=(
-            "l2 of an update over the learning rate: {update_per_lr:.2g}; AdamW's is near the root of the number of"
-            " parameters; {clipped_share:.0%} of the steps are clipped"
+            "l2 of an update over the learning rate: {update_per_lr:.2g}, with AdamW usually near the root of the"
+            " number of parameters; {clipped_share:.0%} of the steps are clipped"
         ),
         next_step="let the gradients through",
         changes=(raised("train.optimizer.clip_norm", 10, at_least=1),),
@@ -182,8 +182,7 @@ RULES: tuple[Rule, ...] = (
         severity="defect",
         when=all_of(("lost_update_share", ">", 0.2), ("largest_update", ">", 1e-7)),
         evidence=(
-            "{lost_update_share:.0%} of a trained component's weights were the same after a step; peak rate"
-            " {lr_peak:.1e}"
+            "a step left {lost_update_share:.0%} of a trained component's weights unchanged; peak rate {lr_peak:.1e}"
         ),
         next_step=(
             "keep the parameters in float32 (train.precision=bf16-mixed computes in bf16 and does so), then train"
@@ -199,10 +198,9 @@ RULES: tuple[Rule, ...] = (
         group="learning rate",
         severity="defect",
         when=all_of(("largest_update", "<=", 0), ("lr_peak", ">", 1e-7)),
-        evidence="in most epochs the step that was measured left all weights as they were; peak rate {lr_peak:.1e}",
+        evidence="in most epochs the measured step left all weights unchanged; peak rate {lr_peak:.1e}",
         next_step=(
-            "look at what follows the optimizer's step, and at the precision of the parameters, then train again:"
-            " {rerun}"
+            "check what follows the optimizer's step, and the precision of the parameters, then train again: {rerun}"
         ),
         question=questions.GRADIENTS_LOW,
         channel="lost updates",
@@ -215,8 +213,7 @@ RULES: tuple[Rule, ...] = (
         severity="defect",
         when=all_of(("parameter_bits", "<", 32)),
         evidence=(
-            "{parameter_bits:.0f} bits; a step left {lost_update_share:.0%} of a trained component's weights as they"
-            " were"
+            "{parameter_bits:.0f} bits; a step left {lost_update_share:.0%} of a trained component's weights unchanged"
         ),
         next_step=(
             "keep the parameters in float32 (train.precision=bf16-mixed computes in bf16 and does so), then train"
@@ -233,7 +230,7 @@ RULES: tuple[Rule, ...] = (
         group="gradients",
         severity="defect",
         when=all_of(("unoptimized_components", ">", 0)),
-        evidence="{unoptimized_component_names}: have parameters that the optimizer does not know",
+        evidence="components with such parameters: {unoptimized_component_names}",
         next_step="build the optimizer from all parameters of the model, then train again: {rerun}",
         question=questions.GRADIENTS_LOW,
         channel="in the optimizer",
@@ -246,7 +243,7 @@ RULES: tuple[Rule, ...] = (
         group="gradients",
         severity="defect",
         when=all_of(("frozen_components", ">", 0)),
-        evidence="{frozen_component_names}: have parameters that require no gradient",
+        evidence="components with parameters that require no gradient: {frozen_component_names}",
         next_step="let all of its parameters train: {rerun}",
         question=questions.GRADIENTS_LOW,
         channel="trainable",
@@ -262,7 +259,7 @@ RULES: tuple[Rule, ...] = (
         evidence=(
             "{clipped_share:.0%} of the steps; AdamW undoes a constant factor, so this alone rarely costs anything"
         ),
-        next_step="nothing is needed; clip less, to see that nothing changes",
+        next_step="nothing needs to be done; clip less, to check that nothing changes",
         changes=(raised("train.optimizer.clip_norm", 5),),
         question=questions.GRADIENTS_RISING,
         channel="clipping",

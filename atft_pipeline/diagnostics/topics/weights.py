@@ -14,7 +14,7 @@ from atft_pipeline.runs.reader import Record
 SIGNALS = SignalTable()
 
 STILL_LEARNING_LR = 1e-6
-"""At or below this an averaged float32 weight may not move at all, so unchanged weights prove nothing."""
+"""At or below this rate an averaged float32 weight may not move at all, so unchanged weights prove nothing."""
 
 
 def moving_epochs(record: Record) -> set[int]:
@@ -29,21 +29,21 @@ def moving_epochs(record: Record) -> set[int]:
 
 
 def _still_epochs(record: Record) -> set[int]:
-    """Epochs in which the step that was measured moved no weight."""
+    """Epochs in which the measured step moved no weight."""
     curves = [record.curve("update_to_weight", component=name) for name in record.components("update_to_weight")]
     return {epoch for curve in curves for epoch in curve if all(other.get(epoch) == 0.0 for other in curves)}
 
 
 @SIGNALS.add
 def weights_hash_repeats(record: Record) -> float | None:
-    """Evaluated epochs with the weights of the evaluation before, or the initial ones, although the rate was not 0."""
+    """Evaluated epochs with the previous or the initial weights, although the rate was not 0."""
     initial = record.run.get("initial_weights_hash")
     return _hash_repeats(record, "weights_hash", str(initial) if initial else None)
 
 
 @SIGNALS.add
 def predictions_hash_repeats(record: Record) -> float | None:
-    """Evaluated epochs with the very predictions of the evaluation before, although the rate was not 0."""
+    """Evaluated epochs with exactly the predictions of the previous evaluation, although the rate was not 0."""
     return _hash_repeats(record, "predictions_hash", None)
 
 
@@ -73,7 +73,7 @@ def _hashes(record: Record) -> dict[int, str]:
 
 @SIGNALS.add
 def weights_hash_returns(record: Record) -> float | None:
-    """Evaluations whose weights_hash was seen before, with another one between."""
+    """Evaluations that repeat an earlier weights_hash after another one in between."""
     hashes = list(_hashes(record).values())
     if len(hashes) < 3:
         return None
@@ -82,7 +82,7 @@ def weights_hash_returns(record: Record) -> float | None:
 
 @SIGNALS.add
 def initial_hash_share(record: Record) -> float | None:
-    """Share of the evaluations whose weights are the initial ones, of those after epochs that moved weights."""
+    """Share of evaluations with the initial weights, among those after epochs that moved weights."""
     still, initial = _still_epochs(record), record.run.get("initial_weights_hash")
     hashes = [value for epoch, value in _hashes(record).items() if epoch not in still]
     return float(np.mean([h == initial for h in hashes])) if initial and hashes else None
@@ -90,7 +90,7 @@ def initial_hash_share(record: Record) -> float | None:
 
 @SIGNALS.add
 def sharpe_repeat_span(record: Record) -> float | None:
-    """Epochs between the first and the last evaluation with one and the same Sharpe, to 12 digits, at a moving rate."""
+    """Epochs from the first to the last evaluation with the same Sharpe, to 12 digits, while the weights moved."""
     moving, values = moving_epochs(record), record.evaluation("sharpe_daily")
     seen: dict[float, list[int]] = {}
     for epoch, (value, _) in values.items():
@@ -116,7 +116,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         id="sharpe_alone_stands_still",
-        cause="the Sharpe is constant while the predictions change: it is not theirs",
+        cause="the Sharpe is constant while the predictions change: it was not measured on them",
         group="validity",
         severity="invalid",
         when=all_of(
@@ -125,8 +125,8 @@ RULES: tuple[Rule, ...] = (
             ("predictions_hash_repeats", "<=", 0),
         ),
         evidence=(
-            "one value over {sharpe_repeat_span:.0f} epochs ({sharpe_by_epoch}), and the hashes of the predictions"
-            " differ; their daily returns give another, by up to {daily_sharpe_gap:.2g}"
+            "one value over {sharpe_repeat_span:.0f} epochs ({sharpe_by_epoch}), although the hashes of the"
+            " predictions differ; the Sharpe of the daily returns differs by up to {daily_sharpe_gap:.2g}"
         ),
         next_step="find where the figure is read from, then train again into a fresh directory: {rerun}",
         question=questions.SHARPE_IS_OWN,
@@ -167,7 +167,7 @@ RULES: tuple[Rule, ...] = (
         group="validity",
         severity="invalid",
         when=all_of(("weights_hash_returns", ">", 0)),
-        evidence="{weights_hash_returns:.0f} evaluations carry a weights_hash that others between them do not have",
+        evidence="{weights_hash_returns:.0f} evaluations repeat a weights_hash after another one in between",
         next_step="train again into a fresh directory: {rerun}",
         question=questions.SHARPE_FOLLOWS_WEIGHTS,
         channel="hash returns",
@@ -188,7 +188,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         id="weights_hash_stale",
-        cause="from some epoch on the evaluated weights are constant while training goes on",
+        cause="from some epoch on the evaluated weights are constant while training continues",
         group="validity",
         severity="invalid",
         when=all_of(
@@ -210,8 +210,8 @@ RULES: tuple[Rule, ...] = (
             ("predictions_hash_repeats", ">", 0), ("weights_hash_repeats", "<=", 0), ("score_dispersion", ">=", 1e-6)
         ),
         evidence=(
-            "{predictions_hash_repeats:.0f} evaluations carry the predictions_hash of the evaluation before, their"
-            " weights are others"
+            "{predictions_hash_repeats:.0f} evaluations carry the predictions_hash of the evaluation before, with"
+            " other weights"
         ),
         next_step="look for a cache or a fixed checkpoint between model and evaluation, then train again: {rerun}",
         question=questions.SHARPE_FOLLOWS_WEIGHTS,
@@ -220,13 +220,13 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         id="predictions_not_of_checkpoint",
-        cause="this code does not score with the checkpoint what the run has stored",
+        cause="the stored predictions are not what this code scores with the checkpoint of their epoch",
         group="validity",
         severity="defect",
         when=all_of(("rescored_gap", ">", 0.05)),
         evidence=(
-            "largest difference {rescored_gap:.2g} of the scores' spread, correlation {rescored_correlation:.3f}; they"
-            " are those of the checkpoint of epoch {rescored_epoch:.0f} (-1: of none)"
+            "largest difference {rescored_gap:.2g} times the scores' spread, correlation {rescored_correlation:.3f};"
+            " they match the checkpoint of epoch {rescored_epoch:.0f} (-1: none)"
         ),
         next_step="train again into a fresh directory: {rerun}",
         question=questions.SHARPE_FOLLOWS_WEIGHTS,
@@ -234,11 +234,11 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         id="predictions_minus_checkpoint",
-        cause="the stored predictions are minus what the checkpoint of their epoch scores",
+        cause="the stored predictions have the opposite sign of what the checkpoint of their epoch scores",
         group="validity",
         severity="invalid",
         when=all_of(("rescored_correlation", "<", -0.99)),
-        evidence="correlation of the scores stored and computed anew: {rescored_correlation:.3f}",
+        evidence="correlation of the stored scores with those computed again: {rescored_correlation:.3f}",
         next_step="look for a minus sign between model and evaluation, then train again: {rerun}",
         question=questions.SHARPE_IS_OWN,
         channel="sign",
