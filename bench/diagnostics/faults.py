@@ -622,7 +622,7 @@ def labels_of_previous_session() -> None:
 
 
 def penalty_floor_out_of_reach() -> None:
-    """Sets the dispersion floor to 10: a floor of 1 would be reached, and the squared error then corrects such scores."""
+    """Sets the dispersion floor to 10: scores would reach a floor of 1, and the squared error then corrects them."""
     losses.DISPERSION_FLOOR = 10.0
 
 
