@@ -79,13 +79,13 @@ class Statistics:
         return Statistics(R, moments, bins[:filled].copy(), counts[:filled].copy())
 
     @staticmethod
-    def total(parts: Iterable[Statistics], features: int) -> Statistics:
-        """The sum in the order of `parts`: equal statistics in equal order give the same sum to the last bit."""
+    def total(by_month: Iterable[Statistics], features: int) -> Statistics:
+        """The sum in the order of `by_month`: equal statistics in equal order give the same sum to the last bit."""
         rows, moments, histogram = 0, np.zeros((features, 4)), np.zeros(features * BINS, np.int64)
-        for part in parts:
-            rows += part.rows
-            moments += part.moments
-            histogram[part.bins] += part.counts
+        for month in by_month:
+            rows += month.rows
+            moments += month.moments
+            histogram[month.bins] += month.counts
         filled = np.flatnonzero(histogram)
         return Statistics(rows, moments, filled, histogram[filled])
 

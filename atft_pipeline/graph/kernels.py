@@ -224,9 +224,9 @@ def _group_maxima(row: Any, best: Any) -> None:
     """best[g] is the maximum of row[g], row[g + BLOCK], ..."""
     best[:] = -1.0
     for start in range(0, len(row), BLOCK):
-        part = row[start : start + BLOCK]
+        group_values = row[start : start + BLOCK]
         for g in range(BLOCK):
-            best[g] = part[g] if part[g] > best[g] else best[g]
+            best[g] = group_values[g] if group_values[g] > best[g] else best[g]
 
 
 @njit(cache=True, nogil=True, error_model="numpy")

@@ -171,16 +171,16 @@ def build_graph_file(
     if by_month:
         with replacing_artifact(out) as folder:
             folder.mkdir()
-            parts = {month.name: earlier.link(month, folder) for month in reused}
+            partitions = {month.name: earlier.link(month, folder) for month in reused}
             for done, month in enumerate(computed, start=1):
-                parts[month.name] = _compute_partition(rows, membership, month, earlier, folder)
+                partitions[month.name] = _compute_partition(rows, membership, month, earlier, folder)
                 advance("graph", done, len(computed))
-        counts = [parts[month.name] for month in planned]
+        counts = [partitions[month.name] for month in planned]
     else:
         graph = graph_at(membership, [rows.local(membership, w) for month in planned for w in month.windows], config)
         write_graph(out, graph)
-        parts, counts = {}, [_counts(graph)]
-    refresh_dates, edges, targets = (sum(part[name] for part in counts) for name in COUNTS)
+        partitions, counts = {}, [_counts(graph)]
+    refresh_dates, edges, targets = (sum(count[name] for count in counts) for name in COUNTS)
     manifest = {
         "kind": "stock_graph",
         "fingerprint": sha256_of({"dataset": made_from["fingerprint"], "config": to_dict(config)}),
@@ -194,7 +194,7 @@ def build_graph_file(
         "months_reused": [month.name for month in reused],
     }
     if by_month:
-        manifest["parts"] = {month.name: parts[month.name] for month in planned}
+        manifest["parts"] = {month.name: partitions[month.name] for month in planned}
     write_manifest(out, manifest)
     return manifest
 

@@ -81,7 +81,7 @@ def update_prices(
     until = _end_of(others.tables["index"])
     digests = {"prices": raw.months, "listed": _listed_digests(listed, earlier)}
     changes = earlier.changes({**digests, "index": until}, STATE, [""])
-    parts: dict[str, Any] = {month: earlier.parts[month] for month in changes.kept}
+    partitions: dict[str, Any] = {month: earlier.parts[month] for month in changes.kept}
     state, quarantine, late = None, [], set[str]()
     if changes.kept:
         state = _load_state(earlier.path, changes.kept[-1])
@@ -92,7 +92,7 @@ def update_prices(
         for month in changes.kept:
             writer.take_over(month)
         for result in _passes(raw, others.tables, config, state, advance):
-            parts |= _write(writer, result)
+            partitions |= _write(writer, result)
             reports.append(check_prices(result.prices, needs_universe=False))
             quarantine.append(result.quarantine)
             late |= _late_codes(result)
@@ -103,11 +103,11 @@ def update_prices(
         hits.write_parquet(temporary, compression="zstd")
     manifest = {
         "kind": KIND,
-        "fingerprint": sha256_of({"config": to_dict(config), "content": [parts, frame_digest(hits)]}),
+        "fingerprint": sha256_of({"config": to_dict(config), "content": [partitions, frame_digest(hits)]}),
         "source": raw.added_to(others.record),
         "config": to_dict(config),
         "code": code_revision("dataset"),
-        "parts": parts,
+        "parts": partitions,
         "session_dates": state.sessions.astype(str).tolist(),
         "stocks": int((state.stocks.history > 0).sum()),
         "raw": raw.record(),
@@ -115,15 +115,15 @@ def update_prices(
         "inputs": {"prices": raw.months, "index": until, "listed": month_digests(listed, "Date")},
         "late_codes": sorted(late),
         "late_digest": _earliest_digest(listed, late),
-        "changes": changes.record(parts),
+        "changes": changes.record(partitions),
     }
     write_manifest(out, manifest)
-    return manifest, joined_report("prices (adjusted)", reports, _no_universe(parts))
+    return manifest, joined_report("prices (adjusted)", reports, _no_universe(partitions))
 
 
-def _no_universe(parts: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def _no_universe(partitions: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """The sentence of check_prices for a whole table without an investable row."""
-    if any(month["investable_rows"] for month in parts.values()):
+    if any(month["investable_rows"] for month in partitions.values()):
         return []
     return [NO_UNIVERSE]
 
@@ -335,20 +335,20 @@ def _passes(
 def _write(writer: PartitionWriter, result: PricesResult) -> dict[str, dict[str, Any]]:
     """Writes the months of a pass and the state after it; returns the manifest's entry of each month."""
     starts = np.append(0, np.cumsum(result.panel.has_row.sum(axis=1)))
-    parts = {}
+    partitions = {}
     for month, rows in sessions_by_month(result.panel.sessions).items():
         frame = result.prices[int(starts[rows.start]) : int(starts[rows.stop])]
         frame.write_parquet(partition_path(writer.folders[""], month), compression="lz4")
-        parts[month] = {
+        partitions[month] = {
             "rows": frame.height,
             "sha256": frame_digest(frame),
             **{
                 f"{name}_rows": int(frame[f"is_{name}"].sum()) for name in ("investable", "liquid", "listed_backfilled")
             },
         }
-    if parts:  # none where all rows are of closed days
-        save_arrays(partition_path(writer.folders[STATE], max(parts), "npz"), _to_arrays(result.state))
-    return parts
+    if partitions:  # none where all rows are of closed days
+        save_arrays(partition_path(writer.folders[STATE], max(partitions), "npz"), _to_arrays(result.state))
+    return partitions
 
 
 def _decided_by(path: Path, session: np.datetime64) -> pl.DataFrame:

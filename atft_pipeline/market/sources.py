@@ -216,18 +216,18 @@ def open_source(folder: Path | str) -> Source:
         raise InputError(f"source: {folder} is not a folder; give a folder that holds prices, listed and index")
     files: dict[str, tuple[Path, ...]] = {}
     for name, table in RAW_TABLES.items():
-        file, parts = folder / f"{name}.parquet", folder / name
-        if file.exists() and parts.is_dir():
-            raise InputError(f"{name}: both {file} and the folder {parts} exist; keep one of them")
+        file, table_folder = folder / f"{name}.parquet", folder / name
+        if file.exists() and table_folder.is_dir():
+            raise InputError(f"{name}: both {file} and the folder {table_folder} exist; keep one of them")
         if file.is_file():
             files[name] = (file,)
-        elif file.is_dir() or parts.is_dir():
-            parts = file if file.is_dir() else parts
-            files[name] = tuple(sorted(_part_files(parts), key=_natural_order))
+        elif file.is_dir() or table_folder.is_dir():
+            table_folder = file if file.is_dir() else table_folder
+            files[name] = tuple(sorted(_part_files(table_folder), key=_natural_order))
             if not files[name]:
-                raise InputError(f"{name}: no parquet file in {parts}; add its files or remove the folder")
+                raise InputError(f"{name}: no parquet file in {table_folder}; add its files or remove the folder")
         elif table.required:
-            raise InputError(f"{name}: table not found; expected {file} or a folder {parts} of parquet files")
+            raise InputError(f"{name}: table not found; expected {file} or a folder {table_folder} of parquet files")
     return Source(folder, files)
 
 
@@ -259,7 +259,7 @@ def _opened(table: str, file: Path, folder: Path) -> Iterator[tuple[RawTable, pl
     try:
         scan = pl.scan_parquet(file, hive_partitioning=False, glob=False)
         present = scan.collect_schema()
-        stated = dict(part.split("=", 1) for part in file.relative_to(folder).parts[:-1] if "=" in part)
+        stated = dict(name.split("=", 1) for name in file.relative_to(folder).parts[:-1] if "=" in name)
         scan = scan.with_columns(pl.lit(value).alias(name) for name, value in stated.items() if name not in present)
         missing = [name for name in spec.columns if name not in present and name not in stated]
         if missing:

@@ -255,7 +255,9 @@ def main() -> None:
         wanted = [task for task in wanted if any(part in task.name for part in options.only)]
     started, home = time.perf_counter(), options.work_dir / code_revision("run")
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        list(pool.map(lambda place: prepare(home, place), {task.market.name: task.market for task in wanted}.values()))
+        list(
+            pool.map(lambda market: prepare(home, market), {task.market.name: task.market for task in wanted}.values())
+        )
         judged = list(pool.map(lambda task: judge(home, task, {} if options.fit else learned()), wanted))
     if options.fit:
         content = learn(judged)

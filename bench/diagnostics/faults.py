@@ -77,9 +77,9 @@ def replace(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
 
 
 def _rewritten(run_dir: Path, table: str, change: Callable[[pl.DataFrame], pl.DataFrame]) -> None:
-    for part in sorted((run_dir / table).glob("epoch_*.parquet")):
-        rows = pl.read_parquet(part)
-        change(rows).cast(dict(rows.schema)).select(rows.columns).write_parquet(part)
+    for file in sorted((run_dir / table).glob("epoch_*.parquet")):
+        rows = pl.read_parquet(file)
+        change(rows).cast(dict(rows.schema)).select(rows.columns).write_parquet(file)
 
 
 def _verdict(run_dir: Path, change: Callable[[dict[str, Any]], None]) -> None:
@@ -101,8 +101,8 @@ def metric_of_other_run(run_dir: Path, other: Path) -> None:
 
 def evals_of_other_run(run_dir: Path, other: Path) -> None:
     """The whole table of evaluations is another run's, with its hashes."""
-    for part in (run_dir / "evals").glob("epoch_*.parquet"):
-        part.write_bytes((other / "evals" / part.name).read_bytes())
+    for file in (run_dir / "evals").glob("epoch_*.parquet"):
+        file.write_bytes((other / "evals" / file.name).read_bytes())
 
 
 def frozen_at_other_run(run_dir: Path, other: Path) -> None:
@@ -131,8 +131,8 @@ def early_epoch_as_final(run_dir: Path, other: Path) -> None:
     for table in ("evals", "daily"):
         early = pl.read_parquet(run_dir / table / "epoch_005.parquet")
         for epoch in (20, 24):
-            part = run_dir / table / f"epoch_{epoch:03d}.parquet"
-            early.with_columns(epoch=pl.lit(epoch, pl.Int32)).write_parquet(part)
+            file = run_dir / table / f"epoch_{epoch:03d}.parquet"
+            early.with_columns(epoch=pl.lit(epoch, pl.Int32)).write_parquet(file)
     for epoch in (20, 24):
         early_file = run_dir / "predictions" / "epoch_005.parquet"
         (run_dir / "predictions" / f"epoch_{epoch:03d}.parquet").write_bytes(early_file.read_bytes())

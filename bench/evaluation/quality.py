@@ -159,12 +159,12 @@ def main() -> None:
 
     for name in MODELS:
         report(name, [network(folder, dataset, graph, MODELS[name], seed, panel) for seed in SEEDS])
-    own = fit_baselines(panel, split, config.train.seed)
-    wide = fit_baselines(with_neighbours(panel, load_graph(graph)), split, config.train.seed)
-    report("LightGBM", [own["lightgbm"]])
-    report("LightGBM with neighbours", [wide["lightgbm"]])
-    report("ridge", [own["ridge"]])
-    report("ridge with neighbours", [wide["ridge"]])
+    fitted = fit_baselines(panel, split, config.train.seed)
+    fitted_with_neighbours = fit_baselines(with_neighbours(panel, load_graph(graph)), split, config.train.seed)
+    report("LightGBM", [fitted["lightgbm"]])
+    report("LightGBM with neighbours", [fitted_with_neighbours["lightgbm"]])
+    report("ridge", [fitted["ridge"]])
+    report("ridge with neighbours", [fitted_with_neighbours["ridge"]])
     for name, changes in ABLATIONS.items():
         report(f"ablation: {name}", [network(folder, dataset, graph, changes, SEEDS[0], panel)])
     if options.document is not None:

@@ -74,11 +74,11 @@ def brute_force(window: np.ndarray, neighbours: int) -> tuple[np.ndarray, np.nda
 def identical(graph: StockGraph, corr: np.ndarray, best: np.ndarray) -> bool:
     """Whether the graph has brute force's neighbours, up to pairs that differ by less than 1e-6."""
     expected = np.sort(np.take_along_axis(corr, best, axis=1), axis=1)[:, ::-1]
-    found = np.full_like(expected, -np.inf)
+    actual = np.full_like(expected, -np.inf)
     rank = np.arange(len(graph.target)) - np.searchsorted(graph.target, graph.target)
-    found[graph.target, rank] = corr[graph.target, graph.source]
+    actual[graph.target, rank] = corr[graph.target, graph.source]
     with np.errstate(invalid="ignore"):
-        return bool(((found == expected) | (np.abs(found - expected) < 1e-6)).all())
+        return bool(((actual == expected) | (np.abs(actual - expected) < 1e-6)).all())
 
 
 def build(rows: tuple[np.ndarray, ...], days: np.ndarray, codes: np.ndarray, config: GraphConfig) -> StockGraph:
@@ -142,11 +142,11 @@ def write_dataset_months(path: Path, rows: tuple[np.ndarray, ...], days: np.ndar
     returns, member, sector, market = rows
     codes = pa.array([f"{i:05}" for i in range(returns.shape[1])])
     month_at = days.astype("datetime64[M]")
-    parts = {}
+    partitions = {}
     for month in np.unique(month_at):
         inside = np.flatnonzero(month_at == month)
         digest = hashlib.sha256(returns[inside].tobytes()).hexdigest()
-        parts[str(month)] = {"rows": int(returns[inside].size), "membership_sha256": digest}
+        partitions[str(month)] = {"rows": int(returns[inside].size), "membership_sha256": digest}
         if only is None or str(month) in only:
             table = {
                 "Date": pa.array(np.repeat(days[inside], returns.shape[1]), pa.date32()),
@@ -163,7 +163,7 @@ def write_dataset_months(path: Path, rows: tuple[np.ndarray, ...], days: np.ndar
             "kind": "ml_dataset",
             "fingerprint": f"{len(days)}",
             "source": {"path": "made here"},
-            "parts": parts,
+            "parts": partitions,
             "session_dates": days.astype(str).tolist(),
         },
     )

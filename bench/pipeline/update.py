@@ -25,15 +25,15 @@ DATES = {"listed": "Date", "index": "Date", "investor_flows": "PublishedDate", "
 
 def split(source: Path, folder: Path) -> tuple[Path, Path]:
     """Writes the source as it was before its last session, and the prices of that session as a file of their own."""
-    before, parts = folder / "source", folder / "source" / "prices"
-    parts.mkdir(parents=True)
+    before, prices_folder = folder / "source", folder / "source" / "prices"
+    prices_folder.mkdir(parents=True)
     prices = pl.scan_parquet(source / "prices.parquet")
     last = prices.select(pl.col("Date").max()).collect().item()
     first = prices.select(pl.col("Date").min()).collect().item()
     for year in range(first.year, last.year + 1):
         of_year = prices.filter(pl.col("Date").dt.year() == year, pl.col("Date") < last).collect()
         if of_year.height:
-            of_year.write_parquet(parts / f"{year}.parquet")
+            of_year.write_parquet(prices_folder / f"{year}.parquet")
     newest = folder / f"{last}.parquet"
     prices.filter(pl.col("Date") == last).collect().write_parquet(newest)
     for table, date in DATES.items():

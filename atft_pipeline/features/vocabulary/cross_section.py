@@ -149,15 +149,15 @@ def share_of(condition: Matrix, member: NDArray[np.bool_]) -> Matrix:
 @njit(cache=True, nogil=True)
 def _sum(values: Any) -> Any:
     """Sum in 16 interleaved parts: the compiler may vectorise it, and the order of addition is always the same."""
-    parts = np.zeros(16)
+    sums = np.zeros(16)
     whole = len(values) // 16 * 16
     for start in range(0, whole, 16):
         block = values[start : start + 16]
         for j in range(16):
-            parts[j] += block[j]
+            sums[j] += block[j]
     total = 0.0
     for j in range(16):
-        total += parts[j]
+        total += sums[j]
     for i in range(whole, len(values)):
         total += values[i]
     return total
