@@ -202,7 +202,7 @@ def test_targets_from_the_same_prices_match_in_float32():
     used[3, 4] = NAN  # nulled by quarantine
     item = targets_match_prices(used, recomputed, np.ones((T, N), bool))
     assert item.passed is True
-    assert "1 that prices give were left null" in item.explanation
+    assert "1 that prices give are null" in item.explanation
 
 
 @pytest.mark.parametrize("execution", ["same_close", "next_close"])

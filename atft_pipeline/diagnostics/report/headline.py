@@ -32,7 +32,7 @@ def _state(record: Record) -> str:
     if record.state == "running":
         return f"Still training ({record.epochs_done} of {record.epochs_planned} epochs). "
     if record.run.get("status") == "interrupted":
-        return f"Interrupted ({record.epochs_done} of {record.epochs_planned} epochs), start it again to continue. "
+        return f"Interrupted ({record.epochs_done} of {record.epochs_planned} epochs), start it again to go on. "
     return ""
 
 
