@@ -1,7 +1,8 @@
 """Which code decides a result: a hash of the packages that compute it.
 
 A dataset that other code continues, or a run that other code resumes, would mix two definitions. A word fixed in a
-report, a dashboard or a command decides nothing, so `diagnostics`, `monitoring`, `ensemble` and `cli` are not hashed.
+report, a dashboard or a command decides nothing, so `inspection`, `diagnostics`, `monitoring`, `ensemble` and `cli` are
+not hashed.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ Result = Literal["dataset", "run"]
 
 PACKAGES: dict[Result, tuple[str, ...]] = {
     "dataset": ("market", "features", "dataset"),
-    "run": ("config", "storage", "dataset", "graph", "batches", "model", "evaluation", "runs", "verdict", "training"),
+    "run": ("dataset", "graph", "batches", "model", "evaluation", "runs", "verdict", "training"),
 }
 """Packages that decide the values of prices and dataset, and those that decide a run on a given dataset and graph.
 
-Configuration enters both keys by its values, so a new field of training leaves the datasets valid. A run depends on the
-data layer through the fingerprint of its dataset.
+Configuration enters both keys by its values, so a reworded refusal in `config` changes neither, and a new field of
+training leaves the datasets valid. How `storage` writes a file changes nothing in it. A run depends on the data layer
+through the fingerprint of its dataset.
 """
 
 LIBRARIES: dict[Result, tuple[str, ...]] = {"dataset": ("numpy", "numba", "polars", "exchange_calendars"), "run": ()}

@@ -18,8 +18,8 @@ from atft_pipeline.config.presets import quick
 from atft_pipeline.diagnostics.diagnose import diagnose
 from atft_pipeline.diagnostics.probes.run import PROBES, run_probes
 from atft_pipeline.errors import RunFailure
+from atft_pipeline.inspection.reader import open_record
 from atft_pipeline.market.synthetic import generate_market, write_tables
-from atft_pipeline.runs.reader import open_record
 from atft_pipeline.training.train import train
 from atft_pipeline.training.trainer import Trainer
 from bench.diagnostics.faults import FAULTS, Planted
