@@ -117,7 +117,7 @@ def plan_changes(changes: Sequence[Change], values: Values) -> Settings:
         if not change.moves(old, new):
             left_out.append(f"`{change.field}` is {text_of(old)} already")
             continue
-        fields = _fields(change.field, new, values, overrides)
+        fields = _fields(change, values, overrides)
         refusal = _refusal(values, overrides | fields)
         if refusal:
             left_out.append(f"`{change.field}` stays {text_of(old)}, since {text_of(new)} is refused ({refusal})")
@@ -139,16 +139,26 @@ def _in_force(field: str, values: Values) -> Any:
     return max(values[field], *weights) if field.startswith(LOSS) and weights else values[field]
 
 
-def _fields(field: str, new: Any, values: Values, overrides: Values) -> dict[str, Any]:
-    """Fields to set so that `new` takes effect: for a loss term also the phases that name it."""
-    term = field.removeprefix(LOSS)
+def _fields(change: Change, values: Values, overrides: Values) -> dict[str, Any]:
+    """Fields that the change sets: for a loss term its base weight and that of each phase, each from its own value.
+
+    A weight of 0 stays where the term is in force elsewhere: epochs without the term stay without it.
+    """
+    term, field = change.field.removeprefix(LOSS), change.field
     phases = _phases({PHASES: overrides.get(PHASES, values[PHASES])})
     if not field.startswith(LOSS) or not any(term in phase["weights"] for phase in phases):
-        return {field: new}
+        return {field: change.new(values[field])}
+
+    def changed(old: Any) -> Any:
+        new = change.new(old)
+        return new if change.moves(old, new) and (old != 0 or change.verb == "set") else old
+
     renewed = [
-        phase | {"weights": phase["weights"] | ({term: new} if term in phase["weights"] else {})} for phase in phases
+        phase
+        | {"weights": phase["weights"] | {name: changed(old) for name, old in phase["weights"].items() if name == term}}
+        for phase in phases
     ]
-    return {field: new, PHASES: renewed}
+    return {field: changed(values[field]), PHASES: renewed}
 
 
 def _refusal(values: Values, overrides: Values) -> str:

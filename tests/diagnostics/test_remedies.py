@@ -128,7 +128,18 @@ def test_the_weight_of_a_loss_term_is_what_its_phases_make_it() -> None:
     settings = plan_changes([raised("train.loss.sharpe", 3, at_least=0.3)], values)
     assert settings.made == ("raise `train.loss.sharpe` from 0.5 to 1.5",)
     config = with_overrides(PRESETS["quick"](), settings.overrides)
-    assert config.train.loss.weights_at(1)["sharpe"] == config.train.loss.weights_at(20)["sharpe"] == 1.5
+    assert config.train.loss.weights_at(1)["sharpe"] == 1.5
+    assert config.train.loss.weights_at(20)["sharpe"] == 0.0, "epochs without the term stay without it"
+
+
+def test_each_phase_moves_from_its_own_weight() -> None:
+    """Relative to the largest weight alone, a tenth of it would be a rise elsewhere."""
+    phases = [{"first_epoch": first, "last_epoch": first + 4, "weights": {"variance_penalty": weight}}
+              for first, weight in ((1, 5.0), (6, 0.1))]  # fmt: skip
+    values = of_preset("production") | {"train.loss.variance_penalty": 0.01, "train.loss.phases": phases}
+    settings = plan_changes([lowered("train.loss.variance_penalty", 0.1)], values)
+    loss = with_overrides(PRESETS["production"](), settings.overrides).train.loss
+    assert [loss.weights_at(epoch)["variance_penalty"] for epoch in (1, 6, 20)] == [0.5, 0.01, 0.001]
 
 
 @pytest.mark.parametrize("strange", [None, "x", True, [1], float("nan")], ids=repr)
