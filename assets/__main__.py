@@ -4,7 +4,6 @@ Exits 0 where all checks passed, 1 where the criterion or a step failed. The las
 verdict and the command for the UI.
 """
 
-import json
 import os
 import sys
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ import dagster as dg
 from dagster._core.utils import make_new_run_id
 
 from assets.definitions import defs
+from atft_pipeline.runs.documents import read_verdict
 from resources.execution import executing, release_killed_runs
 
 MAIN_SELECTION = '+key:"model_50ep" or +key:"diagnostics_50ep"'
@@ -36,7 +36,7 @@ def main(run_config: Mapping[str, Any] | None = None) -> int:
         print("\nmain job: stopped before diagnostics; the first error above says where", file=sys.stderr)
         return 1
     metadata = reports[0].materialization.metadata
-    verdict = json.loads((Path(str(metadata["run_dir"].value)) / "verdict.json").read_text(encoding="utf-8"))
+    verdict = read_verdict(Path(str(metadata["run_dir"].value)))
     print()
     for warning in verdict["warnings"]:
         print(f"warning:  {warning}")

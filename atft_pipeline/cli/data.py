@@ -6,6 +6,7 @@ import argparse
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from atft_pipeline.cli.arguments import AddCommand, add_configuration, configuration
@@ -70,7 +71,7 @@ def _synthesize(options: argparse.Namespace) -> Reply:
         *((name.replace("_", " "), value) for name, value in arguments.items()),
         ("rows", _counts(rows)),
         ("truth", f"{market.truth.height:,} rows"),
-        ("next", f"atft dataset {options.out} OUT"),
+        ("next", f"atft dataset {quote(str(options.out))} OUT"),
         timed=True,
     )
     return Reply(content, [says])

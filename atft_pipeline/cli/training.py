@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from atft_pipeline.cli.arguments import DEVICES, AddCommand, add_configuration, configuration, environment
@@ -80,7 +81,7 @@ def verdict_blocks(content: Mapping[str, Any]) -> list[Block]:
         ("reversal", f"one factor earns a daily Sharpe of {_figure(content.get('reversal_sharpe'), '.3f')}"),
         *((name, _checks(content[name])) for name in ("validity", "health", "milestones")),
         ("run key", content["run_key"]),
-        ("next", f"atft diagnose {content['run_dir']}"),
+        ("next", f"atft diagnose {quote(content['run_dir'])}"),
         timed=True,
     )
     return [lines, Sentences("warnings", content["warnings"], colour="yellow")]

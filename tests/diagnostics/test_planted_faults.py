@@ -19,7 +19,7 @@ from bench.diagnostics.diagnostics import BITES, bite, diagnosed
 from bench.diagnostics.faults import FAULTS, UNKNOWN_FAULTS
 from bench.diagnostics.planting import PRELOADED, Task, market
 
-pytestmark = pytest.mark.slow(reason="trainings with planted faults")
+pytestmark = pytest.mark.process(reason="trainings with planted faults, each in a process of its own")
 
 SMALL = {
     "train.epochs": 6,

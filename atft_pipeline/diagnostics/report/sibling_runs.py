@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from atft_pipeline.inspection.reader import Record
+from atft_pipeline.runs.documents import read_document
+from atft_pipeline.runs.paths import UnreadableFile
+from atft_pipeline.runs.state import run_state
 
 SHOWN = 6
 
@@ -23,7 +24,7 @@ def sibling_rows(record: Record) -> list[dict[str, str]]:
     for path in record.run_dir.resolve().parent.glob("*/run.json"):
         if path.parent == record.run_dir.resolve():
             continue
-        run, verdict = _json(path), _json(path.with_name("verdict.json"))
+        run, verdict = (_document(path.parent, name) for name in ("run.json", "verdict.json"))
         if run.get("dataset_fingerprint") == record.run.get("dataset_fingerprint") is not None:
             same = _final(verdict) is not None and _final(verdict) == _final(record.verdict)
             others = verdict.get("weights_hash") != record.verdict.get("weights_hash")
@@ -40,7 +41,7 @@ def _row(run_dir: Path, run: dict[str, Any], verdict: dict[str, Any]) -> dict[st
         "run": run_dir.name,
         "started": str(run.get("started") or "not recorded"),
         "epochs": f"{run.get('epochs_done', '?')} of {run.get('epochs_planned', '?')}",
-        "status": str(run.get("status") or "not recorded"),
+        "status": run_state(run_dir, run) if run.get("status") else "not recorded",
         "Sharpe, validation, last epoch": "not measured" if sharpe is None else f"{sharpe:.4f}",
         "verdict": str(verdict.get("status") or "none"),
     }
@@ -53,9 +54,9 @@ def _final(verdict: dict[str, Any]) -> float | None:
     return float(value) if isinstance(value, int | float) else None
 
 
-def _json(path: Path) -> dict[str, Any]:
-    with suppress(OSError, ValueError):
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(content, dict):
-            return content
-    return {}
+def _document(run_dir: Path, name: str) -> dict[str, Any]:
+    """The document, or an empty one: a sibling that cannot be read has nothing to compare."""
+    try:
+        return read_document(run_dir, name)
+    except UnreadableFile:
+        return {}
