@@ -65,7 +65,7 @@ def _synthesize(options: argparse.Namespace) -> Reply:
             write_tables(market, temporary)
     rows = {name: table.height for name, table in market.tables.items()}
     content = {"path": str(options.out), **arguments, "rows": rows, "truth_rows": market.truth.height}
-    says = facts(
+    block = facts(
         ("source", options.out),
         *((name.replace("_", " "), value) for name, value in arguments.items()),
         ("rows", _counts(rows)),
@@ -73,7 +73,7 @@ def _synthesize(options: argparse.Namespace) -> Reply:
         ("next", f"atft dataset {options.out} OUT"),
         timed=True,
     )
-    return Reply(content, [says])
+    return Reply(content, [block])
 
 
 # dataset ----------------------------------------------------------------------------------------------------------
