@@ -1,4 +1,4 @@
-"""Benches by stage: what the pipeline costs, what it learns, what its diagnosis finds.
+"""Benches by stage: what the pipeline costs, what it learns, and what its diagnosis finds.
 
 Run them from the root of the checkout, as `python -m bench.STAGE.NAME`.
 """

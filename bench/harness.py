@@ -1,4 +1,4 @@
-"""What the benches of quality share: commands whose failure ends the bench, runs by settings, tables of a document."""
+"""Shared by the benches of quality: commands whose failure ends the bench, runs by settings, tables in documents."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from atft_pipeline.storage.code_version import code_revision
 
 
 def command(*arguments: object) -> None:
-    """One `atft` command; what it prints goes nowhere, a failure ends the bench with its sentence."""
+    """Runs one `atft` command without its output; a failure ends the bench with the command's message."""
     line = [sys.executable, "-m", "atft_pipeline.cli", *map(str, arguments), "--json"]
     done = subprocess.run(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode not in (0, 1):
@@ -21,7 +21,10 @@ def command(*arguments: object) -> None:
 
 
 def trained(folder: Path, dataset: Path, graph: Path, settings: Mapping[str, object]) -> Path:
-    """Run directory in `folder` of preset `cpu` with `settings`; a finished run of the same code is not repeated."""
+    """Trains preset `cpu` with `settings` and returns the run directory in `folder`.
+
+    A finished run of the same code is not repeated.
+    """
     named = {**settings, "code": code_revision("run"), "dataset": dataset.name}
     run = folder / f"run_{sha256_of(named)[:16]}"
     assignments = [part for name, value in settings.items() for part in ("--set", f"{name}={json.dumps(value)}")]

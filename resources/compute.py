@@ -1,7 +1,7 @@
-"""What the machine offers a training run: device, threads, processes, and the run size that fits them.
+"""The machine of a training run: device, threads, processes, and the preset that fits them.
 
-Here and in `assets/`, torch and matplotlib are imported where they are used: a command that only starts steps in other
-processes would wait seconds for them.
+Here and in `assets/`, torch and matplotlib are imported where they are used. Otherwise a command that only starts steps
+in other processes would wait seconds for them.
 """
 
 import os
@@ -22,19 +22,20 @@ class Compute(dg.ConfigurableResource):
     device: str = "auto"
     """auto (CUDA where present), cpu, cuda or cuda:N."""
     threads: int = 0
-    """torch threads; 0 leaves torch's choice."""
+    """Torch threads; 0 means torch's default."""
     processes: int = 0
-    """Processes that train one run together; 0 leaves it to the environment's ATFT_PROCESSES, else one."""
+    """Processes that train one run together; 0 means the environment's ATFT_PROCESSES, else one."""
     preset: str | None = None
-    """quick, cpu or production; the environment's ATFT_PRESET where this is not set."""
+    """quick, cpu or production; if not set, the environment's ATFT_PRESET."""
 
     def configuration(
         self, asset: str, *, sections: tuple[str, ...], embedded: bool, overrides: Mapping[str, Any]
     ) -> tuple[PipelineConfig, dict[str, Any]]:
-        """The configuration `asset` works with, and the overrides that shaped it.
+        """The configuration that `asset` uses, and the overrides that it contains.
 
-        `sections` are those the asset reads; the run config wins over the report's variables. Without a preset: `quick`
-        for the embedded market, `production` where CUDA is present, else `cpu`. Raises InputError as `configured` does.
+        sections: those that the asset reads. The run config takes precedence over the report's variables in the
+        environment. Without a preset: `quick` for the embedded market, `production` where CUDA is present, else `cpu`.
+        Raises InputError as `configured` does.
         """
         name = self.preset or os.environ.get(PRESET_VARIABLE) or self._default_preset(embedded)
         return configured(name, overrides, os.environ, sections=sections, reader="this asset", where=f"{asset}: ")
@@ -48,13 +49,13 @@ class Compute(dg.ConfigurableResource):
         return "production" if torch.cuda.is_available() else "cpu"
 
     def process_count(self) -> int:
-        """How many processes train one run; raises InputError where what was set is no such number."""
+        """How many processes train one run; raises InputError when the setting is no such number."""
         from atft_pipeline.training.launcher import Layout, processes_asked
 
         return Layout(self.processes or processes_asked(os.environ)).processes
 
     def threads_each(self, processes: int) -> int:
-        """Torch threads of each of several processes; 0 leaves torch's choice."""
+        """Torch threads of each of several processes; 0 means torch's default."""
         from atft_pipeline.training.launcher import threads_each
 
         return self.threads or threads_each(os.environ, processes)

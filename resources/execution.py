@@ -1,8 +1,8 @@
-"""How the steps of a run are executed on one machine, and what becomes of a run that was killed.
+"""Execution of a run's steps on one machine, and release of the pool slots of killed runs.
 
-A killed run keeps its slot of the pool, and without Dagster's daemon nothing takes it back: every later training would
-wait for it for ever. So a run holds a file lock while it executes, which the kernel drops with the process, and a run
-that starts takes back the slots of those that no longer hold theirs.
+A killed run keeps its slot in the pool, and without Dagster's daemon nothing releases it: every later training would
+wait for ever. So a run holds a file lock while it executes, and the kernel drops the lock with the process. A run that
+starts releases the slots of runs that no longer hold their lock.
 """
 
 import fcntl
@@ -15,7 +15,7 @@ import dagster as dg
 
 PRELOADED = [
     "dagster",
-    "dagster._cli",  # a step imports the command's script again
+    "dagster._cli",  # each step imports the command's script again
     "duckdb",
     "exchange_calendars",
     "pandera",
@@ -23,11 +23,12 @@ PRELOADED = [
     "matplotlib.backends.backend_agg",
     "torch",
 ]
-"""What costs seconds to import and starts no thread that a fork would lose; polars does, so it is not among them."""
+"""Modules that take seconds to import and start no threads, which a fork would lose; polars starts some, so it is not
+among them."""
 
 
 class OneProcessPerStep(dg.Executor):
-    """Dagster's multiprocess executor, which first takes back what killed runs left."""
+    """Dagster's multiprocess executor; before a run it releases the pool slots of killed runs."""
 
     def __init__(self, steps: dg.Executor) -> None:
         self._steps = steps
@@ -58,8 +59,8 @@ one_process_per_step = dg.ExecutorDefinition(
     requirements=dg.multiprocess_executor.get_requirements,
     executor_creation_fn=_create,
 ).configured({"start_method": {"forkserver": {"preload_modules": PRELOADED}}})
-"""A step gives its memory back when it ends. Steps are forked from a server that imported the libraries once: spawned
-ones took 85 s instead of 26 s for the twelve steps from a small market to its model_5ep."""
+"""Each step is a process, so its memory is freed when it ends. Steps are forked from a server that has imported the
+libraries once: spawned ones take 85 s instead of 26 s for the twelve steps from a small market to its model_5ep."""
 
 
 @contextmanager
@@ -76,9 +77,9 @@ def executing(instance: dg.DagsterInstance, run_id: str) -> Iterator[None]:
 
 
 def release_killed_runs(instance: dg.DagsterInstance) -> list[str]:
-    """Takes back the pool slots of runs whose process is gone and records those runs as failed; returns their ids.
+    """Releases the pool slots of runs whose process is gone and records those runs as failed; returns their ids.
 
-    A run without a lock file was started by another executor; its slots are left alone until it has finished.
+    A run without a lock file was started by another executor; its slots stay until it has finished.
     """
     storage = instance.event_log_storage
     if not storage.supports_global_concurrency_limits:

@@ -1,7 +1,7 @@
 """The only code that knows where sources come from and where outputs lie.
 
-Products are named by the fingerprint of what made them, so an interrupted or failed command leaves earlier ones as they
-were; a link per product points at the newest complete one. Nothing of a run is ever linked.
+An artifact's name contains its fingerprint, so an interrupted or failed command leaves earlier artifacts as they were.
+A link per kind points at the newest complete artifact. Runs are never linked.
 """
 
 import os
@@ -20,7 +20,7 @@ from atft_pipeline.storage.atomic import relink, replacing, write_json
 from atft_pipeline.storage.monthly import move_artifact
 
 EMBEDDED_STOCKS, EMBEDDED_SESSIONS, EMBEDDED_SEED = 200, 750, 0
-"""The synthetic market that stands in where no source is named."""
+"""Size and seed of the synthetic market that is used where no source is named."""
 
 SOURCE_VARIABLE = "ATFT_SOURCE"
 
@@ -37,7 +37,7 @@ class OutputFolders(dg.ConfigurableResource):
     output: str = "output"
     """Folder of all outputs, relative to the checkout."""
     source: str | None = None
-    """Source folder; the environment's ATFT_SOURCE where this is not set, the embedded market where neither is."""
+    """Source folder; if not set, the environment's ATFT_SOURCE; without either, the embedded market."""
 
     @property
     def datasets(self) -> Path:
@@ -54,12 +54,12 @@ class OutputFolders(dg.ConfigurableResource):
     # Sources ---------------------------------------------------------------------------------------------------
 
     def named_source(self) -> Path | None:
-        """The folder that config or environment name, if any."""
+        """The folder that config or environment names, if any."""
         name = self.source or os.environ.get(SOURCE_VARIABLE)
         return Path(name) if name else None
 
     def open_source(self, path: str | None = None) -> Source:
-        """The source at `path`, or the named one, or the embedded market, generated on first use."""
+        """Opens the source at `path`, else the named one, else the embedded market, which is generated on first use."""
         return open_source(path or self.named_source() or self.embedded_market())
 
     def embedded_market(self) -> Path:
@@ -74,24 +74,24 @@ class OutputFolders(dg.ConfigurableResource):
         return folder
 
     def is_embedded(self, source: Path | str) -> bool:
-        """Whether `source`, e.g. of a manifest, is the embedded market."""
+        """Whether `source`, for example a manifest's, is the embedded market."""
         return Path(source).resolve().parent == self.datasets.resolve()
 
-    # Products --------------------------------------------------------------------------------------------------
+    # Artifacts -------------------------------------------------------------------------------------------------
 
     def product(self, kind: str, fingerprint: str) -> Path:
-        """Where the product `kind` of this fingerprint lies, a folder of months."""
+        """Where the artifact `kind` of this fingerprint lies: a folder of months."""
         return self.datasets / f"{kind}_{fingerprint[:16]}"
 
     def publish(self, kind: str, path: Path) -> None:
-        """Points the product's link at a complete `path`."""
+        """Points the link of `kind` at the complete artifact `path`."""
         relink(self.datasets / LINKS[kind], path)
 
     def current(self, kind: str, asset: str) -> tuple[Path, dict[str, Any]]:
-        """The newest complete product and its manifest.
+        """The newest complete artifact and its manifest.
 
-        `asset` is who asks, for the message. Raises InputError when there is none, when it was made by another version
-        of its contract, or when ATFT_SOURCE names another source than its manifest.
+        asset: who reads it, named in messages. Raises InputError when there is none, when its manifest is of another
+        kind, or when ATFT_SOURCE names another source than its manifest.
         """
         link = self.datasets / LINKS[kind]
         if not link.exists():
@@ -113,16 +113,16 @@ class OutputFolders(dg.ConfigurableResource):
             )
 
     def previous(self, kind: str) -> Path | None:
-        """The newest complete product, of whatever source: what a new version may continue."""
+        """The newest complete artifact, from any source; a new version may continue it."""
         link = self.datasets / LINKS[kind]
         return self.datasets / link.readlink() if link.exists() else None
 
     def building(self, kind: str) -> Path:
-        """Where a product is built before its fingerprint is known."""
+        """Where an artifact is built before its fingerprint is known."""
         return self.datasets / f".{kind}_building"
 
     def keep(self, kind: str, fingerprint: str) -> Path:
-        """Gives what was built its name."""
+        """Moves the built artifact to the name with its fingerprint."""
         path = self.product(kind, fingerprint)
         move_artifact(self.building(kind), path)
         return path
@@ -134,7 +134,7 @@ class OutputFolders(dg.ConfigurableResource):
         return self.datasets / "baselines_latest.json"
 
     def keep_baselines(self, content: Mapping[str, Any]) -> Path:
-        """Stores the figures of the baselines under the hash of what decides them and links to them as the newest."""
+        """Stores the figures of the baselines under the hash of what decides them, and links to them as the newest."""
         from atft_pipeline.monitoring.comparison import BASELINES_KIND
 
         decided_by = {name: content[name] for name in ("dataset_fingerprint", "split", "evaluation", "seed")}
@@ -144,12 +144,12 @@ class OutputFolders(dg.ConfigurableResource):
         return path
 
     def baselines(self) -> dict[str, Any] | None:
-        """The newest stored figures, of whatever dataset and split; None before there are any."""
+        """The newest stored figures, for any dataset and split; None if there are none."""
         from atft_pipeline.monitoring.comparison import read_baselines
 
         return read_baselines(self._baselines_link) if self._baselines_link.exists() else None
 
     @staticmethod
     def dataset_config(manifest: dict[str, Any]) -> DatasetConfig:
-        """The dataset configuration a product was made with."""
+        """The dataset configuration with which an artifact was made."""
         return DatasetConfig(**manifest["config"])

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from atft_pipeline.config.overrides import to_dict, with_overrides
 from atft_pipeline.config.presets import quick
 from atft_pipeline.config.schema import LOSS_TERMS
-from atft_pipeline.runs.paired import Difference, PairedResult, write_experiment_result
+from atft_pipeline.inspection.paired import Difference, PairedResult, write_experiment_result
 from atft_pipeline.runs.tables import TABLES
 
 EPOCHS, SESSIONS, STOCKS = 20, 80, 20

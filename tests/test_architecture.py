@@ -20,7 +20,7 @@ from atft_process import (
 
 PACKAGES: tuple[str, ...] = (
     "errors", "config", "storage", "market", "features", "dataset", "graph", "batches", "model", "evaluation", "runs",
-    "verdict", "training", "ensemble", "diagnostics", "monitoring", "cli",
+    "verdict", "training", "ensemble", "inspection", "diagnostics", "monitoring", "cli",
 )  # fmt: skip
 """The library's packages by stage, `errors.py` at the ground: each imports only from those before it."""
 

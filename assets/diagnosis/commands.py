@@ -7,7 +7,7 @@ from typing import Any
 
 from assets.training.training_run import RUN_LENGTHS
 from atft_pipeline.diagnostics.commands import AtftCommands
-from atft_pipeline.runs.reader import Record
+from atft_pipeline.inspection.reader import Record
 
 EXPERIMENT_JOB, EXPERIMENT_OP = "experiments", "experiment"
 CRITERION_RUN_LENGTH = 20

@@ -35,7 +35,7 @@ def experiment(
     may be of another run.
     """
     from atft_pipeline.diagnostics.conclude import conclude, plan_experiment
-    from atft_pipeline.runs.paired import experiment_rows
+    from atft_pipeline.inspection.paired import experiment_rows
 
     run_dir = Path(config.run_dir)
     with as_dagster_failure(context):

@@ -68,7 +68,7 @@ def attribution_metadata(run_dir: Path, splits: Sequence[str]) -> dict[str, dg.M
     from atft_pipeline.diagnostics.report.attribution_plots import draw_attributions
     from atft_pipeline.diagnostics.report.attribution_tables import attribution_tables, not_assessable
     from atft_pipeline.diagnostics.report.plots import draw
-    from atft_pipeline.runs.reader import open_record
+    from atft_pipeline.inspection.reader import open_record
 
     daily = {split: recorded_rows(run_dir, "daily", split) for split in splits}
     record = open_record(run_dir)

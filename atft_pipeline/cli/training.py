@@ -114,7 +114,7 @@ def _experiment(options: argparse.Namespace) -> Reply:
     from dataclasses import asdict
 
     from atft_pipeline.diagnostics.conclude import conclude, plan_experiment
-    from atft_pipeline.runs.paired import experiment_rows
+    from atft_pipeline.inspection.paired import experiment_rows
     from atft_pipeline.training.launcher import Layout, threads_each, train_in_processes
     from atft_pipeline.training.train import train
 

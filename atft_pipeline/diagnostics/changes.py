@@ -16,7 +16,7 @@ from typing import Any, Literal
 from atft_pipeline.config.overrides import leaves, to_dict, with_overrides
 from atft_pipeline.config.schema import PipelineConfig
 from atft_pipeline.errors import InputError
-from atft_pipeline.runs.reader import Record
+from atft_pipeline.inspection.reader import Record
 
 Verb = Literal["raise", "lower", "set"]
 Values = Mapping[str, Any]

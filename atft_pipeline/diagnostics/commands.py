@@ -18,7 +18,7 @@ from atft_pipeline.config.schema import EXPERIMENT_IDS
 from atft_pipeline.diagnostics.changes import plan_changes, text_of, values_of
 from atft_pipeline.diagnostics.rule import Rule
 from atft_pipeline.errors import InputError
-from atft_pipeline.runs.reader import Record
+from atft_pipeline.inspection.reader import Record
 from atft_pipeline.storage.artifact import read_manifest
 
 TRAINING_SECTIONS = ("split", "model", "train", "evaluation")

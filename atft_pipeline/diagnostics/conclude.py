@@ -11,9 +11,15 @@ from atft_pipeline.diagnostics.commands import ATFT, CommandStyle
 from atft_pipeline.diagnostics.diagnose import Diagnosis, ReportPaths, diagnose, write_report
 from atft_pipeline.diagnostics.experiments.plan import experiment_settings
 from atft_pipeline.errors import InputError
+from atft_pipeline.inspection.paired import (
+    PairedResult,
+    compare_runs,
+    evaluated_epochs,
+    result_path,
+    write_experiment_result,
+)
+from atft_pipeline.inspection.reader import open_record
 from atft_pipeline.runs.header import read_run
-from atft_pipeline.runs.paired import PairedResult, compare_runs, evaluated_epochs, result_path, write_experiment_result
-from atft_pipeline.runs.reader import open_record
 from atft_pipeline.training.plan import Plan, plan_run
 
 

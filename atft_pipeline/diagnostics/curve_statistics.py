@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from atft_pipeline.runs.reader import Curve, Record
+from atft_pipeline.inspection.reader import Curve, Record
 
 MIN_TREND_EPOCHS = 5
 """Fewer epochs show no trend."""

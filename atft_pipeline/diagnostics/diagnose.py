@@ -26,11 +26,11 @@ from atft_pipeline.diagnostics.rule_table import TABLE, RuleTable
 from atft_pipeline.diagnostics.run_inputs import RunInputs
 from atft_pipeline.diagnostics.signal import Value
 from atft_pipeline.errors import InputError
-from atft_pipeline.evaluation.attribution import Attribution, Missing
-from atft_pipeline.evaluation.attribution_inputs import attribute_predictions
 from atft_pipeline.evaluation.evaluate import SPLITS
-from atft_pipeline.runs.paired import experiment_rows
-from atft_pipeline.runs.reader import Record, open_record
+from atft_pipeline.inspection.attribution import Attribution, Missing
+from atft_pipeline.inspection.attribution_inputs import attribute_predictions
+from atft_pipeline.inspection.paired import experiment_rows
+from atft_pipeline.inspection.reader import Record, open_record
 
 __all__ = ["Diagnosis", "ExperimentAdvice", "Finding", "ReportPaths", "attributions", "diagnose", "write_report"]
 

@@ -13,8 +13,8 @@ from atft_pipeline.diagnostics.rule_table import TABLE, RuleTable
 from atft_pipeline.diagnostics.run_inputs import RunInputs
 from atft_pipeline.diagnostics.signal import Audit, Value, without_nan
 from atft_pipeline.errors import InputError
-from atft_pipeline.runs.paired import read_experiment_results
-from atft_pipeline.runs.reader import Record
+from atft_pipeline.inspection.paired import read_experiment_results
+from atft_pipeline.inspection.reader import Record
 
 EXPERIMENT_SIGNALS: dict[str, str] = {id: f"experiment_{id.lower()}_gain_t" for id in EXPERIMENT_IDS}
 """Experiment -> signal: the daily IC that it gained over the run, paired by session, in standard errors."""

@@ -18,7 +18,7 @@ from atft_pipeline.config.schema import HORIZONS, PipelineConfig
 from atft_pipeline.dataset.layout import membership_path
 from atft_pipeline.dataset.splits import Split, make_split
 from atft_pipeline.errors import InputError
-from atft_pipeline.runs.reader import Record, read_scores
+from atft_pipeline.inspection.reader import Record, read_scores
 from atft_pipeline.storage.artifact import read_manifest, resolved
 from atft_pipeline.training.telemetry.input_sample import SCHEMA as SAMPLE
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from atft_pipeline.diagnostics.run_inputs import RunInputs
-from atft_pipeline.runs.reader import Record
+from atft_pipeline.inspection.reader import Record
 
 Value = float | str | None
 Signals = Mapping[str, Value]

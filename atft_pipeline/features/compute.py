@@ -1,8 +1,8 @@
-"""Computes the features: prices and the other tables in, 82 normalised features of the dataset's rows out.
+"""Computes the 82 normalised features of the dataset's rows from prices and the other tables.
 
-Shapes: T sessions of the whole history, S sessions at hand, N stocks, F features, R rows of the dataset (session-major,
-then code). Features are computed side by side in threads, a span of sessions at a time: a span's matrices stay in the
-cache. The state that continues the recursions from day to day also continues them from span to span.
+Shapes: T sessions of the whole history, S sessions of the present panels, N stocks, F features, R rows of the dataset
+(session-major, then code). Threads compute the features in parallel, one span of sessions at a time, so that a span's
+matrices stay in the cache. The state that continues the recursions from day to day also continues them between spans.
 """
 
 from __future__ import annotations
@@ -31,20 +31,21 @@ from atft_pipeline.storage.monthly import Days
 RECENT_SESSIONS = 5
 """A stock has a row while it traded within this many sessions, the current one included."""
 OVERLAP_SESSIONS = max(feature.trace.overlap_sessions + feature.lag_sessions for feature in REGISTRY)
-"""Rows before the fresh ones that any feature looks back on."""
+"""Most rows before the fresh ones that any feature looks back on."""
 OVERLAPS: tuple[int, ...] = (7, 26, 66, 125, OVERLAP_SESSIONS)
-"""Features share their intermediates within a class of overlap: one more session then costs few rows for most."""
+"""Classes of overlap. Features of one class share their intermediates; so for most features one more session costs the
+computation of few rows."""
 CELLS_AT_A_TIME = 1_500_000
-"""Cells of a span's matrices, 12 MB each: larger ones leave the cache, and each gets fresh pages."""
+"""Cells of a span's matrix, 12 MB: a larger one does not fit the cache, and each new one gets fresh pages."""
 THREADS = 2
 
 
 @dataclass(frozen=True)
 class FeatureState:
-    """State of the features after a session: the last prices, and where each recursion stands."""
+    """State of the features after a session: the last prices, and the state of each recursion."""
 
     tail: PricePanel
-    """At most `OVERLAP_SESSIONS` sessions."""
+    """Prices of at most the last `OVERLAP_SESSIONS` sessions."""
     sessions: Days
     """All sessions so far."""
     sectors: tuple[str, ...]
@@ -52,7 +53,7 @@ class FeatureState:
     """`Market.state` of the stocks of `tail` and of `sectors`."""
 
     def values_of(self, codes: Sequence[str], sectors: Sequence[str]) -> dict[str, Any]:
-        """The values for codes and sectors that contain these; what is new starts as never seen."""
+        """Widens the values to `codes` and `sectors`, which contain its own; new ones start without history."""
         stock = np.searchsorted(np.array(codes), np.array(self.tail.codes))
         sector = np.searchsorted(np.array(sectors), np.array(self.sectors))
 
@@ -74,7 +75,7 @@ class FeaturePanel:
     """All 82 features on the dataset's rows."""
 
     prices: PricePanel
-    """Of the sessions computed, and those looked back on before them."""
+    """Prices of the computed sessions, and of those before them that features look back on."""
     first: int
     """First row of `prices` that was computed."""
     kept: NDArray[np.int64]
@@ -82,7 +83,7 @@ class FeaturePanel:
     values: NDArray[np.float32]
     """[F, R] in registry order, NaN where missing."""
     return_1d: Matrix
-    """R_1 of every cell of `prices` from the rows computed on, null before them."""
+    """R_1 of every cell of `prices`; null before the computed rows."""
     state: FeatureState
 
     def column(self, name: str) -> NDArray[np.float32]:
@@ -98,12 +99,12 @@ class FeaturePanel:
 def build_market(
     prices: PricePanel, tables: Mapping[str, pl.DataFrame], config: DatasetConfig, before: FeatureState | None = None
 ) -> Market:
-    """The prices and the other tables as dense panels over the exchange's sessions.
+    """Prices and the other tables as dense panels over the exchange's sessions.
 
-    tables: `index`, and `investor_flows` and `statements` where there are. With `before`, the prices are those after
-    its last session; its last prices are put before them, and its state is continued.
+    tables: `index`, and `investor_flows` and `statements` where they exist. before: state to continue; the prices are
+    then those after its last session, and its last prices are put before them.
 
-    Raises: InputError when there is no row, no index, or an index table with several codes and none of TOPIX's.
+    Raises: InputError when there is no row or no index, or when the index has several codes and none is TOPIX's.
     """
     if before is None and not prices.has_row.any():
         raise InputError("prices: no row is left after quarantine; check the source's prices and listed tables")
@@ -135,7 +136,7 @@ def build_market(
 
 
 def normalised(feature: Feature, values: Matrix, market: Market) -> Matrix:
-    """The feature's own normalisation of its values, `[S, N]` or a series as they come, in float64."""
+    """Values normalised as the feature declares, in float64; `[S, N]`, or a series."""
     if feature.norm == "ts":
         return ts_zscore(values)
     return cs_normalise(values, market.investable) if feature.norm == "cs" else values
@@ -178,7 +179,7 @@ def _recently_traded(close: Matrix) -> NDArray[np.bool_]:
 
 
 def _spans(first: int, rows: int, stocks: int) -> Iterator[tuple[int, int]]:
-    """Cuts rows first to `rows` into spans of at most CELLS_AT_A_TIME cells, one session at least."""
+    """Cuts the rows from `first` up to `rows` into spans of at most CELLS_AT_A_TIME cells, but at least one session."""
     length = max(1, CELLS_AT_A_TIME // max(stocks, 1))
     for start in range(first, rows, length):
         yield start, min(start + length, rows)
@@ -201,9 +202,9 @@ def _compute(span: Market, kept: NDArray[np.bool_], values: NDArray[np.float32],
             result = ts_zscore(result)
         fresh = result[len(result) - len(kept) :]
         out[:] = fresh[session] if fresh.ndim == 1 else fresh[kept]
-        out[np.isnan(out)] = np.nan  # one bit pattern for missing: values are hashed
+        out[np.isnan(out)] = np.nan  # one bit pattern for missing, because values are hashed
 
-    # The longest first: one of them alone at the end would leave the other thread idle.
+    # The longest first: at the end, one of them alone would leave the other thread idle.
     order = sorted(range(len(REGISTRY)), key=lambda number: -REGISTRY[number].trace.overlap_sessions)
     list(pool.map(fill, order))
 

@@ -1,8 +1,8 @@
-"""The market as the features see it: dense matrices, and the intermediates that features share, each computed once.
+"""The features' inputs: dense matrices of one market, and shared intermediates, each computed once.
 
-Shapes: T sessions of the whole history, S rows of the panels at hand (the last S sessions), N stocks, G sectors, E
-publications. Rows from `fresh` on are to be computed; the rows before them are there to be looked back on. What cannot
-be recomputed from a few rows, recursive averages and the sectors' own series, is continued from `state`.
+Shapes: T sessions of the whole history, S rows of the present panels (the last S sessions), N stocks, G sectors, E
+publications. Rows from `fresh` on are to be computed; features look back on the rows before them. Recursive averages
+and the sectors' series cannot be recomputed from a few rows, so they are continued from `state`.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ BETA_WINDOW = 60
 WEEKS_IN_YEAR = 52
 
 State = Mapping[str, Any]
-"""By name: an `Average`, a count `[N]`, or the sectors' series `[T, G]`, as of some session."""
+"""By name: an `Average`, a count `[N]`, or a series of the sectors `[T, G]`, after one session."""
 
 
 def shared(compute: Callable[Concatenate[Market, P], R]) -> Callable[Concatenate[Market, P], R]:
-    """Computes once per market and arguments, also when several threads ask at once."""
+    """Computes a method once per market and arguments, also when several threads call it at once."""
 
     @wraps(compute)
     def once(market: Market, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -58,7 +58,7 @@ def shared(compute: Callable[Concatenate[Market, P], R]) -> Callable[Concatenate
         if is_first:
             try:
                 result.set_result(compute(market, *args, **kwargs))
-            except BaseException as error:  # noqa: BLE001 - the threads that wait for it must see it too
+            except BaseException as error:  # noqa: BLE001 - threads that wait for the result must raise it too
                 result.set_exception(error)
         return result.result()
 
@@ -73,7 +73,7 @@ class Market:
     codes: Sequence[str]
     days_per_year: int
     quotes: Mapping[str, Matrix]
-    """`QUOTES`, adjusted forward; null on an untraded session."""
+    """`QUOTES` by name, adjusted forward; null on an untraded session."""
     index_close: Matrix
     """[T], null where the index has no row."""
     investable: NDArray[np.bool_]
@@ -98,7 +98,7 @@ class Market:
         return 0 if is_trace(self.investable) else len(self.investable)
 
     def span(self, start: int, stop: int, overlap: int) -> Market:
-        """The market as it stood after row `stop` − 1: rows from `start` on are fresh, and at most `overlap` before."""
+        """The market as of row `stop` − 1: rows from `start` on are fresh, with at most `overlap` rows before them."""
         first, later = max(0, start - overlap), self.rows - stop
         cut = len(self.sessions) - later
         return replace(
@@ -117,7 +117,7 @@ class Market:
         )
 
     def recent(self, overlap: int) -> Market:
-        """The same with at most `overlap` rows before the fresh ones; it fills the same `new_state`."""
+        """The market with at most `overlap` rows before the fresh ones; it fills the same `new_state`."""
         return self if overlap >= self.fresh else self.span(self.fresh, self.rows, overlap)
 
     # --- raw ---
@@ -140,16 +140,16 @@ class Market:
 
     @shared
     def volume(self) -> Matrix:
-        """Shares; a volume of 0 is an untraded session and null."""
+        """Shares traded; null where it is 0, an untraded session."""
         return positive(self.quotes["Volume"])
 
     @shared
     def turnover(self) -> Matrix:
-        """Money; Close · Volume where the table has none, which no adjustment changes."""
+        """Traded value; Close · Volume where the table states none, a product that no adjustment changes."""
         return either(self.quotes["TurnoverValue"], self.close * self.volume())
 
     def on_rows(self, series: Matrix) -> Matrix:
-        """`[T]` or `[T, G]` as a column `[S, 1]` or rows `[S, G]` beside the panels."""
+        """The last S rows of a series: `[T]` as a column `[S, 1]`, `[T, G]` as `[S, G]`."""
         if is_trace(series):
             return series
         rows = series[len(series) - self.rows :]
@@ -163,7 +163,7 @@ class Market:
         return values
 
     def history(self, name: str, rows: Matrix) -> Matrix:
-        """`[S, G]` values as a series `[T, G]`: those of the state under `name`, then the fresh ones."""
+        """`[S, G]` values as a series `[T, G]`: the history in the state under `name`, then the fresh rows."""
         if is_trace(rows):
             return cast(Trace, rows).kept()  # type: ignore[return-value]
         before = self.state.get(name)
@@ -206,12 +206,12 @@ class Market:
 
     @shared
     def steps(self) -> tuple[Matrix, Matrix]:
-        """What the close rose and what it fell by since the last one."""
+        """Rise and fall of the close since the last one."""
         last = lag(self.carried(), 1)
         return rise(self.close, last), rise(last, self.close)
 
     def rsi(self, window: int) -> Matrix:
-        """Relative strength index in [0, 100], 50 where the price has stood still.
+        """Relative strength index in [0, 100]; 50 where the price has not moved.
 
         Gains and losses are averaged with alpha = 1 / window, starting as the mean of the first `window` changes.
         Source: J. Welles Wilder, New Concepts in Technical Trading Systems (1978), section VI.
@@ -251,7 +251,7 @@ class Market:
 
     @shared
     def mkt_regression(self) -> Regression:
-        """R_1 on the market's, over 60 sessions."""
+        """Regression of R_1 on the market's R_1 over 60 sessions."""
         return rolling_regression(self.ret(1), self.on_rows(self.mkt_ret(1)), BETA_WINDOW)
 
     def alpha(self, sessions: int) -> Matrix:
@@ -276,7 +276,7 @@ class Market:
         return of_group(self.on_rows(values), self.sector_of)
 
     def sector_alpha(self) -> Matrix:
-        """R_1 − β_sector · sector R_1, each session with the sector that the stock was in."""
+        """R_1 − β_sector · sector R_1; each session uses the sector that the stock was in."""
         sector = self.of_sector(self.sector_ret(1))
         return self.ret(1) - rolling_regression(self.ret(1), sector, BETA_WINDOW).beta * sector
 
@@ -292,7 +292,7 @@ class Market:
 
     @shared
     def smart_weeks(self) -> Matrix:
-        """Foreign minus individual 52-week z of the last 4 weeks, `[E, 4]`, newest last."""
+        """52-week z of foreign minus that of individual net flows, last 4 weeks, `[E, 4]`, newest last."""
         flows = self.releases
         return weekly_zscores(flows.foreign_net, WEEKS_IN_YEAR, 4) - weekly_zscores(
             flows.individual_net, WEEKS_IN_YEAR, 4
@@ -301,7 +301,7 @@ class Market:
     # --- statements ---
 
     def stmt(self, name: str) -> Matrix:
-        """`[E]` figure of each document: the company's record once it was public."""
+        """`[E]` figure by document: the company's record once the document was public."""
         return self.documents.values[name]
 
     def in_force(self, values: Matrix, kind: str = "results") -> Matrix:
@@ -336,7 +336,7 @@ def _day_numbers(days: Any) -> Matrix:
 # --- what expressions read --------------------------------------------------------------------------------------------
 
 RELEASE: tuple[str, ...] = tuple(f"investor_flows.{name}" for name in ("PublishedDate", "EndDate", "Section"))
-"""Columns that say to whom a week of flows belongs and since when it is known."""
+"""Columns that say which section and week a row of flows is about, and since when it is known."""
 INVESTOR_BALANCES: tuple[str, ...] = tuple(
     f"investor_flows.{name}Balance"
     for name in (
@@ -348,7 +348,7 @@ DOCUMENT: tuple[str, ...] = tuple(
     f"statements.{name}"
     for name in ("LocalCode", "DisclosedDate", "DisclosedTime", "TypeOfDocument", "TypeOfCurrentPeriod")
 )
-"""Columns that say whose document it is, of which period, and since when it is known."""
+"""Columns that say whose document it is, for which period, and since when it is known."""
 UNIVERSE: tuple[str, ...] = ("prices.Close", "prices.Volume", "listed.MarketCode", "listed.Sector33Code")
 """Columns that decide whether a stock is investable."""
 _EXPIRY_SESSIONS = 286

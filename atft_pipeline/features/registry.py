@@ -1,9 +1,9 @@
-"""The 82 features, one row each. Adding a feature changes one line of `REGISTRY`; its length is part of the contract.
+"""The 82 features, one row each. A new feature is one row of `REGISTRY`; `FEATURE_COUNT` fixes their number.
 
-A row is: name, family, norm, window, columns, formula, expression, lag. It is held to its own expression when this
-module is imported (`validated`). `window_sessions` counts the sessions that the expression looks back over, the current
-one included, before normalisation; `ts` adds 252. An exponential average never forgets: its window is five spans,
-after which the start weighs e^-10. It steps over nulls, so for it the window counts the sessions in which the stock
+A row is: name, family, norm, window, columns, formula, expression, lag. `validated` checks it against its own
+expression when this module is imported. `window_sessions` counts the sessions that the expression looks back over
+before normalisation, the current one included; `ts` adds 252. An exponential average never forgets entirely: its window
+is five spans, after which its start weighs e^-10. It skips nulls, so its window counts the sessions in which the stock
 traded.
 """
 
@@ -66,7 +66,7 @@ FEATURE_COUNT = 82
 @dataclass(frozen=True)
 class Publication:
     lag_sessions: int
-    """Sessions from a row's date until it may be used; at least this much is every feature's lag."""
+    """Sessions from a row's date until it may be used; no feature that reads the table may have a shorter lag."""
     rule: str
 
 
@@ -77,7 +77,7 @@ PUBLICATION: dict[str, Publication] = {
     "investor_flows": Publication(1, "session after PublishedDate"),
     "statements": Publication(0, "the session if disclosed before its close, else the next; expires after 400 days"),
 }
-"""The tables a feature may read, and from when each counts."""
+"""The tables that a feature may read, and from when a row of each counts."""
 
 
 @dataclass(frozen=True)
@@ -90,9 +90,9 @@ class Feature:
     """`table.column` of every raw value that goes in."""
     formula: str
     expression: Callable[[Market], Matrix]
-    """`[S, N]` per stock, or a series for what is the same for every stock."""
+    """Gives `[S, N]`, or a series where the value is the same for every stock."""
     lag_sessions: int = 0
-    """Sessions from the newest input's date to the session of the value; more than the tables' rules delays it."""
+    """Sessions from the newest input's date to the session of the value; a lag above the tables' rules delays it."""
 
     @property
     def tables(self) -> tuple[str, ...]:
@@ -104,7 +104,7 @@ class Feature:
 
     @property
     def publication(self) -> str:
-        """When the newest input counts, by table."""
+        """From when the newest input counts, by table."""
         return "; ".join(dict.fromkeys(PUBLICATION[table].rule for table in self.tables))
 
     @cached_property
@@ -113,7 +113,7 @@ class Feature:
         return cast(Trace, self.compute(traced_market()))
 
     def compute(self, market: Market) -> Matrix:
-        """Values before normalisation, `[S, N]`, or the last of a series; rows before `market.fresh` mean nothing."""
+        """Values before normalisation, `[S, N]` or a series; rows before `market.fresh` are undefined."""
         return lag(self.expression(market), self.lag_sessions - self.publication_lag)
 
 
@@ -123,11 +123,11 @@ def _emas(*spans: int) -> int:
 
 
 _STEP = 2 + CARRY_SESSIONS
-"""Sessions that R_1 looks at: its own, the one before, and the ones a close is carried over."""
+"""Sessions that R_1 reads: its own, the one before, and those over which a close is carried."""
 _WEEKS = 60 * SESSIONS_IN_WEEK
-"""55 weeks of releases, and the holidays among them."""
+"""Sessions that span 55 weeks of releases, with room for holidays."""
 _YEARS = 560
-"""Results up to 400 days old against those of a year earlier."""
+"""Sessions that span results up to 400 days old and those of a year earlier."""
 _BETA_EPSILON = 1e-6
 _YEAR = 252
 _PARKINSON = 4.0 * np.log(2.0)
@@ -349,11 +349,11 @@ REGISTRY: tuple[Feature, ...] = (
 
 
 def validated(rows: tuple[Feature, ...]) -> tuple[Feature, ...]:
-    """The rows, each held to what its own expression reads.
+    """Checks each row against what its own expression reads, and returns the rows.
 
-    Raises: InputError that names the row: a wrong count, a repeated name, an unknown norm or table, a column that is
-    read and not declared or declared and not read, a window shorter than the expression looks back, a lag shorter than
-    its tables' publication rule.
+    Raises: InputError that names the row. Faults are: a wrong count, a repeated name, an unknown norm or table,
+    a column read but not declared, a column declared but not read, a window shorter than the expression looks back, and
+    a lag shorter than the tables' publication rule.
     """
     names = [row.name for row in rows]
     repeated = sorted({name for name in names if names.count(name) > 1})
@@ -369,7 +369,7 @@ def validated(rows: tuple[Feature, ...]) -> tuple[Feature, ...]:
 
 
 def _fault(row: Feature) -> str | None:
-    """What is wrong with one row, as a sentence; None when nothing is."""
+    """The first fault of one row, as a sentence; None without a fault."""
     if row.norm not in NORMS:
         return f"expected a norm of {', '.join(NORMS)}, found {row.norm!r}"
     unknown = sorted(set(row.tables) - set(PUBLICATION))
@@ -385,7 +385,7 @@ def _fault(row: Feature) -> str | None:
     try:
         columns = row.trace.columns
     except (InputError, TypeError, AttributeError, ValueError, IndexError) as error:
-        return f"{error}; write its expression in the words of expressions.py"
+        return f"{error}; write its expression in the words of vocabulary/"
     undeclared = sorted(columns - set(row.reads))
     if undeclared:
         return f"reads column {undeclared[0]} and does not declare it; add it to what it reads"
@@ -406,9 +406,10 @@ FEATURE_NAMES: tuple[str, ...] = tuple(feature.name for feature in REGISTRY)
 
 
 def registry_fingerprint() -> str:
-    """Hash of every row's definition as written (names, windows, tables, formula texts), not of its code.
+    """Hash of every row's declared definition (names, windows, tables, formula texts), not of its code.
 
-    Dataset, run and checkpoint carry it; what the code made is in the dataset's own fingerprint, which hashes values.
+    Dataset, run and checkpoint carry it. A change of code alone shows in the dataset's own fingerprint, which hashes
+    values.
     """
     return sha256_of([_definition(feature) for feature in REGISTRY])
 

@@ -1,7 +1,7 @@
-"""What each feature's values look like, part by part: counts that add up, so a dataset's are the sum of its months'.
+"""Statistics of each feature's values, month by month: all are sums, so a dataset's are the sum of its months'.
 
-Quantiles are read from a histogram of the upper 16 bits of each float32: sign, exponent and 7 bits of the mantissa, so
-a quantile is right to one part in 256 and parts can be added without their values.
+Quantiles are read from a histogram of the upper 16 bits of each float32: sign, exponent and 7 bits of the mantissa. So
+a quantile is exact to one part in 256, and months can be added without their values.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from atft_pipeline.storage.atomic import load_arrays
 
 BINS = 1 << 16
 DRIFT_WARNING = 0.5
-"""Shift of a feature's mean or of a tail, in its earlier standard deviations, or log ratio of the two standard
-deviations, that is worth a warning."""
+"""A warning is given above this shift of a feature's mean or tail, in earlier standard deviations, and above this log
+ratio of the two standard deviations."""
 
 NULL_SHARE_WARNING = 0.10
 """Share of all rows by which a feature's nulls may grow from one dataset to the next without a warning."""
@@ -28,7 +28,10 @@ NULL_SHARE_WARNING = 0.10
 
 @njit(cache=True, nogil=True)
 def _tally(values: Any, moments: Any, bins: Any, counts: Any) -> Any:
-    """Fills moments `[F, 4]` and the filled bins of all features, as `feature * BINS + bin`; how many there are."""
+    """Fills moments `[F, 4]`, and the filled bins of all features with their counts; returns how many bins are filled.
+
+    A bin is `feature * BINS + bin of the value`.
+    """
     F, R = values.shape
     filled = 0
     histogram = np.empty(BINS, np.int32)
@@ -56,15 +59,15 @@ def _tally(values: Any, moments: Any, bins: Any, counts: Any) -> Any:
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of F features over some rows."""
+    """Statistics of F features over some rows."""
 
     rows: int
     moments: NDArray[np.float64]
-    """[F, 4] number, sum and sum of squares of the non-null values, and the number above 0."""
+    """[F, 4] count, sum and sum of squares of the non-null values, and the count of values above 0."""
     bins: NDArray[np.int64]
-    """[B] the filled bins, `feature * BINS + upper 16 bits of the value`, ascending."""
+    """[B] filled bins, `feature * BINS + upper 16 bits of the value`, ascending."""
     counts: NDArray[np.int64]
-    """[B] values in each."""
+    """[B] number of values in each bin."""
 
     @staticmethod
     def of(values: NDArray[np.float32]) -> Statistics:
@@ -76,13 +79,13 @@ class Statistics:
         return Statistics(R, moments, bins[:filled].copy(), counts[:filled].copy())
 
     @staticmethod
-    def total(parts: Iterable[Statistics], features: int) -> Statistics:
-        """The sum, part by part in the order given: equal parts give an equal sum, to the bit."""
+    def total(by_month: Iterable[Statistics], features: int) -> Statistics:
+        """The sum in the order of `by_month`: equal statistics in equal order give the same sum to the last bit."""
         rows, moments, histogram = 0, np.zeros((features, 4)), np.zeros(features * BINS, np.int64)
-        for part in parts:
-            rows += part.rows
-            moments += part.moments
-            histogram[part.bins] += part.counts
+        for month in by_month:
+            rows += month.rows
+            moments += month.moments
+            histogram[month.bins] += month.counts
         filled = np.flatnonzero(histogram)
         return Statistics(rows, moments, filled, histogram[filled])
 
@@ -101,13 +104,13 @@ class Statistics:
         return Statistics(int(saved["rows"]), saved["moments"], saved["bins"], saved["counts"])
 
     def describe(self, number: int) -> dict[str, float | None]:
-        """live_share, null_share, mean, std (ddof 0), 1st and 99th percentile of one feature; null without a value."""
+        """live_share, null_share, mean, std (ddof 0), p01 and p99 of one feature; the last four null without values."""
         count, total, squares, _ = self.moments[number]
         live = count / self.rows if self.rows else 0.0
         shares = {"live_share": live, "null_share": 1.0 - live}
         if count == 0:
             return shares | {"mean": None, "std": None, "p01": None, "p99": None}
-        if not np.isfinite(squares):  # the dataset's contract names the infinite value; JSON has no word for it
+        if not np.isfinite(squares):  # JSON cannot hold an infinite value; the dataset's contract reports it
             return shares | {"mean": None, "std": None, "p01": None, "p99": None}
         mean = total / count
         return shares | {
@@ -118,26 +121,26 @@ class Statistics:
         }
 
     def has_values(self, number: int, *, above_zero: bool) -> bool:
-        """Whether any row has a value, or one above 0."""
+        """Whether any row has a value, or with `above_zero` a value above 0."""
         return bool(self.moments[number, 3 if above_zero else 0] > 0)
 
     def _quantile(self, number: int, level: float) -> float:
-        own = slice(*np.searchsorted(self.bins, (number * BINS, (number + 1) * BINS)))
-        upper = (self.bins[own] % BINS).astype(np.uint32)
+        bins_of_feature = slice(*np.searchsorted(self.bins, (number * BINS, (number + 1) * BINS)))
+        upper = (self.bins[bins_of_feature] % BINS).astype(np.uint32)
         middles = ((upper << np.uint32(16)) | np.uint32(0x8000)).view(np.float32)
-        middles[upper % (BINS // 2) == 0] = 0.0  # both zeros, and what is too small to tell from them
+        middles[upper % (BINS // 2) == 0] = 0.0  # both zeros, and values too small to tell from them
         order = np.argsort(middles, kind="stable")
-        ranks = np.cumsum(self.counts[own][order])
+        ranks = np.cumsum(self.counts[bins_of_feature][order])
         return float(middles[order][np.searchsorted(ranks, level * (ranks[-1] - 1), side="right")])
 
 
 def drift(now: dict[str, float | None], before: dict[str, float | None]) -> dict[str, float | None]:
-    """How far a feature has moved since an earlier manifest.
+    """How far a feature's statistics have moved since an earlier manifest.
 
     mean_shift: change of the mean in earlier standard deviations; std_log_ratio: ln of the ratio of the standard
     deviations; tail_shift: change of the 1st or the 99th percentile, whichever moved more, in earlier standard
-    deviations; null_share_change: in shares of the rows. Null where one of the two has no value or no spread. What is
-    normalised per session keeps its mean and spread whatever happens to it: its drift shows in tails and nulls.
+    deviations; null_share_change: in shares of the rows. Null where one of the two has no value or no spread. A feature
+    that is normalised per session always keeps its mean and spread: its drift shows in tails and nulls.
     """
     null_change = None
     if now.get("null_share") is not None and before.get("null_share") is not None:

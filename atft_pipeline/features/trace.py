@@ -1,7 +1,7 @@
-"""What a feature's expression reads, found by evaluating the expression itself on traces instead of numbers.
+"""Finds what a feature's expression reads, by evaluating the expression on traces instead of matrices.
 
-The functions of vocabulary/ compute on matrices. Given a `Trace`, they say what they would read: which raw columns,
-and how many sessions back. So a registry row is checked where it is declared, and the lineage in the UI is derived.
+The functions of vocabulary/ compute on matrices. Given a `Trace`, they return what they would read: which raw columns,
+and how many sessions back. So each registry row is checked when it is declared, and the UI's lineage is derived.
 """
 
 from __future__ import annotations
@@ -24,14 +24,17 @@ class Trace(np.lib.mixins.NDArrayOperatorsMixin):
     columns: frozenset[str] = frozenset()
     """`table.column` of every raw value that went in."""
     window_sessions: int = 1
-    """Sessions looked back over, the current one included; recursive averages count until they have forgotten."""
+    """Sessions looked back over, the current one included; a recursive average counts until it forgets its start."""
     overlap_sessions: int = 1
-    """The same where recursive averages and the market's and sectors' own series are continued from state."""
+    """The same, but free of what is continued from state: recursive averages and the series of market and sectors."""
     is_series: bool = False
-    """Kept over the whole history: looking back on it costs no overlap."""
+    """Whether it is kept over the whole history: looking back on it then costs no overlap."""
 
     def reaching(self, sessions: int, *, remembers: bool = False) -> Trace:
-        """Itself, looking `sessions` further back; `remembers` where a recursion is continued from state."""
+        """The trace that looks `sessions` further back.
+
+        remembers: whether a recursion is continued from state, which costs no overlap.
+        """
         free = remembers or self.is_series
         return replace(
             self,
@@ -40,7 +43,7 @@ class Trace(np.lib.mixins.NDArrayOperatorsMixin):
         )
 
     def kept(self) -> Trace:
-        """As a series whose whole history is remembered."""
+        """The trace as a series whose whole history is kept."""
         return replace(self, is_series=True)
 
     def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **_: Any) -> Trace:
@@ -53,12 +56,12 @@ class Trace(np.lib.mixins.NDArrayOperatorsMixin):
 
 
 def is_trace(value: object) -> bool:
-    """Whether it stands for a panel instead of being one."""
+    """Whether `value` is a trace that stands for a panel or a series."""
     return isinstance(value, Trace)
 
 
 def joined(values: Iterable[Any]) -> Trace:
-    """What an expression of all `values` reads; what is no trace is a constant."""
+    """What an expression of all `values` reads; values that are no traces are constants."""
     traces = [value for value in values if isinstance(value, Trace)]
     return Trace(
         columns=frozenset().union(*(trace.columns for trace in traces)),
@@ -71,17 +74,17 @@ def joined(values: Iterable[Any]) -> Trace:
 def word(
     reach: Callable[..., int] | int = 0, *, results: int = 1, remembers: bool = False
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Makes a function of matrices a word of the vocabulary: on traces it returns what it reads.
+    """Makes a function of matrices a word of the vocabulary: called with traces, it returns what it reads.
 
-    reach: further sessions it looks back, as a number or a function of those of its arguments that it names. results:
-    how many matrices it returns. remembers: whether it continues from state, and so needs no earlier rows.
+    reach: how many sessions the function looks back; a number, or a function of the arguments that it names. results:
+    how many matrices the function returns. remembers: whether it continues from state, and so needs no earlier rows.
     """
 
     def decorate(compute: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(compute)
         def spoken(*args: Any, **kwargs: Any) -> Any:
             if not any(isinstance(value, Trace) for value in args):
-                # A comparison with NaN is meant where it stands.
+                # Comparisons with NaN are intended here.
                 with np.errstate(invalid="ignore", divide="ignore"):
                     return compute(*args, **kwargs)
             sessions = reach if isinstance(reach, int) else _reach_of(reach, compute, args)

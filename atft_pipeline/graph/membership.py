@@ -1,7 +1,7 @@
-"""What a stock graph is computed from: windows of a dataset's membership table, read and digested by calendar month.
+"""The inputs of a stock graph: windows of a dataset's membership table, read and digested by calendar month.
 
-A dataset by month has the partitions `PATH.membership/YYYY-MM.parquet`; its manifest carries `session_dates` and, in
-`parts`, each month's `membership_sha256`. So what a refresh depends on is known before anything is read. Shapes: T
+A dataset by month has the partitions `PATH.membership/YYYY-MM.parquet`. Its manifest carries `session_dates` and, in
+`parts`, each month's `membership_sha256`. So the inputs of a refresh are known before any partition is read. Shapes: T
 sessions, N stocks.
 """
 
@@ -26,19 +26,20 @@ from atft_pipeline.errors import InputError
 from atft_pipeline.storage.artifact import read_artifact, resolved, sha256_of
 
 MINIMUM_SESSIONS: int = 60
-"""History before the first graph. A shorter one finds chance, a longer one leaves the first year without a graph."""
+"""Sessions of history before the first graph. With fewer, correlations are chance; with more, the first year would have
+no graph."""
 
 DEFINITION: int = 2
-"""Raise it when the same membership gives other edges: it enters every digest, so earlier partitions are not reused."""
+"""Raise it when the same membership gives other edges. It enters every digest, so earlier partitions are not reused."""
 
 
 Window = tuple[int, int]
-"""First session and refresh session of a graph, positions in the dataset's sessions, both included."""
+"""First session and refresh session of a graph: positions in the dataset's sessions, both included."""
 
 
 @dataclass(frozen=True)
 class Membership:
-    """Rows of a membership table as dense arrays over the sessions that were read."""
+    """Rows of a membership table, as dense arrays over the sessions that were read."""
 
     sessions: NDArray[np.datetime64]
     """[T] ascending days."""
@@ -47,28 +48,28 @@ class Membership:
     returns: NDArray[np.float32]
     """[T, N], NaN where missing."""
     member: NDArray[np.bool_]
-    """[T, N] in the graph's universe at that session."""
+    """[T, N], whether the stock is in the graph's universe at that session."""
     sector: NDArray[np.int32]
-    """[T, N], equal numbers for equal sectors, negative where unknown."""
+    """[T, N], the same number for the same sector, negative where unknown."""
     market: NDArray[np.int32]
 
 
 @dataclass(frozen=True)
 class Month:
-    """The refreshes of one calendar month and what they depend on."""
+    """The refreshes of one calendar month and their inputs."""
 
     name: str
     windows: list[Window]
     covered: list[str]
-    """Months in which a window has sessions, ascending; the last is the month itself."""
+    """Months in which the windows have sessions, ascending; the last is the month itself."""
     inputs: str | None
-    """Digest of everything that decides the month's edges; None where the membership has no digests by month."""
+    """Digest of all that decides the month's edges; None where the membership has no digests by month."""
 
 
 def windows(sessions: int, config: GraphConfig) -> list[Window]:
-    """Every `refresh_sessions`-th session counted from the first, from the first with enough history on."""
-    least = min(MINIMUM_SESSIONS, config.lookback_sessions) - 1
-    refreshes = [t for t in range(0, sessions, config.refresh_sessions) if t >= least]
+    """The windows of every `refresh_sessions`-th session, counted from the first, that has enough history."""
+    first_allowed = min(MINIMUM_SESSIONS, config.lookback_sessions) - 1
+    refreshes = [t for t in range(0, sessions, config.refresh_sessions) if t >= first_allowed]
     return [(max(0, t + 1 - config.lookback_sessions), t) for t in refreshes]
 
 
@@ -79,14 +80,14 @@ def months_of(sessions: NDArray[np.datetime64]) -> NDArray[np.str_]:
 
 @dataclass(frozen=True)
 class Rows:
-    """What a manifest says of a dataset's membership, before any month is read."""
+    """A dataset's membership as its manifest describes it, before any month is read."""
 
     dataset: Path
     config: GraphConfig
     sessions: NDArray[np.datetime64]
-    """[T] all days of the dataset."""
+    """[T] all sessions of the dataset."""
     digests: dict[str, str]
-    """Of each month's membership; empty for a dataset in one file."""
+    """Digest of each month's membership; empty for a dataset in one file."""
     whole: Membership | None
     """The membership of a dataset in one file."""
 
@@ -110,14 +111,14 @@ class Rows:
         for window in windows(len(self.sessions), self.config):
             grouped.setdefault(str(month_at[window[1]]), []).append(window)
         planned = []
-        for name, inside in grouped.items():
-            covered = np.unique(month_at[inside[0][0] : inside[-1][1] + 1]).tolist()
-            inputs = self._digest(inside, {m: self.digests[m] for m in covered}) if self.digests else None
-            planned.append(Month(name, inside, covered, inputs))
+        for name, month_windows in grouped.items():
+            covered = np.unique(month_at[month_windows[0][0] : month_windows[-1][1] + 1]).tolist()
+            inputs = self._digest(month_windows, {m: self.digests[m] for m in covered}) if self.digests else None
+            planned.append(Month(name, month_windows, covered, inputs))
         return planned
 
     def read(self, needed: Sequence[Month]) -> Membership:
-        """The membership of all windows of `needed`. Raises InputError when its sessions are not the manifest's."""
+        """Reads the membership for `needed`. Raises InputError when its sessions are not those of the manifest."""
         if self.whole is not None:
             return self.whole
         if not needed:
@@ -132,14 +133,14 @@ class Rows:
         return membership
 
     def local(self, membership: Membership, window: Window) -> Window:
-        """`window` as positions in what was read; nothing between its ends is missing there."""
+        """`window` as positions in the sessions that were read; all sessions between its ends are among them."""
         first, last = np.searchsorted(membership.sessions, self.sessions[list(window)]).tolist()
         return first, last
 
     def refresh_digests(self, membership: Membership, month: Month) -> dict[str, str]:
-        """Per refresh day of `month`, the digest of what decides its edges; later sessions of the month move none.
+        """By refresh day of `month`, the digest of all that decides its edges; later sessions of the month change none.
 
-        Earlier months enter by their digests, the month's own rows as far as the refresh. Empty without digests.
+        Earlier months enter by their digests, the month itself by its rows up to the refresh. Empty without digests.
         """
         if not self.digests:
             return {}
@@ -153,21 +154,21 @@ class Rows:
                 by_refresh[str(self.sessions[t])] = self._digest([refreshes[t]], rows)
         return by_refresh
 
-    def _digest(self, inside: list[Window], rows: Mapping[str, str]) -> str:
-        first, last = inside[0][0], inside[-1][1]
+    def _digest(self, used_windows: list[Window], rows: Mapping[str, str]) -> str:
+        first, last = used_windows[0][0], used_windows[-1][1]
         return sha256_of(
             {
                 "definition": DEFINITION,
                 "config": to_dict(self.config),
                 "sessions": self.sessions[first : last + 1].astype(np.str_).tolist(),
-                "windows": [[str(self.sessions[a]), str(self.sessions[b])] for a, b in inside],
+                "windows": [[str(self.sessions[a]), str(self.sessions[b])] for a, b in used_windows],
                 "rows": dict(rows),
             }
         )
 
 
 def _update(digest: Any, membership: Membership, t: int) -> None:
-    """Adds the rows of session t; of sector and market only who shares one, since nothing depends on their names."""
+    """Adds the rows of session t; of sectors and markets only which stocks share one, since names do not matter."""
     returns, member, sector, market = (
         rows[t] for rows in (membership.returns, membership.member, membership.sector, membership.market)
     )
@@ -181,7 +182,7 @@ def _update(digest: Any, membership: Membership, t: int) -> None:
 
 
 def read_members(dataset: Path, config: GraphConfig, only: Sequence[str] | None = None) -> Membership:
-    """The dataset's membership, of the months in `only` if given, as dense arrays."""
+    """The dataset's membership as dense arrays, of all months or of those in `only`."""
     flag = SLICES[config.universe]
     names = ["Date", "Code", "return_1d", flag, "Sector33Code", "MarketCode"]
     table = read_membership(dataset, names) if only is None else read_membership_months(dataset, only, names)
@@ -208,7 +209,7 @@ def read_members(dataset: Path, config: GraphConfig, only: Sequence[str] | None 
 
 
 def read_membership_months(dataset: Path, only: Sequence[str], columns: Sequence[str]) -> pa.Table:
-    """Rows of the months `only` (`YYYY-MM`, ascending) of a dataset that has its membership by month.
+    """Rows of the months `only` (`YYYY-MM`, ascending) of a dataset with its membership by month.
 
     Raises InputError when a partition or a column is missing.
     """
@@ -232,8 +233,8 @@ def coded(columns: list[pa.ChunkedArray]) -> tuple[NDArray[np.str_], list[NDArra
     distinct = [np.array(d.dictionary.to_pylist(), dtype=np.str_) for d in dictionaries]
     values = np.unique(np.concatenate(distinct))
     positions = []
-    for encoded, own in zip(dictionaries, distinct, strict=True):
-        lookup = np.append(np.searchsorted(values, own), -1).astype(np.int32)
+    for encoded, texts in zip(dictionaries, distinct, strict=True):
+        lookup = np.append(np.searchsorted(values, texts), -1).astype(np.int32)
         positions.append(lookup[encoded.indices.fill_null(-1).to_numpy()])
     return values, positions
 

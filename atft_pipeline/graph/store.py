@@ -1,4 +1,4 @@
-"""The stock graph on disk: one partition per month, of which only those are built again whose inputs changed."""
+"""The stock graph on disk: one partition per month; an update computes only the months whose inputs changed."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def load_graph(path: Path) -> StockGraph:
 
 
 def content_sha256(graph: StockGraph) -> str:
-    """Hash of the edges: days, the codes that occur, ends as positions among these, and attributes."""
+    """Hash of the edges: days, codes with an edge, sources and targets as positions among these, and attributes."""
     occurs = np.zeros(len(graph.codes), dtype=bool)
     occurs[graph.source] = occurs[graph.target] = True
     position = (np.cumsum(occurs) - 1).astype(np.int32)
@@ -126,7 +126,7 @@ def _refreshes(graph: StockGraph, start: int, stop: int) -> StockGraph:
 
 
 def _write_table(file: Path, table: pa.Table) -> None:
-    # Without arrow's own schema a reader sees plain strings, as the contract of the table says.
+    # Without arrow's own schema a reader sees plain strings, as the table's contract requires.
     pq.write_table(table, file, compression="zstd", store_schema=False)
 
 
@@ -143,10 +143,10 @@ def build_graph_file(
 ) -> dict[str, Any]:
     """Builds the graph of the dataset at `dataset`, writes it and its manifest to `out`, and returns the manifest.
 
-    previous: an earlier graph, possibly at `out` itself. Where dataset, `previous` and `out` are by month, a month
-    whose inputs are the earlier one's is linked from it, and of a month that grew the unchanged first refreshes are
-    kept; only what the rest needs is read. The manifest names `months_computed` and `months_reused`.
-    `advance` hears how many months are computed.
+    previous: an earlier graph, possibly at `out` itself. Where dataset, `previous` and `out` are by month, a month with
+    unchanged inputs is linked from it, and a month that grew keeps its unchanged first refreshes. Only the inputs of
+    the other refreshes are read. The manifest names `months_computed` and `months_reused`. advance: called with the
+    months computed so far and those to compute.
 
     Raises InputError when the dataset has too few sessions for a graph, or nothing in the universe.
     """
@@ -171,16 +171,16 @@ def build_graph_file(
     if by_month:
         with replacing_artifact(out) as folder:
             folder.mkdir()
-            parts = {month.name: earlier.link(month, folder) for month in reused}
+            partitions = {month.name: earlier.link(month, folder) for month in reused}
             for done, month in enumerate(computed, start=1):
-                parts[month.name] = _compute_partition(rows, membership, month, earlier, folder)
+                partitions[month.name] = _compute_partition(rows, membership, month, earlier, folder)
                 advance("graph", done, len(computed))
-        counts = [parts[month.name] for month in planned]
+        counts = [partitions[month.name] for month in planned]
     else:
         graph = graph_at(membership, [rows.local(membership, w) for month in planned for w in month.windows], config)
         write_graph(out, graph)
-        parts, counts = {}, [_counts(graph)]
-    refresh_dates, edges, targets = (sum(part[name] for part in counts) for name in COUNTS)
+        partitions, counts = {}, [_counts(graph)]
+    refresh_dates, edges, targets = (sum(count[name] for count in counts) for name in COUNTS)
     manifest = {
         "kind": "stock_graph",
         "fingerprint": sha256_of({"dataset": made_from["fingerprint"], "config": to_dict(config)}),
@@ -194,14 +194,14 @@ def build_graph_file(
         "months_reused": [month.name for month in reused],
     }
     if by_month:
-        manifest["parts"] = {month.name: parts[month.name] for month in planned}
+        manifest["parts"] = {month.name: partitions[month.name] for month in planned}
     write_manifest(out, manifest)
     return manifest
 
 
 @dataclass(frozen=True)
 class _Earlier:
-    """An earlier graph whose partitions may be taken over; without any, there is nothing to take."""
+    """An earlier graph whose partitions may be reused; it is empty where there is none."""
 
     folder: Path
     parts: Mapping[str, Mapping[str, Any]]
@@ -214,7 +214,7 @@ class _Earlier:
         return cls(resolved(path), read_manifest(path, "stock_graph").get("parts", {}))
 
     def has(self, month: Month) -> bool:
-        """Whether the month's partition was made from the same inputs."""
+        """Whether the earlier graph has a partition of this month from the same inputs."""
         same = month.inputs is not None and self.parts.get(month.name, {}).get("inputs") == month.inputs
         return same and self._file(month).is_file()
 
@@ -224,7 +224,7 @@ class _Earlier:
         return dict(self.parts[month.name])
 
     def first_refreshes(self, month: Month, digests: Mapping[str, str]) -> tuple[int, list[pa.Table]]:
-        """How many of the month's first refreshes have the digests of before, and their rows."""
+        """How many of the month's first refreshes have unchanged digests, and their rows."""
         before = self.parts.get(month.name, {}).get("refreshes", {})
         unchanged = list(takewhile(lambda day: before.get(day) == digests[day], digests))
         if not unchanged or not self._file(month).is_file():
@@ -252,6 +252,6 @@ def _compute_partition(
 
 
 def _counts(graph: StockGraph) -> dict[str, int]:
-    """Refreshes, edges, and over all refreshes the stocks that have an edge: a mean degree can be had of their sums."""
+    """Refreshes, edges, and targets summed over the refreshes: sums over months then give the mean degree."""
     targets = [len(np.unique(graph.target[start:stop])) for start, stop in pairwise(graph.offsets.tolist())]
     return dict(zip(COUNTS, (len(graph.refreshes), len(graph.target), sum(targets)), strict=True))

@@ -1,8 +1,8 @@
-"""One pass through the raw quotes: which rows are masked, what each adjustment factor is worth, who is a member.
+"""One pass through the raw quotes: it masks rows, corrects adjustment factors and decides which stocks are investable.
 
-The pass is compiled and goes through the sessions in the order of time. What it needs of earlier sessions stands in
-`StockState`. So nothing decided at a session depends on a later one, and a later call continues where an earlier one
-stopped. quarantine.py says what each rule means and what it decides.
+The pass is compiled and goes through the sessions in the order of time. `StockState` carries what it needs of earlier
+sessions. So no decision depends on a later session, and a later call continues where an earlier one stopped.
+quarantine.py says what each rule means and what it decides.
 
 Shapes: T sessions, N stocks, H hits. The kernels take the arrays in named tuples, which numba unpacks for free.
 """
@@ -23,22 +23,24 @@ from atft_pipeline.market.price_panel import STALE_SESSIONS, Flags, Matrix
 JUMP = 0.6
 """Absolute log move that no session's price limit allows; 80 rows of ten real years exceed it, mostly penny stocks."""
 BREAK = math.log(4.5)
-"""Absolute log move beyond any real one: from here on up a fivefold jump with its noise is an error of scale."""
+"""Absolute log move beyond any real one; an error of scale, a fivefold jump or more with its noise, exceeds it."""
 _RISE, _FALL, _WIDEST = math.exp(JUMP), math.exp(-JUMP), math.exp(BREAK)
 RATIO_TOLERANCE = 0.06
-"""Log distance within which a move is a split's; a wider one took a 45 % fall over halted sessions for a split."""
+"""Log distance within which a move counts as a split's. A wider one took a 45 % fall over halted sessions for a
+split."""
 SPLIT_RATIOS = np.array([2, 3, 4, 5, 10, 20, 50, 100, 200, 500, 1000], dtype=np.float64)
 QUIET_TURNOVER = 3.0
-"""A split leaves the turnover where it was, a real halving multiplies it: above this many medians it is not a split."""
+"""A split leaves the turnover as it was, a real halving of the price multiplies it. Above this many medians a move is
+not a split."""
 QUIET_ROWS, QUIET_LEAST = 20, 5
-"""Traded rows of that median, and the fewest that make one."""
+"""Traded rows in the window of that median, and the fewest that it needs."""
 RETURN_TOLERANCE = 0.3
-"""Log distance from the old level within which a jump has come back."""
+"""Log distance from the old level within which a jump counts as reverted."""
 _FACTOR_LIMIT, _PRODUCT_LIMIT = 1e4, 1e100
 """No exchange has seen a split or a consolidation of more than ten thousand to one, and no stock has had twenty-five of
-them: a source that states a cumulative factor every day would soon leave the range of numbers."""
+them. Without these limits, a source that states a cumulative factor every day would soon overflow."""
 SLACK = 1e-9
-"""Relative rounding that adjusted sources carry in the last digits of a quote."""
+"""Relative rounding error that adjusted sources have in the last digits of a quote."""
 
 RULES: tuple[str, ...] = (
     "not_listed", "not_common_stock", "price_not_positive", "negative_volume", "negative_turnover", "high_below_low",
@@ -53,7 +55,7 @@ RULES: tuple[str, ...] = (
 
 
 class Hit(NamedTuple):
-    """Columns of a hit, all floats: the cell, the rule, and the figures of its evidence."""
+    """Column numbers of a hit, all floats: the cell, the rule, and the figures of its evidence."""
 
     session: int = 0
     stock: int = 1
@@ -76,14 +78,14 @@ _JUMP_ROW = (HIT.open, HIT.close, HIT.factor, HIT.last_close, HIT.correction)
 
 
 class Listings(NamedTuple):
-    """Snapshots of `listed` by stock: those of stock n are `start[n]:start[n + 1]`, ascending in time."""
+    """Snapshots of `listed` by stock: those of stock n are rows `start[n]:start[n + 1]`, ascending in time."""
 
     start: NDArray[np.int64]
     known_from: NDArray[np.int64]
-    """First session of the pass at or after the snapshot, 0 for earlier ones."""
+    """First session of the pass at or after the snapshot, 0 for a snapshot before the pass."""
     is_fund: Flags
     share_class: Flags
-    """[N] whether the code itself is that of a preferred share or the like."""
+    """[N] whether the code itself denotes a preferred share or the like."""
 
 
 class StockState(NamedTuple):
@@ -102,11 +104,11 @@ class StockState(NamedTuple):
     history: NDArray[np.int64]
     """Traded sessions so far."""
     last_move: Matrix
-    """[N, 7] of the last trade, where it was a jump: log move, log correction, and `_JUMP_ROW`; else 0."""
+    """[N, 7] if the last trade was a jump: log move, log correction, and `_JUMP_ROW`; else 0."""
     last_useless: Flags
-    """Whether the last trade's factor was read as 1 for want of a jump."""
+    """Whether the last trade's factor was read as 1 because the price did not jump."""
     turnovers: Matrix
-    """[N, QUIET_ROWS] turnover of the last traded rows, a ring."""
+    """[N, QUIET_ROWS] turnover of the last traded rows, a ring buffer."""
     reported: Flags
     """[N, 2] whether a hit already says that the stock is not listed, or not common."""
 
@@ -127,7 +129,7 @@ class StockState(NamedTuple):
         )
 
     def aligned(self, codes: Sequence[str], to: Sequence[str]) -> StockState:
-        """The state of `codes` as that of `to`, which contains them; the other stocks are new."""
+        """Widens the state of `codes` to the stocks `to`, which contain them; the others start as new."""
         columns = np.searchsorted(np.array(to), np.array(codes)) if len(codes) else np.empty(0, np.int64)
         wider = StockState.of(len(to))
         for values, all_values in zip(self, wider, strict=True):
@@ -135,12 +137,12 @@ class StockState(NamedTuple):
         return wider
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """By the names that the files of a state use."""
+        """The arrays by the names that the state's file uses."""
         return self._asdict()
 
 
 class Passed(NamedTuple):
-    """What the pass says of every cell, `[T, N]`."""
+    """Results of the pass for every cell, `[T, N]`."""
 
     cumulative_factor: Matrix
     is_traded: Flags
@@ -148,11 +150,11 @@ class Passed(NamedTuple):
     has_row: Flags
     is_backfilled: Flags
     listing: NDArray[np.int32]
-    """Position among the listings of the attributes in force, −1 where the stock is in no snapshot."""
+    """Row of the snapshot in force among the listings, −1 where the stock is in no snapshot."""
 
     @staticmethod
     def of(shape: tuple[int, int]) -> Passed:
-        """Arrays to be filled."""
+        """Empty arrays, to be filled."""
         return Passed(
             cumulative_factor=np.empty(shape),
             is_traded=np.empty(shape, np.bool_),
@@ -179,26 +181,27 @@ _NO_QUOTE = Quotes(*(7 * [math.nan]))
 
 
 class Jump(NamedTuple):
-    """What a trade's move was judged to be; without a jump nothing is corrected."""
+    """How a trade's move was judged; without a jump nothing is corrected."""
 
     log_move: float
     log_correction: float
     is_useless: bool
-    """Whether the published factor is read as 1 for want of a jump."""
+    """Whether the published factor is read as 1 because the price did not jump."""
     applied: float
-    """What the correction is multiplied by."""
+    """Factor by which the stock's correction is multiplied."""
 
 
 _NO_JUMP = Jump(0.0, 0.0, False, 1.0)
 
 
 class Rules(NamedTuple):
-    """Settings of a pass. A constant of another module is among them: numba caches compiled code by this file alone."""
+    """Settings of a pass. They include a constant of another module, because numba's cache notices changes of this file
+    only."""
 
     first_session: int
     """Number of the first row, counted from the first session of the data."""
     factors_from: int
-    """First row by which anybody has stated a factor; before it a missing one is no fault."""
+    """First row at which any stock has a stated factor; before it a missing factor is no fault."""
     price_floor: float
     min_history_sessions: int
     stale_sessions: int
@@ -217,7 +220,7 @@ def pass_through(
     price_floor: float,
     min_history_sessions: int,
 ) -> tuple[Passed, Matrix]:
-    """Adjusts the quotes of `raw` in place and brings `state` up to date in place; the cells and the hits `[H, Hit]`.
+    """Adjusts the quotes of `raw` and updates `state`, both in place; returns the cells and the hits `[H, Hit]`.
 
     raw: Open, High, Low, Close, Volume, TurnoverValue, AdjustmentFactor as published. present: where there is a row.
     first_session, factors_from: see `Rules`.
@@ -244,7 +247,7 @@ _compiled = njit(cache=True, nogil=True, error_model="numpy")
 def _pass(
     first_stock: Any, last_stock: Any, present: Any, quotes: Any, listings: Any, state: Any, passed: Any, rules: Any
 ) -> Any:
-    # Arrays are taken out of their tuples once: numba counts a reference at every access, 200 ns a row.
+    # Arrays are unpacked once, because numba counts a reference at every access to a tuple: 200 ns a row.
     open_, high, low, close, volume, turnover, factor = quotes
     start, known_from, is_fund, share_class = listings
     published, correction, last_close, last_published, last_session, history, last_move, last_useless = state[:8]
@@ -318,7 +321,7 @@ def _finite(x: Any) -> Any:
 
 @_compiled
 def _has_traded(quote: Any) -> Any:
-    """Whether there is volume; where none is stated, whether there is any price."""
+    """Whether the row has volume; where volume is not stated, whether it has any price."""
     if quote.volume == quote.volume:
         return quote.volume != 0.0
     is_priced = quote.open == quote.open or quote.high == quote.high
@@ -339,7 +342,7 @@ def _broken_rule(quote: Any, price_floor: Any) -> Any:
         return _HIGH_BELOW_LOW
     if min(o, c) < lo * (1.0 - SLACK) or max(o, c) > h * (1.0 + SLACK):
         return _OUTSIDE
-    # A penny stock may trade at 1 and at 9 yen in one session.
+    # Only above the price floor: a penny stock may trade at 1 and at 9 yen in one session.
     if h > lo * _WIDEST and c >= price_floor:
         return _TOO_WIDE
     return -1
@@ -347,7 +350,7 @@ def _broken_rule(quote: Any, price_floor: Any) -> Any:
 
 @_compiled
 def _is_usable(factor: Any, published: Any) -> Any:
-    """Whether a published factor, and the product of all so far, are in a believable range."""
+    """Whether a published factor, and the product of all factors so far, are in a believable range."""
     return (
         1.0 / _FACTOR_LIMIT <= factor <= _FACTOR_LIMIT and 1.0 / _PRODUCT_LIMIT <= published * factor <= _PRODUCT_LIMIT
     )
@@ -358,13 +361,13 @@ def _is_usable(factor: Any, published: Any) -> Any:
 
 @_compiled
 def _is_suspect(move: Any, step: Any) -> Any:
-    """Whether the close's move or the published step is larger than a session's; both NaN-safe."""
+    """Whether the close's move or the published step exceeds what one session allows; NaN counts as suspect."""
     return not (_FALL <= move <= _RISE and _FALL <= step <= _RISE)
 
 
 @_compiled
 def _jump(hits: Any, count: Any, t: Any, n: Any, quote: Any, paid: Any, state: Any, rules: Any) -> Any:
-    """Judges a suspect move, or the trade after one: the hits, and what the move was and is corrected by."""
+    """Judges a suspect move, or the trade after one; returns the hits and the judged jump with its correction."""
     step, last = state.published[n] / state.last_published[n], state.last_close[n]
     opened, log_move = np.log(quote.open / last / step), np.log(quote.close / last / step)
     gap = rules.first_session + t - state.last_session[n]
@@ -373,12 +376,12 @@ def _jump(hits: Any, count: Any, t: Any, n: Any, quote: Any, paid: Any, state: A
     is_useless = rule == _USELESS_FACTOR
     before = state.last_move[n]
     has_returned = abs(before[0]) > BREAK and abs(before[0] + log_move) < RETURN_TOLERANCE
-    # The way back undoes exactly what the way out was given, so one bad quote leaves no step.
+    # The return undoes exactly the correction of the first jump, so one bad quote leaves no step.
     applied = np.exp(-before[1] if has_returned and not is_useless else log_correction)
     if rule >= 0:
         hits, count = _note_jump(hits, count, t, n, rule, t, (quote.open, quote.close, step, last, applied))
     if has_returned and not state.last_useless[n]:
-        # The bad row is the one before: the session of the last trade.
+        # The bad row is the previous one, at the session of the last trade.
         bad = state.last_session[n] - rules.first_session
         figures = (before[2], before[3], before[4], before[5], before[6])
         hits, count = _note_jump(hits, count, bad, n, _REVERTS, t, figures)
@@ -387,17 +390,17 @@ def _jump(hits: Any, count: Any, t: Any, n: Any, quote: Any, paid: Any, state: A
 
 @_compiled
 def _is_quiet(turnover: Any, ring: Any) -> Any:
-    """Whether the turnover is under QUIET_TURNOVER medians of the last traded rows."""
-    seen = np.sort(ring[ring == ring])
-    n = len(seen)
+    """Whether the turnover is below QUIET_TURNOVER medians of the last traded rows."""
+    turnovers = np.sort(ring[ring == ring])
+    n = len(turnovers)
     if n < QUIET_LEAST:
         return False
-    return turnover < QUIET_TURNOVER * 0.5 * (seen[(n - 1) // 2] + seen[n // 2])
+    return turnover < QUIET_TURNOVER * 0.5 * (turnovers[(n - 1) // 2] + turnovers[n // 2])
 
 
 @_compiled
 def _split_ratio(opened: Any, closed: Any, log_ratios: Any) -> Any:
-    """Log of the split ratio that the open's or the close's move comes nearest to, NaN where none is near."""
+    """Log of the split ratio nearest to the open's or the close's move; NaN where none is near enough."""
     best, nearest = np.inf, np.nan
     for step in log_ratios:
         distance = min(abs(abs(closed) - step), abs(abs(opened) - step))
@@ -408,7 +411,10 @@ def _split_ratio(opened: Any, closed: Any, log_ratios: Any) -> Any:
 
 @_compiled
 def _judged(opened: Any, closed: Any, factor: Any, last: Any, is_quiet: Any, gap: Any, rules: Any) -> Any:
-    """Rule (−1 for none) and log correction of a traded row, from its log moves after the published factor's log."""
+    """Rule (−1 for none) and log correction of a traded row.
+
+    opened, closed: log moves that remain after the published factor. factor: log of the published step.
+    """
     if abs(factor) > JUMP and abs(closed + factor) < 0.25 * abs(factor):
         return _USELESS_FACTOR, -factor
     jumped = opened * closed > 0.0 and min(abs(opened), abs(closed)) > JUMP and last >= rules.price_floor
@@ -429,7 +435,7 @@ def _judged(opened: Any, closed: Any, factor: Any, last: Any, is_quiet: Any, gap
 
 @_compiled
 def _noted(hits: Any, count: Any, t: Any, n: Any, rule: Any) -> Any:
-    """The hits with room for one more, filled in but for its figures."""
+    """Adds a hit without its figures, and makes room for it where needed."""
     if count == len(hits):
         wider = np.empty((2 * count + 16, hits.shape[1]))
         wider[:count] = hits
@@ -441,7 +447,7 @@ def _noted(hits: Any, count: Any, t: Any, n: Any, rule: Any) -> Any:
 
 @_compiled
 def _note_unlisted(hits: Any, count: Any, t: Any, n: Any, listing: Any, reported: Any) -> Any:
-    """Once a stock: its rows are those of an unlisted code, or of no common stock."""
+    """Notes, once per stock, that its code is not listed or that it is no common stock."""
     is_listed = listing >= 0
     reason = 1 if is_listed else 0
     if reported[n, reason]:
@@ -454,7 +460,7 @@ def _note_unlisted(hits: Any, count: Any, t: Any, n: Any, listing: Any, reported
 
 @_compiled
 def _note_quote(hits: Any, count: Any, t: Any, n: Any, rule: Any, quote: Any) -> Any:
-    """A quote that breaks `rule`."""
+    """Notes a quote that breaks `rule`."""
     hits = _noted(hits, count, t, n, rule)
     hits[count, HIT.open], hits[count, HIT.high], hits[count, HIT.low] = quote.open, quote.high, quote.low
     hits[count, HIT.close], hits[count, HIT.volume], hits[count, HIT.turnover] = (
@@ -465,7 +471,7 @@ def _note_quote(hits: Any, count: Any, t: Any, n: Any, rule: Any, quote: Any) ->
 
 @_compiled
 def _note_factor(hits: Any, count: Any, t: Any, n: Any, factor: Any) -> Any:
-    """A published factor that cannot be used."""
+    """Notes a published factor that cannot be used."""
     hits = _noted(hits, count, t, n, _BAD_FACTOR)
     hits[count, HIT.factor] = factor
     return hits, count + 1
@@ -473,7 +479,7 @@ def _note_factor(hits: Any, count: Any, t: Any, n: Any, factor: Any) -> Any:
 
 @_compiled
 def _note_jump(hits: Any, count: Any, t: Any, n: Any, rule: Any, known_from: Any, figures: Any) -> Any:
-    """A jump at t, decided at `known_from`; figures: those of `_JUMP_ROW`."""
+    """Notes a jump at t, decided at `known_from`; figures: those of `_JUMP_ROW`."""
     hits = _noted(hits, count, t, n, rule)
     hits[count, HIT.known_from] = known_from
     for k in range(len(figures)):

@@ -1,7 +1,7 @@
-"""What each table must satisfy where it crosses a boundary: pandera schemas on collected frames, and table-wide rules.
+"""Contracts of the tables: pandera schemas for columns and types, and rules on the whole table.
 
-A pandera schema on a LazyFrame checks no values, and its `unique` is slow on duplicates: frames are collected first and
-keys are counted in polars. A row-level fault of a single quote is no breach of contract: universe.py quarantines it.
+A pandera schema on a LazyFrame checks no values, so frames are collected first. Its `unique` is slow on duplicates, so
+keys are counted in polars. A fault of a single quote does not break the contract: quarantine.py handles it.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ TABLE_KEYS: dict[str, tuple[str, ...]] = {
         "DisclosureNumber",
     ),
 }  # fmt: skip
-"""Columns that name one row. A company may file corrections of several periods at once, hence the period's end, and
-correct one twice in a minute, hence the number where there is one."""
+"""Columns that identify one row. A company may file corrections of several periods at once, hence the period's end. It
+may also correct one period twice in a minute, hence the document's number where there is one."""
 
 NEVER_NULL: dict[str, tuple[str, ...]] = {
     "prices": ("Date", "Code"),
@@ -42,7 +42,7 @@ NEVER_NULL: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class ContractReport:
-    """Extent of a table and the sentences that say where it breaks its contract; none when it holds."""
+    """Extent of a table, and one sentence per breach of its contract; no sentences when it holds."""
 
     table: str
     rows: int
@@ -55,7 +55,7 @@ class ContractReport:
         return not self.failures
 
     def require(self) -> ContractReport:
-        """Itself. Raises: InputError with the first failure and the number of further ones."""
+        """Returns itself. Raises: InputError with the first failure and the number of further ones."""
         if self.failures:
             more = f" (and {len(self.failures) - 1} more)" if len(self.failures) > 1 else ""
             raise InputError(self.failures[0] + more)
@@ -65,11 +65,12 @@ class ContractReport:
 def check_table(
     name: str, frame: pl.DataFrame, *, min_sessions: int = 1, where: str = "", is_whole: bool = True
 ) -> ContractReport:
-    """The report on raw table `name`; `where` is the file that messages name, `min_sessions` binds prices and index.
+    """Checks raw table `name` and returns the report.
 
-    A span of a table, not `is_whole`, is not held to what only the whole can break: in a month there may be no quote.
+    `where`: the file that messages name. `min_sessions`: applies to prices and index. `is_whole`: False for a span of a
+    table, which skips the rules that only a whole table must satisfy; one month may hold no quote at all.
 
-    Raises: InputError for a name that is no raw table; broken contracts are in the report (`require()` raises them).
+    Raises: InputError when `name` is no raw table. Breaches are in the report; `require()` raises them.
     """
     if name not in RAW_TABLES:
         raise InputError(f"{name}: no raw table; expected one of {', '.join(RAW_TABLES)}")
@@ -86,8 +87,8 @@ def check_table(
                 " provide a longer history or shorten the windows"
             )
         failures = [f"{subject}: {text}" for text in failures]
-    known = date in frame.columns and frame.schema[date] == pl.Date
-    first, last = (frame[date].min(), frame[date].max()) if known else (None, None)
+    has_dates = date in frame.columns and frame.schema[date] == pl.Date
+    first, last = (frame[date].min(), frame[date].max()) if has_dates else (None, None)
     assert first is None or isinstance(first, dt.date)
     assert last is None or isinstance(last, dt.date)
     return ContractReport(name, frame.height, first, last, tuple(failures))
@@ -128,7 +129,7 @@ def _sentence(subject: str, error: pandera.errors.SchemaError, frame: pl.DataFra
         return f"{subject}: column {column} holds nulls; fill them or remove those rows"
     if reason == "WRONG_DATATYPE":
         return f"{subject}: column {column} has the wrong type, {error}; convert it"
-    if not isinstance(error.failure_cases, pl.DataFrame):  # a column too many or out of place has no value to show
+    if not isinstance(error.failure_cases, pl.DataFrame):  # an unexpected or misplaced column has no value to show
         return f"{subject}: column {column}: {' '.join(str(error).split())[:200]}; build the table again"
     value = error.failure_cases[column][0]
     row = frame.filter(pl.col(column) == value).select(name for name in ("Date", "Code") if name in frame.columns)
@@ -159,8 +160,8 @@ def _duplicate_keys(name: str, frame: pl.DataFrame) -> str | None:
 
 
 def _rises(keys: Sequence[str]) -> pl.Expr:
-    """Whether each row but the first is above the one before it, by the first key that differs; false where a key is
-    null. Rows that all rise are sorted and unique, and no row had to be kept to know it."""
+    """Whether each row but the first is above the row before it, by the first key that differs; false where a key is
+    null. If all rows rise, they are sorted and unique: one comparison of neighbours shows it, without a hash table."""
     rises = pl.lit(value=False)
     for key in reversed(keys):
         now, before = pl.col(key).slice(1), pl.col(key).slice(0, pl.len() - 1)
@@ -181,7 +182,7 @@ def _dates_in_order(name: str, frame: pl.DataFrame) -> str | None:
 
 
 _LARGEST_INDEX = 1e12
-"""Above any index in any currency; its square is still a number."""
+"""Above any index in any currency; its square is still finite."""
 
 
 def _index_positive(name: str, frame: pl.DataFrame) -> str | None:
@@ -208,7 +209,7 @@ def _several_stocks(name: str, frame: pl.DataFrame) -> str | None:
 
 
 def prices_schema() -> pa.DataFrameSchema:
-    """Contract of universe.build_prices: adjusted prices positive where traded, membership never without history."""
+    """Contract of the table that universe.build_prices returns: columns, types, prices and factors above 0."""
     price = {name: pa.Column(pl.Float64, pa.Check.gt(0), nullable=True) for name in ("Open", "High", "Low", "Close")}
     flag = {name: pa.Column(pl.Boolean) for name in ("is_traded", "is_investable", "is_liquid", "is_listed_backfilled")}
     return pa.DataFrameSchema(
@@ -230,9 +231,9 @@ NO_UNIVERSE = (
 
 
 def check_prices(frame: pl.DataFrame, *, needs_universe: bool = True) -> ContractReport:
-    """The report on the adjusted prices table: schema, unique sorted keys, prices exactly where traded, a universe.
+    """Checks the adjusted prices: schema, sorted unique keys, prices exactly on traded rows, a non-empty universe.
 
-    The first months of a table have no universe yet: `needs_universe` is of the whole.
+    `needs_universe`: False for a span of a table, whose first months have no universe yet.
     """
     failures = _schema_failures("adjusted prices", prices_schema(), frame)
     if not failures:
@@ -252,9 +253,9 @@ def check_prices(frame: pl.DataFrame, *, needs_universe: bool = True) -> Contrac
 
 
 def check_ml_dataset(frame: pl.DataFrame, features: Sequence[str], targets: Sequence[str]) -> ContractReport:
-    """The report on a feature table: exactly Date, Code, `features` and `targets` in order, float32, unique keys.
+    """Checks a feature table: exactly Date, Code, `features` and `targets` in this order, float32, unique keys.
 
-    Infinite values break the contract; NaN does too, because missing is null on disk.
+    Infinite values break the contract. NaN does too, because a missing value is null on disk.
     """
     expected = ["Date", "Code", *features, *targets]
     failures: list[str] = []
@@ -278,7 +279,7 @@ def check_ml_dataset(frame: pl.DataFrame, features: Sequence[str], targets: Sequ
 
 
 def _infinite_failures(frame: pl.DataFrame, columns: Sequence[str]) -> list[str]:
-    """One pass over all columns: a pandera check would copy each of them."""
+    """Checks all columns in one pass, because a pandera check would copy each of them."""
     finite = frame.select(pl.col(columns).is_finite().all()).row(0, named=True)
     return [
         f"ml_dataset: column {name} fails finite: {(~frame[name].is_finite()).sum()} values are NaN or infinite;"
@@ -289,7 +290,7 @@ def _infinite_failures(frame: pl.DataFrame, columns: Sequence[str]) -> list[str]
 
 
 def _sorted_unique_failures(subject: str, frame: pl.DataFrame) -> list[str]:
-    """Keys that strictly rise are both sorted and unique."""
+    """Checks that keys strictly rise: then they are both sorted and unique."""
     broken = frame.select((~_rises(("Date", "Code"))).sum()).item() if frame.height > 1 else 0
     return (
         [f"{subject}: {broken} rows repeat or precede the (Date, Code) before them; sort and deduplicate"]
@@ -306,7 +307,7 @@ def _report(name: str, frame: pl.DataFrame, failures: list[str]) -> ContractRepo
 
 
 def joined_report(table: str, reports: Sequence[ContractReport], failures: Sequence[str] = ()) -> ContractReport:
-    """The report on a table from those on its consecutive pieces, with what only the whole can break."""
+    """Joins the reports on a table's consecutive spans; `failures` are those of the whole table."""
     days = [day for report in reports for day in (report.first_date, report.last_date) if day is not None]
     return ContractReport(
         table,
@@ -319,17 +320,19 @@ def joined_report(table: str, reports: Sequence[ContractReport], failures: Seque
 
 @dataclass(frozen=True)
 class CheckedTables:
-    """Raw tables that passed their contracts, and what a manifest says of where they came from."""
+    """Raw tables that passed their contracts, and the manifest's entry about their source."""
 
     tables: dict[str, pl.DataFrame]
     record: dict[str, Any]
-    """`{"path": ..., "tables": {name: {rows, first_date, last_date, sha256, null_texts}}}`, the last the number of
-    cells by column that were a text for a missing value."""
+    """`{"path": ..., "tables": {name: {rows, first_date, last_date, sha256, null_texts}}}`; null_texts counts by
+    column the cells that held a text for a missing value."""
 
 
 def read_checked(source: Source, *, but: Sequence[str] = ()) -> CheckedTables:
-    """Every table of `source`, except those named in `but`. Raises: InputError with the sentence of the first broken
-    contract."""
+    """Reads and checks every table of `source`, except those named in `but`.
+
+    Raises: InputError with the sentence of the first breach.
+    """
     tables, entries = {}, {}
     for name in source.tables:
         if name in but:

@@ -1,8 +1,8 @@
-"""What was public at each close, of the two tables with publication dates of their own: investor flows and statements.
+"""Investor flows and statements as they were public at each close; both tables carry their own publication dates.
 
-Shapes: T sessions, N stocks, S market sections, E publications. A publication is an event; the grids `[T, N]` and
-`[T, S]` name the latest event known at each close, −1 where there is none. Nothing published later changes an earlier
-row: a revised or corrected figure counts from its own publication on.
+Shapes: T sessions, N stocks, S market sections, E publications. A publication is an event. The grids `[T, N]` and
+`[T, S]` hold the number of the latest event known at each close, −1 where there is none. A later publication changes
+no earlier row: a revised or corrected figure counts from its own publication on.
 """
 
 from __future__ import annotations
@@ -24,26 +24,29 @@ from atft_pipeline.market.sources import to_date
 from atft_pipeline.storage.monthly import Days
 
 EXPIRY_DAYS = 400
-"""Calendar days after which a disclosed figure no longer counts: a year and a late annual report."""
+"""Calendar days after which a disclosed figure no longer counts: one year, and the delay of a late annual report."""
 HISTORY_WEEKS = 55
 """Weeks kept with each release: a 52-week statistic of each of the last 4."""
 
 AGGREGATES: tuple[str, ...] = ("Total", "Proprietary", "Brokerage")
-"""Prefixes of investor_flows that sum over others or are the exchange members' own book: no investor types."""
+"""Prefixes of investor_flows that are no investor types: sums over others, and the exchange members' own account."""
 
 _PERIODS: dict[str, int] = {"1Q": 1, "2Q": 2, "3Q": 3, "4Q": 4, "5Q": 5, "FY": 6}
 _FULL_YEAR = 6
 _FIGURES: tuple[str, ...] = ("NetSales", "OperatingProfit", "Profit", "TotalAssets", "Equity")
 _COMPARED = 3
-"""Leading figures that are compared with the year-ago ones."""
+"""The first so many figures are compared with those of a year ago."""
 _FORECASTS: tuple[str, ...] = ("OperatingProfit", "Profit")
 _UNKNOWN = -1
 _NO_DAY = int(np.datetime64("NaT", "D").astype(np.int64))
 
 
 def session_at(sessions: Days, day: Days) -> NDArray[np.int64]:
-    """Row of the last session on or before each day, `[E]`; negative before the first, where weekdays stand for the
-    sessions that are not known. Sessions after `day`, up to and with row t, are t − session_at."""
+    """Row of the last session on or before each day, `[E]`.
+
+    Before the first session the rows are negative and count weekdays, since earlier sessions are not known. So t −
+    session_at is the number of sessions after `day`, up to and including row t.
+    """
     unseen = np.maximum(np.busday_count(day + 1, np.maximum(sessions[0], day + 1)), 0)
     return np.searchsorted(sessions, day, side="right") - 1 - unseen
 
@@ -65,7 +68,7 @@ class FlowReleases:
     buying_share: NDArray[np.float64]
     """[E] share of the investor types that bought more than they sold in the newest week."""
     latest: NDArray[np.int32]
-    """[T − first, S] event that a section's stocks may use: published before the session's date."""
+    """[T − first, S] the latest event that a section's stocks may use: published before the session's date."""
     since: NDArray[np.float64]
     """[T − first, S] sessions since the newest week was first published, 1 at the first session that may use it."""
 
@@ -73,10 +76,10 @@ class FlowReleases:
 def flow_releases(flows: pl.DataFrame | None, sessions: Days, first: int = 0) -> FlowReleases:
     """investor_flows as known at each session: a release counts from the session after `PublishedDate`, revisions too.
 
-    The grids are those of `sessions[first:]`. Weeks are calendar weeks. An unpublished week is a null in the history:
-    its later publication changes no earlier row. A revision counts from its own publication on and is no new release;
-    several weeks published at once are one release of the newest. Sections that no market code of
-    `SECTION_OF_MARKET` names, such as the total of all, are ignored.
+    The grids cover `sessions[first:]`. Weeks are calendar weeks. An unpublished week is a null in the history; its
+    later publication changes no earlier row. A revision counts from its own publication on and is no new release.
+    Several weeks published at once are one release, that of the newest week. Sections without a market code
+    in `SECTION_OF_MARKET`, such as the total of all sections, are ignored.
 
     Raises: InputError when a column that the features read is missing.
     """
@@ -107,7 +110,7 @@ def _no_releases(T: int) -> FlowReleases:
 
 
 def _weekly_rows(flows: pl.DataFrame) -> pl.DataFrame:
-    """section, published, week (an ordinal) and the four weekly values, by section in order of publication."""
+    """section, published, week (an ordinal) and the four weekly values, sorted by section and publication."""
     types = [name.removesuffix("Balance") for name in flows.columns if name.endswith("Balance")]
     investors = [name for name in types if name not in AGGREGATES]
     needed = ("PublishedDate", "EndDate", "Section", "ForeignersBalance", "ForeignersTotal", "IndividualsBalance",
@@ -147,28 +150,31 @@ def _unless_zero(name: str) -> pl.Expr:
 def _write_histories(
     starts: Any, section: Any, published: Any, week: Any, weekly: Any, history: Any, buying_share: Any, released: Any
 ) -> None:
-    """Writes the last weeks of each event as known once its rows are public; rows lie by section and publication."""
+    """Writes the last weeks of each event as known once its rows are public.
+
+    Rows are sorted by section and publication.
+    """
     weeks = history.shape[2]
     oldest = week.min()
-    known = np.empty((week.max() - oldest + weeks, 4))
-    first_published = np.empty(len(known), np.int64)
+    by_week = np.empty((week.max() - oldest + weeks, 4))
+    first_published = np.empty(len(by_week), np.int64)
     newest = 0
     for event in range(len(starts)):
         begin = starts[event]
         if event == 0 or section[begin] != section[begin - 1]:
-            known[:] = np.nan
+            by_week[:] = np.nan
             first_published[:] = _NO_DAY
             newest = 0
         end = starts[event + 1] if event + 1 < len(starts) else len(week)
         for row in range(begin, end):
-            at = week[row] - oldest + weeks - 1
-            known[at] = weekly[row]
-            if first_published[at] == _NO_DAY:
-                first_published[at] = published[row]
-            newest = max(newest, at)
+            position = week[row] - oldest + weeks - 1
+            by_week[position] = weekly[row]
+            if first_published[position] == _NO_DAY:
+                first_published[position] = published[row]
+            newest = max(newest, position)
         for value in range(3):
-            history[value, event] = known[newest - weeks + 1 : newest + 1, value]
-        buying_share[event] = known[newest, 3]
+            history[value, event] = by_week[newest - weeks + 1 : newest + 1, value]
+        buying_share[event] = by_week[newest, 3]
         released[event] = first_published[newest]
 
 
@@ -186,16 +192,16 @@ def _latest_release(section: NDArray[np.int64], published: Days, sessions: Days,
 
 @dataclass(frozen=True)
 class Disclosures:
-    """Financial statements and forecasts, one event per document, as the company's record stood after it."""
+    """Financial statements and forecasts: one event per document, with the company's record as it stood after it."""
 
     latest: NDArray[np.int32]
-    """[T − first, N] last document known at the close."""
+    """[T − first, N] event of the last document known at the close."""
     known_at: NDArray[np.float64]
     """[E] row of the first session at whose close the document was public; negative before the first session."""
     values: Mapping[str, NDArray[np.float64]]
     """[E] each: `_VALUES` by name; money in yen, cumulative since the fiscal year began."""
     disclosed: Mapping[str, Days]
-    """[E] each: date of the latest `document`, of the `results` and of the `forecast` in force, NaT without."""
+    """[E] each: date of the latest `document`, of the `results` and of the `forecast` in force; NaT where none is."""
 
 
 _VALUES: tuple[str, ...] = (
@@ -209,7 +215,7 @@ _STATED: tuple[str, ...] = (
     *(f"NextYearForecast{name}" for name in _FORECASTS),
     *(f"Forecast{name}" for name in _FORECASTS),
 )
-"""Forecasts of a document. Next year's first: where a document has both, the current year's is the one in force."""
+"""Forecasts of a document, next year's first: where it has both, the last one, for the current year, is in force."""
 _PERIOD_DATES: tuple[str, ...] = (
     "CurrentPeriodStartDate",
     "CurrentPeriodEndDate",
@@ -218,28 +224,29 @@ _PERIOD_DATES: tuple[str, ...] = (
     "NextFiscalYearEndDate",
 )
 _PLACE: tuple[str, ...] = ("stock", "day", "year", "next_year", "rank", "start", "end")
-"""Integers that say whose a document is, when it was disclosed, and where its period lies."""
+"""Integers of a document: whose it is, when it was disclosed, and where its period lies."""
 
 
 def disclosures(
     statements: pl.DataFrame | None, sessions: Days, codes: Sequence[str], market: str, first: int = 0
 ) -> Disclosures:
-    """statements as known at each close: the same session if disclosed strictly before it, else the next one.
+    """statements as known at each close: from the session if disclosed strictly before its close, else the next.
 
-    The grid is that of `sessions[first:]`; `known_at` counts all sessions. A document without a time counts as
-    disclosed after the close. Documents of one moment follow each other by DisclosureNumber, then as the table has
-    them. Figures are numbers or text; what is no finite number, such as blank, '-' and '*', is null.
+    The grid covers `sessions[first:]`; `known_at` counts all sessions. A document without a time counts as disclosed
+    after the close. Documents disclosed at the same moment are ordered by DisclosureNumber, then as in the table.
+    Figures are numbers or text; anything but a finite number, such as blank, '-' and '*', is null.
 
-    Results are those of the newest fiscal period known; a correction of an older one only changes what it is compared
-    with. They are compared with the period that ended a year before (a month either way) and spans as many months: a
-    year of nine months has no year-ago figure and is none, and neither has the first year after the year's end moved.
-    Periods begin where CurrentFiscalYearStartDate or CurrentPeriodStartDate says; without either a quarter's name
-    gives its months, and a full year has twelve, or those since the full year known that ended less than eleven before.
-    A period of another name (OtherPeriod) is placed by its dates, and is no result where they are not stated.
+    Results are those of the newest fiscal period known. A correction of an older period changes only the figure that
+    newer ones are compared with. Results are compared with the period of equal length that ended a year before (a month
+    either way). So a fiscal year of nine months has no year-ago figure and serves as none; the first year after the
+    year's end moved has none either. A period begins at CurrentFiscalYearStartDate or CurrentPeriodStartDate. Without
+    either, a quarter's name gives its months. A full year then has twelve months, or only those since an earlier full
+    year's end, where that lies less than eleven months back. A period of another name (OtherPeriod) is placed by its
+    dates; without stated dates it is no result.
 
-    A forecast is revised against the one before for the same fiscal year; next year is NextFiscalYearEndDate's, else
-    twelve months on. A correction of an older period repeats the forecast of its time, and a forecast of a year whose
-    results are known says nothing new: neither is in force.
+    A forecast is compared with the previous one for the same fiscal year. The next year ends at NextFiscalYearEndDate,
+    else twelve months later. Two forecasts are not in force: one in a correction of an older period, which repeats the
+    forecast of its time, and one for a year whose results are known, which says nothing new.
 
     Raises: InputError when a required column is missing.
     """
@@ -254,15 +261,15 @@ def disclosures(
     disclosed = np.full((3, E), np.datetime64("NaT", "D"))
     known_at = np.empty(E)
     if E:
-        place, figures, forecasts = (
+        identity, figures, forecasts = (
             np.ascontiguousarray(documents.select(names).to_numpy()) for names in (_PLACE, _FIGURES, _STATED)
         )
-        _write_records(place, figures, forecasts, values, disclosed.view(np.int64))
+        _write_records(identity, figures, forecasts, values, disclosed.view(np.int64))
         t = documents["t"].to_numpy()
-        # Weekdays stand for the sessions between a disclosure and the first session.
+        # Sessions before the first are not known: weekdays are counted instead.
         day = disclosed[0]
         known_at = t - np.busday_count(np.minimum(day, sessions[0]), sessions[0]).astype(np.float64)
-        # Events of a stock ascend in time: of several in one cell the last stays, and the largest so far is the latest.
+        # Events of a stock ascend in time: the last one in a cell stays, and the running maximum is the latest event.
         latest[np.maximum(t - first, 0), documents["stock"].to_numpy()] = np.arange(E, dtype=np.int32)
         np.maximum.accumulate(latest, axis=0, out=latest)
     return Disclosures(
@@ -274,12 +281,15 @@ def disclosures(
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _write_records(place: Any, figures: Any, forecasts: Any, values: Any, disclosed: Any) -> None:
-    """Writes each company's record, document by document: the results known by fiscal year and period, the forecasts
-    by fiscal year and figure. Documents lie by company in the order of their disclosure."""
-    E, F, K = len(place), figures.shape[1], forecasts.shape[1] // 2
-    stock, day, year, next_year = place[:, 0], place[:, 1], place[:, 2], place[:, 3]
-    rank, start, end = place[:, 4], place[:, 5], place[:, 6]
+def _write_records(identity: Any, figures: Any, forecasts: Any, values: Any, disclosed: Any) -> None:
+    """Writes each company's record, document by document.
+
+    It keeps results by fiscal year and period, forecasts by fiscal year and figure. Documents are sorted by company,
+    then by disclosure.
+    """
+    E, F, K = len(identity), figures.shape[1], forecasts.shape[1] // 2
+    stock, day, year, next_year = identity[:, 0], identity[:, 1], identity[:, 2], identity[:, 3]
+    rank, start, end = identity[:, 4], identity[:, 5], identity[:, 6]
     C = F + _COMPARED
     r_year, r_rank, r_document = np.empty(E, np.int64), np.empty(E, np.int64), np.empty(E, np.int64)
     r_start, r_end = np.empty(E, np.int64), np.empty(E, np.int64)
@@ -333,7 +343,7 @@ def _write_records(place: Any, figures: Any, forecasts: Any, values: Any, disclo
 
 @njit(cache=True, nogil=True)
 def _place(years: Any, kinds: Any, count: Any, year: Any, kind: Any) -> Any:
-    """Row of (year, kind) among the first `count`, `count` where it is new."""
+    """Row of (year, kind) among the first `count` rows; `count` where the pair is new."""
     for row in range(count - 1, -1, -1):
         if years[row] == year and kinds[row] == kind:
             return row
@@ -342,12 +352,12 @@ def _place(years: Any, kinds: Any, count: Any, year: Any, kind: Any) -> Any:
 
 @njit(cache=True, nogil=True)
 def _nominal_start(years: Any, ranks: Any, count: Any, row: Any, end: Any) -> Any:
-    """Month in which the period before ended, by the period's name and the fiscal years known."""
+    """Month in which the previous period ended, from the period's name and the known fiscal years."""
     if ranks[row] != _FULL_YEAR:
         return end - 3 * ranks[row]
     start = end - 12
     for other in range(count):
-        # Eleven months and one month are a year, and the same year, whose end was estimated.
+        # A distance of eleven months is a whole year, and of one month the same year: such ends were estimated.
         if ranks[other] == _FULL_YEAR and years[row] - 11 < years[other] < years[row] - 1:
             start = max(start, years[other])
     return start
@@ -355,22 +365,25 @@ def _nominal_start(years: Any, ranks: Any, count: Any, row: Any, end: Any) -> An
 
 @njit(cache=True, nogil=True)
 def _year_ago(starts: Any, ends: Any, documents: Any, count: Any, row: Any) -> Any:
-    """Document of the period of equal length that ended 12 months before, else 11, else 13; the latest of several."""
-    nearest, found = 4, _UNKNOWN
+    """Document of the period of equal length that ended 12 months earlier, else 11, else 13; the latest of several."""
+    nearest, document = 4, _UNKNOWN
     for other in range(count):
         months = ends[row] - ends[other]
         distance = 2 * abs(months - 12) + (months > 12)
-        # A month either way: periods that end in mid-month, and those estimated from the disclosure's date.
+        # A month either way, for periods that end in mid-month and ends estimated from the disclosure's date.
         if ends[row] - starts[row] == ends[other] - starts[other] and (
-            distance < nearest or (distance == nearest < 4 and documents[other] > found)
+            distance < nearest or (distance == nearest < 4 and documents[other] > document)
         ):
-            nearest, found = distance, documents[other]
-    return found
+            nearest, document = distance, documents[other]
+    return document
 
 
 def _documents(statements: pl.DataFrame, sessions: Days, codes: Sequence[str], market: str) -> pl.DataFrame:
-    """Documents of `codes` public by the last close, by `stock` (position in `codes`) in order of disclosure: `t`, the
-    row of the first session at whose close they were public, the months that place their period, and the figures."""
+    """Documents of `codes` that are public by the last close, sorted by `stock` (position in `codes`) and disclosure.
+
+    Columns: `t`, the row of the first session at whose close a document is public; the months of its period; its
+    figures.
+    """
     _require_columns("statements", statements, ("DisclosedDate", "LocalCode", "TypeOfCurrentPeriod", *_FIGURES[:3]))
     texts = ("TypeOfCurrentPeriod", "TypeOfDocument", "DisclosedTime")
     disclosed = pl.col("DisclosedDate")
@@ -399,8 +412,8 @@ def _documents(statements: pl.DataFrame, sessions: Days, codes: Sequence[str], m
 
 
 def _with_periods(documents: pl.DataFrame) -> pl.DataFrame:
-    """With the place of each document's period: `year`, `next_year` (fiscal years by the month of their end), `end` and
-    `start` (months in which the period and the one before it end) and `rank` within the year, null without results."""
+    """Adds the period of each document: `year` and `next_year` (fiscal years, by the month of their end), `end` and
+    `start` (months in which the period and the previous one end) and `rank` within the year, null without results."""
     name = pl.col("TypeOfCurrentPeriod").str.strip_chars()
     stated_end, stated_year, year, end, start = map(pl.col, ("stated_end", "stated_year", "year", "end", "start"))
     is_placed = stated_end.is_not_null() & stated_year.is_not_null()
@@ -408,12 +421,12 @@ def _with_periods(documents: pl.DataFrame) -> pl.DataFrame:
     by_dates = pl.when(end == year).then(_FULL_YEAR).otherwise((months_so_far / 3).round().clip(1, 5).cast(pl.Int64))
     is_revision = pl.col("TypeOfDocument").str.contains("Revision", literal=True).fill_null(value=False)
     has_results = ~is_revision & pl.any_horizontal(pl.col(_FIGURES[:_COMPARED]).is_not_null())
-    # Step by step: an expression nested in another is computed again wherever it occurs.
+    # In steps, because an expression nested in others is computed again in each of them.
     return (
         documents.with_columns(
             stated_end=_month("CurrentPeriodEndDate"),
             stated_year=_month("CurrentFiscalYearEndDate"),
-            # Without the fiscal year's dates: results appear about 45 days after their period ends.
+            # For documents without the fiscal year's dates: results appear about 45 days after their period ends.
             likely_end=_month("DisclosedDate", -45),
             start=pl.coalesce(_month("CurrentFiscalYearStartDate", -1), _month("CurrentPeriodStartDate", -1)),
             next_year=_month("NextFiscalYearEndDate"),
@@ -431,8 +444,8 @@ def _with_periods(documents: pl.DataFrame) -> pl.DataFrame:
 
 
 def _month(column: str, days: int = 0) -> pl.Expr:
-    """Months since year 0 of the date, `days` later. Up to the 15th it is the month before, so that years that end on
-    the 20th or on a Saturday fall where their neighbours do."""
+    """Months since year 0 of the date `days` later. Days up to the 15th count as the month before, so that year
+    ends on the 20th or on a Saturday fall into the same month as other year ends."""
     day = pl.col(column) + dt.timedelta(days=days)
     return (day.dt.year() * 12 + day.dt.month() - (day.dt.day() <= 15).cast(pl.Int32)).cast(pl.Int64)
 
@@ -444,7 +457,7 @@ def _require_columns(table: str, frame: pl.DataFrame, needed: Iterable[str]) -> 
 
 
 def _numbers(frame: pl.DataFrame, name: str) -> pl.Series:
-    """The column as Float64, null where it is absent and for blanks, '-', '*' and whatever else is no finite number."""
+    """The column as Float64, null where it is absent and for '-', '*', blanks and anything else but a finite number."""
     column = frame[name] if name in frame.columns else pl.Series([None] * frame.height, dtype=pl.Float64)
     if column.dtype == pl.String:
         column = column.str.strip_chars().str.replace_all(",", "", literal=True)
@@ -453,7 +466,7 @@ def _numbers(frame: pl.DataFrame, name: str) -> pl.Series:
 
 
 def _days(frame: pl.DataFrame, name: str) -> pl.Series:
-    """The column as Date, null where it is absent and for whatever else is no date."""
+    """The column as Date, null where it is absent and for anything that is no date."""
     column = frame[name] if name in frame.columns else None
     days = to_date(column) if column is not None else None
     return (pl.Series([None] * frame.height, dtype=pl.Date) if days is None else days).alias(name)

@@ -1,4 +1,4 @@
-"""The snapshots of `listed`: which sector and market segment a stock had at each session, and which codes are funds."""
+"""The snapshots of `listed`: each stock's sector and market segment at each session, and which codes are funds."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class _Attribute:
 
     names: tuple[str, ...]
     number: NDArray[np.int32]
-    """[snapshots], and a last −1 for a stock that is in none."""
+    """[snapshots + 1] position in `names`; the last entry is −1, for a stock that is in no snapshot."""
 
     @staticmethod
     def of(texts: pl.Series) -> _Attribute:
@@ -34,7 +34,7 @@ class _Attribute:
 
 @dataclass(frozen=True)
 class Listed:
-    """The snapshots of `listed`, sorted by code and date; of codes that have prices."""
+    """The snapshots of `listed` for codes that have prices, sorted by code and date."""
 
     listings: Listings
     sector: _Attribute
@@ -46,8 +46,8 @@ class Listed:
     def of(listed: pl.DataFrame, codes: Sequence[str], sessions: Days, market: str) -> Listed:
         """The snapshots of `codes`.
 
-        A fund is known by its market. Sector 9999 under a stock's own market is a stock that has been delisted since:
-        the stock is kept and its sector is unknown.
+        A fund is recognised by its market. Sector 9999 under a stock's own market marks a stock that was delisted
+        later: the stock is kept, with an unknown sector.
         """
         texts = [pl.col(name).str.strip_chars().replace("", None) for name in ("Sector33Code", "MarketCode")]
         stock = pl.Series("n", positions(listed["Code"], codes))

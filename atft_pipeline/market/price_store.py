@@ -1,7 +1,7 @@
-"""The adjusted prices of a source on disk, by month: the quotes are passed once, and continued where something is new.
+"""The adjusted prices of a source on disk, by month: an update continues the pass from the first month that changed.
 
 An artifact at PATH: `PATH/YYYY-MM.parquet` in `PRICES_COLUMNS`; `PATH.memory/YYYY-MM.npz`, the states after the months
-from which the pass can be continued; `PATH.quarantine.parquet`; and a manifest. Digests of the raw rows by month tell
+from which the pass can be continued; `PATH.quarantine.parquet`; and a manifest. Digests of the raw rows by month show
 what has changed in a source. The pass continues from the newest state before the first month that differs.
 """
 
@@ -51,10 +51,10 @@ from atft_pipeline.storage.monthly import (
 
 KIND = "prices"
 CELLS_AT_A_TIME = 4_000_000
-"""Sessions times codes of a span of months: what is held at once."""
+"""Sessions times codes of a span of months; it limits the memory of a pass."""
 STATE, QUARANTINE = "memory", "quarantine.parquet"
 SIDECARS = (STATE, QUARANTINE)
-"""What is written beside the prices."""
+"""Files and folders beside the prices."""
 
 
 def update_prices(
@@ -66,11 +66,11 @@ def update_prices(
     *,
     advance: Callable[[str, int, int], None] = lambda *_: None,
 ) -> tuple[dict[str, Any], ContractReport]:
-    """Builds the adjusted prices of the source at `out`; their manifest, and the report on what was written.
+    """Builds the adjusted prices of the source at `out`; returns their manifest, and the report on the written rows.
 
-    others: the source's other tables. With `previous`, an earlier artifact of the same configuration and code, months
-    before the first whose raw rows differ are taken over, and the pass is continued from there; `changes` in the
-    manifest says which input differed first in which month. `advance` hears how many months of all are done.
+    others: the source's other tables. previous: an earlier artifact; if it has the same configuration and code, its
+    months before the first changed one are kept, and the pass continues from there. `changes` in the manifest says in
+    which month each input first differed. advance: called with the months done and all months.
 
     Raises: InputError when raw rows break their contract, or fewer than two common stocks trade.
     """
@@ -81,7 +81,7 @@ def update_prices(
     until = _end_of(others.tables["index"])
     digests = {"prices": raw.months, "listed": _listed_digests(listed, earlier)}
     changes = earlier.changes({**digests, "index": until}, STATE, [""])
-    parts: dict[str, Any] = {month: earlier.parts[month] for month in changes.kept}
+    partitions: dict[str, Any] = {month: earlier.parts[month] for month in changes.kept}
     state, quarantine, late = None, [], set[str]()
     if changes.kept:
         state = _load_state(earlier.path, changes.kept[-1])
@@ -92,7 +92,7 @@ def update_prices(
         for month in changes.kept:
             writer.take_over(month)
         for result in _passes(raw, others.tables, config, state, advance):
-            parts |= _write(writer, result)
+            partitions |= _write(writer, result)
             reports.append(check_prices(result.prices, needs_universe=False))
             quarantine.append(result.quarantine)
             late |= _late_codes(result)
@@ -103,50 +103,50 @@ def update_prices(
         hits.write_parquet(temporary, compression="zstd")
     manifest = {
         "kind": KIND,
-        "fingerprint": sha256_of({"config": to_dict(config), "content": [parts, frame_digest(hits)]}),
+        "fingerprint": sha256_of({"config": to_dict(config), "content": [partitions, frame_digest(hits)]}),
         "source": raw.added_to(others.record),
         "config": to_dict(config),
         "code": code_revision("dataset"),
-        "parts": parts,
+        "parts": partitions,
         "session_dates": state.sessions.astype(str).tolist(),
         "stocks": int((state.stocks.history > 0).sum()),
         "raw": raw.record(),
-        # Without an earlier version the raw rows are only known now that they have been passed.
+        # Without an earlier version the raw rows are counted during the pass, so their digests exist only now.
         "inputs": {"prices": raw.months, "index": until, "listed": month_digests(listed, "Date")},
         "late_codes": sorted(late),
         "late_digest": _earliest_digest(listed, late),
-        "changes": changes.record(parts),
+        "changes": changes.record(partitions),
     }
     write_manifest(out, manifest)
-    return manifest, joined_report("prices (adjusted)", reports, _no_universe(parts))
+    return manifest, joined_report("prices (adjusted)", reports, _no_universe(partitions))
 
 
-def _no_universe(parts: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """check_prices' own sentence on a whole table without an investable row."""
-    if any(month["investable_rows"] for month in parts.values()):
+def _no_universe(partitions: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The sentence of check_prices for a whole table without an investable row."""
+    if any(month["investable_rows"] for month in partitions.values()):
         return []
     return [NO_UNIVERSE]
 
 
 def _end_of(index: pl.DataFrame) -> dict[str, str]:
-    """Its last day, which may be a session without a quote."""
+    """The last day of the index by its month; it may be a session without a quote."""
     last = str(index["Date"].max())
     return {last[:7]: last}
 
 
 def table_digests(source: Source, others: CheckedTables) -> dict[str, str]:
-    """sha256 of each table of the source as it is now."""
+    """sha256 of each table of the source in its present state."""
     digests = {name: entry["sha256"] for name, entry in others.record["tables"].items()}
     return {"prices": source.fingerprint("prices"), **digests}
 
 
 def read_months(path: Path, months: Sequence[str], sessions: Days) -> PricePanel:
-    """The panel of some consecutive months over their `sessions`. Raises InputError when a partition is missing."""
+    """The panel of consecutive months over their `sessions`. Raises InputError when a partition is missing."""
     return PricePanel.from_frame(read_frame(path, months), sessions)
 
 
 def read_frame(path: Path, months: Sequence[str]) -> pl.DataFrame:
-    """The long table of some months."""
+    """The long table of `months`. Raises InputError when a partition is missing."""
     files = [partition_path(path, month) for month in months]
     missing = next((file for file in files if not file.is_file()), None)
     if missing is not None:
@@ -159,7 +159,7 @@ def read_quarantine(path: Path) -> pl.DataFrame:
 
 
 def frame_digest(frame: pl.DataFrame) -> str:
-    """Hash of a table's rows in order; the seed is fixed, so equal tables hash alike in every process."""
+    """Hash of a table's rows in order; the fixed seed makes it the same in every process."""
     return hashlib.sha256(frame.hash_rows(seed=0).to_numpy().tobytes()).hexdigest()
 
 
@@ -168,7 +168,7 @@ def frame_digest(frame: pl.DataFrame) -> str:
 
 @dataclass
 class _File:
-    """One file of raw prices: enough to know what a change of it changes."""
+    """What is recorded of one file of raw prices; it shows which months a change of the file affects."""
 
     sha256: str
     first: str
@@ -180,23 +180,23 @@ class _File:
 
 @dataclass
 class _RawFiles:
-    """The raw prices, file by file; a file whose bytes are those of an earlier version is not read to know its rows."""
+    """The raw prices, file by file. A file with the bytes of the earlier version is not read to count its rows."""
 
     source: Source
     files: dict[str, _File]
     digested: bool
-    """Whether the files' rows have been counted; else they are while they are passed."""
+    """Whether the files' rows have been counted; if not, the pass counts them."""
 
     @staticmethod
     def of(source: Source, earlier: Earlier) -> _RawFiles:
-        known = {name: _File(**record) for name, record in earlier.manifest.get("raw", {}).items()}
+        recorded = {name: _File(**record) for name, record in earlier.manifest.get("raw", {}).items()}
         files = {}
         for name, sha256 in source.file_fingerprints("prices").items():
-            if name in known and known[name].sha256 == sha256:
-                files[name] = known[name]
+            if name in recorded and recorded[name].sha256 == sha256:
+                files[name] = recorded[name]
             else:
                 days = _alone(source, name).dates("prices")
-                # One empty file of several is no fault; it has no days.
+                # One of several files may be empty: it has no days.
                 first, last = (str(days[0]), str(days[-1])) if len(days) else ("9999-12-31", "0001-01-01")
                 files[name] = _File(sha256, first, last)
         raw = _RawFiles(source, files, digested=bool(earlier.parts))
@@ -216,7 +216,7 @@ class _RawFiles:
         return {month: total % 2**64 for month, total in sorted(totals.items())}
 
     def dates(self, after: np.datetime64 | None) -> Days:
-        """Days that have rows, of all time or after a session; files without such days are not opened."""
+        """Days that have rows, all of them or those after a session; files without such days are not opened."""
         start = "" if after is None else str(after + 1)
         files = tuple(self.source.folder / name for name, record in self.files.items() if record.last >= start)
         if not files:
@@ -225,17 +225,17 @@ class _RawFiles:
         return days if after is None else days[days > after]
 
     def read(self, first: dt.date, last: dt.date) -> pl.DataFrame:
-        """Rows of the days from first to last; the files that cannot have any are not opened."""
+        """Rows of the days from first to last; files that cannot have such rows are not opened."""
         named = [name for name, record in self.files.items() if record.first <= str(last) and record.last >= str(first)]
         named = named or [min(self.files)]
-        frames = [self._count(name, first, last, known=self.digested) for name in named]
+        frames = [self._count(name, first, last, is_counted=self.digested) for name in named]
         return pl.concat(in_time(frames, "Date"))
 
     def record(self) -> dict[str, Any]:
         return {name: vars(record) for name, record in self.files.items()}
 
     def added_to(self, others: Mapping[str, Any]) -> dict[str, Any]:
-        """The source's record with the prices' own entry, as `contracts.read_checked` would have it."""
+        """The source's record with an entry for prices, in the form of `contracts.read_checked`."""
         files = self.files.values()
         texts = sum((Counter(record.null_texts) for record in files), Counter[str]())
         entry = {
@@ -247,9 +247,9 @@ class _RawFiles:
         }
         return {**others, "tables": {"prices": entry, **others["tables"]}}
 
-    def _count(self, name: str, first: dt.date, last: dt.date, *, known: bool = False) -> pl.DataFrame:
+    def _count(self, name: str, first: dt.date, last: dt.date, *, is_counted: bool = False) -> pl.DataFrame:
         read = _alone(self.source, name).read_counted("prices", first=first, last=last)
-        if not known:
+        if not is_counted:
             record = self.files[name]
             record.rows += read.frame.height
             record.null_texts = dict(Counter(record.null_texts) + Counter(read.null_texts))
@@ -272,7 +272,10 @@ def _years(first: str, last: str) -> Iterator[tuple[dt.date, dt.date]]:
 
 
 def _listed_digests(listed: pl.DataFrame, earlier: Earlier) -> dict[str, int]:
-    """By month; and where the earliest snapshot of a stock that had prices before any has changed, of all time."""
+    """Digests by month.
+
+    The first month counts as changed where a back-filled snapshot has changed, since it reaches the earliest prices.
+    """
     digests = month_digests(listed, "Date")
     before = earlier.manifest
     if before and _earliest_digest(listed, before["late_codes"]) != before["late_digest"]:
@@ -281,15 +284,15 @@ def _listed_digests(listed: pl.DataFrame, earlier: Earlier) -> dict[str, int]:
 
 
 def _earliest_digest(listed: pl.DataFrame, codes: Any) -> int:
-    """Of the earliest snapshots of `codes`."""
+    """Digest of the earliest snapshots of `codes`."""
     earliest = listed.filter(pl.col("Code").is_in(list(codes))).sort("Code", "Date").unique("Code", keep="first")
     return sum(month_digests(earliest, "Date").values()) % 2**64
 
 
 def _late_codes(result: PricesResult) -> set[str]:
-    """Codes whose rows precede every snapshot of them, or that are in none: a later snapshot changes earlier rows.
+    """Codes that have rows before their first snapshot, or no snapshot: a later snapshot changes their earlier rows.
 
-    Dropped codes are among them: one may be a fund by the earliest snapshot alone.
+    They include dropped codes, since the earliest snapshot alone may say that a code is a fund.
     """
     backfilled = result.panel.is_listed_backfilled.any(axis=0)
     absent = result.quarantine.filter(pl.col("rule").is_in(["not_listed", "not_common_stock"]))["Code"]
@@ -306,9 +309,9 @@ def _passes(
     state: UniverseState | None,
     advance: Callable[[str, int, int], None],
 ) -> Iterator[PricesResult]:
-    """The universe of one span of months after the other, from `state` on."""
+    """The prices and universe of one span of months after another, continued from `state`."""
     after = None if state is None else state.sessions[-1]
-    # The index tells of sessions after the last quote.
+    # The index may have sessions after the last quote.
     known_to = np.datetime64(str(others["index"]["Date"].max()), "D")
     days = raw.dates(after)
     days = np.union1d(days, [known_to]) if after is None or known_to > after else days
@@ -319,7 +322,7 @@ def _passes(
         frame = raw.read(first, last)
         if frame.height or state is None:
             check_table("prices", frame, where=str(raw.source.where("prices")), is_whole=False).require()
-        # The exchange's sessions count to the end of a month, and in the last one up to the last day of the data.
+        # Sessions of the exchange count up to the end of the span's month, in the last one up to the end of the data.
         is_last = months[span[-1]].stop == len(days)
         following = (np.datetime64(span[-1]) + 1).astype("datetime64[D]").item()
         until = None if is_last else following - dt.timedelta(days=1)
@@ -330,26 +333,26 @@ def _passes(
 
 
 def _write(writer: PartitionWriter, result: PricesResult) -> dict[str, dict[str, Any]]:
-    """Writes the months of a pass and the state after it; returns what the manifest says of each month."""
+    """Writes the months of a pass and the state after it; returns the manifest's entry of each month."""
     starts = np.append(0, np.cumsum(result.panel.has_row.sum(axis=1)))
-    parts = {}
+    partitions = {}
     for month, rows in sessions_by_month(result.panel.sessions).items():
         frame = result.prices[int(starts[rows.start]) : int(starts[rows.stop])]
         frame.write_parquet(partition_path(writer.folders[""], month), compression="lz4")
-        parts[month] = {
+        partitions[month] = {
             "rows": frame.height,
             "sha256": frame_digest(frame),
             **{
                 f"{name}_rows": int(frame[f"is_{name}"].sum()) for name in ("investable", "liquid", "listed_backfilled")
             },
         }
-    if parts:  # else there were rows of closed days alone
-        save_arrays(partition_path(writer.folders[STATE], max(parts), "npz"), _to_arrays(result.state))
-    return parts
+    if partitions:  # none where all rows are of closed days
+        save_arrays(partition_path(writer.folders[STATE], max(partitions), "npz"), _to_arrays(result.state))
+    return partitions
 
 
 def _decided_by(path: Path, session: np.datetime64) -> pl.DataFrame:
-    """Quarantine rows that were decided by the close of `session`."""
+    """Quarantine rows that were decided at or before the close of `session`."""
     return read_quarantine(path).filter(pl.col("known_from") <= session.item())
 
 

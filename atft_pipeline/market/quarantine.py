@@ -81,15 +81,20 @@ _DETAILS: dict[str, pl.Expr] = {
 """How each rule states its evidence."""
 
 
-def quarantine_rows(hits: Matrix, known: Days, passed: int, codes: Sequence[str], listed: Listed) -> list[pl.DataFrame]:
-    """The pass's hits as rows of the quarantine table. known: all sessions, of which `passed` came before the pass."""
+def quarantine_rows(
+    hits: Matrix, sessions: Days, passed: int, codes: Sequence[str], listed: Listed
+) -> list[pl.DataFrame]:
+    """The pass's hits as rows of the quarantine table.
+
+    sessions: all sessions so far. passed: how many of them came before the pass.
+    """
     session = hits[:, HIT.session].astype(np.int64) + passed
     listing = pl.Series("listing", hits[:, HIT.listing]).fill_nan(None).cast(pl.Int64, strict=False)
     frame = pl.DataFrame(
         {
             "rule": hits[:, HIT.rule].astype(np.int64),
-            "Date": dates_of(known[session]),
-            "known_from": dates_of(known[hits[:, HIT.known_from].astype(np.int64) + passed]),
+            "Date": dates_of(sessions[session]),
+            "known_from": dates_of(sessions[hits[:, HIT.known_from].astype(np.int64) + passed]),
             "Code": pl.Series(codes, dtype=pl.String).gather(hits[:, HIT.stock].astype(np.int64)),
             **{
                 name: pl.Series(hits[:, column], dtype=pl.Float64).fill_nan(None) for name, column in _figures().items()

@@ -1,8 +1,9 @@
-"""A source folder of raw tables in the J-Quants columns: where they lie, how they are read, what they must hold.
+"""A source folder of raw tables in the J-Quants columns: where they lie, how they are read, which columns they have.
 
-Each table is `NAME.parquet`, a file or a folder of parquet parts, or a folder of parts `NAME/`, nested by key=value
-where a hive writer made it. Codes stay strings. Vendors deliver numbers and dates as text, so both are read: '-', '*'
-and '' are missing values, counted and null, never zero; a text that is no number either is a wrong type.
+Each table is a file `NAME.parquet`, or a folder of parquet files named `NAME.parquet/` or `NAME/`; folders key=value
+within it, as hive writers make them, are read too. Codes stay strings. Vendors write numbers and dates as text, so text
+is read as well: '-', '*' and '' are missing values, which become null, never zero, and are counted. Any other text
+that is no number is a wrong type.
 """
 
 from __future__ import annotations
@@ -29,16 +30,16 @@ from atft_pipeline.errors import InputError
 Kind = Literal["date", "number", "text"]
 
 NULL_TEXTS: tuple[str, ...] = ("", "-", "*", "－", "−", "‐", "–", "—", "―", "null", "NaN", "nan", "None")
-"""Texts that mean a missing number or date in the exchange's files and in their usual exports; among them the
-full-width minus and the dashes that Japanese tables have for it."""
+"""Texts that mean a missing number or date in the exchange's files and their usual exports. Among them are the
+full-width minus and the dashes that Japanese tables use for it."""
 HASH_THREADS = 2
-"""Files hashed at once: hashing leaves the interpreter's lock, and a disk serves two readers as fast as more."""
+"""Files hashed at once: hashing releases the interpreter's lock, and a disk serves two readers as fast as more."""
 
 
 @dataclass(frozen=True)
 class RawTable:
-    """Columns of one raw table. What is neither named nor matched by `pattern` is ignored, AdjustmentClose on purpose:
-    its level contains splits that came later."""
+    """Columns of one raw table. Columns that are neither named nor matched by `pattern` are ignored. AdjustmentClose is
+    ignored on purpose: its level contains splits that came later."""
 
     required: bool
     columns: Mapping[str, Kind]
@@ -63,7 +64,7 @@ _FORECASTS: dict[str, Kind] = {
     for year in ("Forecast", "NextYearForecast")
     for figure in ("NetSales", "OperatingProfit", "OrdinaryProfit", "Profit")
 }
-"""Full-year forecasts: of the running year, and of the next in a full-year document."""
+"""Full-year forecasts: for the current year, and in a full-year document for the next."""
 
 RAW_TABLES: dict[str, RawTable] = {
     "prices": RawTable(
@@ -72,7 +73,7 @@ RAW_TABLES: dict[str, RawTable] = {
             "Date": "date", "Code": "text", "Open": "number", "High": "number", "Low": "number", "Close": "number",
             "Volume": "number",
         },
-        # A market whose splits nobody states has no factor: null throughout, which is not a factor of 1 stated daily.
+        # Where nobody states splits the factor is null throughout; that differs from a stated factor of 1.
         optional={"TurnoverValue": "number", "AdjustmentFactor": "number"},
     ),
     "listed": RawTable(
@@ -112,16 +113,16 @@ RAW_TABLES: dict[str, RawTable] = {
 
 @dataclass(frozen=True)
 class TableRead:
-    """Rows of a table, and what was lost in reading them."""
+    """Rows of a table, and the texts that reading turned into nulls."""
 
     frame: pl.DataFrame
     null_texts: dict[str, int]
-    """Cells of `frame` that were a text for a missing number or date, by column; columns without any are left out."""
+    """By column, the cells of `frame` that held a text for a missing value; columns without any are left out."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A folder of raw tables; opened, so every required table is there."""
+    """An opened folder of raw tables; every required table exists."""
 
     folder: Path
     files: Mapping[str, tuple[Path, ...]]
@@ -136,14 +137,14 @@ class Source:
         return self.read_counted(table, first=first, last=last).frame
 
     def read_counted(self, table: str, *, first: dt.date | None = None, last: dt.date | None = None) -> TableRead:
-        """The table with its known columns: dates as Date, numbers as Float64 (NaN as null), the rest as String.
+        """Reads the table with its known columns: dates as Date, numbers as Float64 (NaN as null), the rest as String.
 
-        Row order is the files', which follow each other by their first dates, whatever their names. `first` and `last`,
-        both included, bound the table's date column and leave out rows without a date; where a file has it as Date,
-        only the row groups that may hold such dates are read. Values of rows outside are not looked at.
+        Rows keep the order of their files; files are ordered by their first dates, whatever their names. `first` and
+        `last`, both included, bound the date column and leave out rows without a date. Where a file stores that column
+        as Date, only row groups that may hold such dates are read. Values of other rows are not checked.
 
         Raises: InputError for an absent table, an unreadable file, a missing column, a wrong type, or a table without
-        rows; a period without rows is an empty frame.
+        rows. A period without rows gives an empty frame.
         """
         reads = [_read_file(table, file, self.folder, first, last) for file in self._files(table)]
         frame = pl.concat(in_time([read.frame for read in reads], self._spec(table).date), how="diagonal")
@@ -153,25 +154,25 @@ class Source:
         return TableRead(frame, dict(sorted(counts.items())))
 
     def dates(self, table: str) -> NDArray[np.datetime64]:
-        """Distinct dates of the table's date column, ascending, datetime64[D]; no other column is read."""
+        """Distinct dates of the table, ascending, datetime64[D]; reads the date column only."""
         return self._distinct(table, self._spec(table).date).to_numpy().astype("datetime64[D]")
 
     def codes(self, table: str) -> list[str]:
-        """Distinct codes of the table (sections of investor_flows), ascending; no other column is read."""
+        """Distinct codes of the table (for investor_flows, sections), ascending; reads that column only."""
         return self._distinct(table, self._spec(table).code).to_list()
 
     def _distinct(self, table: str, column: str) -> pl.Series:
-        parts = []
+        values_by_file = []
         for file in self._files(table):
             with _opened(table, file, self.folder) as (spec, scan):
                 values = scan.select(pl.col(column).unique()).collect()[column]
-            parts.append(_cast(values, table, column, {**spec.columns, **spec.optional}[column], file)[0])
-            if parts[-1].null_count():
+            values_by_file.append(_cast(values, table, column, {**spec.columns, **spec.optional}[column], file)[0])
+            if values_by_file[-1].null_count():
                 raise InputError(f"{table}: column {column} holds nulls in {file}; fill them or remove those rows")
-        return pl.concat(parts).unique().sort()
+        return pl.concat(values_by_file).unique().sort()
 
     def fingerprint(self, table: str) -> str:
-        """sha256 over the files of the table in name order: what a data version is made of."""
+        """sha256 over the files of the table in name order; it identifies the version of the data."""
         digests = self.file_fingerprints(table).values()
         return hashlib.sha256(b"".join(bytes.fromhex(digest) for digest in digests)).hexdigest()
 
@@ -188,47 +189,50 @@ class Source:
 
     def _files(self, table: str) -> tuple[Path, ...]:
         if table not in self.files:
-            known = table in RAW_TABLES
-            problem = f"not in {self.folder}" if known else f"no raw table; expected one of {', '.join(RAW_TABLES)}"
+            is_raw = table in RAW_TABLES
+            problem = f"not in {self.folder}" if is_raw else f"no raw table; expected one of {', '.join(RAW_TABLES)}"
             raise InputError(f"{table}: {problem}; provide {table}.parquet")
         return self.files[table]
 
     def where(self, table: str) -> Path:
-        """The table's file, or the folder of its parts: what a message names."""
+        """The table's file, or the folder of its files; messages name it."""
         files = self._files(table)
         return files[0] if len(files) == 1 else Path(os.path.commonpath(files))
 
 
 def in_time(frames: Sequence[pl.DataFrame], date: str) -> list[pl.DataFrame]:
-    """The parts of a table by the dates of their first rows: `2015-06-30` sorts before `2015` by name alone."""
+    """Orders the files' frames by the dates of their first rows, because by name `2015-06-30` comes before `2015`."""
     filled = [frame for frame in frames if frame.height]
     return sorted(filled, key=lambda frame: frame[date][0] or dt.date.min) or list(frames[:1])
 
 
 def open_source(folder: Path | str) -> Source:
-    """The source in `folder`. Raises: InputError when the folder or a required table is not there, or one is twice."""
+    """Opens the source in `folder`.
+
+    Raises: InputError when the folder or a required table is missing, or when a table exists twice.
+    """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise InputError(f"source: {folder} is not a folder; give a folder that holds prices, listed and index")
-    found: dict[str, tuple[Path, ...]] = {}
+    files: dict[str, tuple[Path, ...]] = {}
     for name, table in RAW_TABLES.items():
-        file, parts = folder / f"{name}.parquet", folder / name
-        if file.exists() and parts.is_dir():
-            raise InputError(f"{name}: both {file} and the folder {parts} exist; keep one of them")
+        file, table_folder = folder / f"{name}.parquet", folder / name
+        if file.exists() and table_folder.is_dir():
+            raise InputError(f"{name}: both {file} and the folder {table_folder} exist; keep one of them")
         if file.is_file():
-            found[name] = (file,)
-        elif file.is_dir() or parts.is_dir():
-            parts = file if file.is_dir() else parts
-            found[name] = tuple(sorted(_part_files(parts), key=_natural_order))
-            if not found[name]:
-                raise InputError(f"{name}: no parquet file in {parts}; add its parts or remove the folder")
+            files[name] = (file,)
+        elif file.is_dir() or table_folder.is_dir():
+            table_folder = file if file.is_dir() else table_folder
+            files[name] = tuple(sorted(_part_files(table_folder), key=_natural_order))
+            if not files[name]:
+                raise InputError(f"{name}: no parquet file in {table_folder}; add its files or remove the folder")
         elif table.required:
-            raise InputError(f"{name}: table not found; expected {file} or a folder {parts} of parquet parts")
-    return Source(folder, found)
+            raise InputError(f"{name}: table not found; expected {file} or a folder {table_folder} of parquet files")
+    return Source(folder, files)
 
 
 def _part_files(folder: Path) -> Iterator[Path]:
-    """Parquet files in `folder`, and in folders named key=value below it: no other folder's name says it belongs."""
+    """Parquet files in `folder` and in folders key=value below it; other folders need not belong to the table."""
     for file in folder.rglob("*.parquet"):
         *nested, name = file.relative_to(folder).parts
         if file.is_file() and not name.startswith(".") and all("=" in part for part in nested):
@@ -236,7 +240,7 @@ def _part_files(folder: Path) -> Iterator[Path]:
 
 
 def _natural_order(file: Path) -> list[list[tuple[int, str]]]:
-    """Name order in which month=2 precedes month=10."""
+    """Sort key by name in which month=2 precedes month=10."""
     return [[(int(run or 0), text) for run, text in re.findall(r"(\d*)(\D*)", part)] for part in file.parts]
 
 
@@ -247,15 +251,15 @@ def _sha256(file: Path) -> str:
 
 @contextmanager
 def _opened(table: str, file: Path, folder: Path) -> Iterator[tuple[RawTable, pl.LazyFrame]]:
-    """The table's row of `RAW_TABLES` and a scan of `file`, with the columns that only its path states (key=value).
+    """The table's entry in `RAW_TABLES` and a scan of `file`; columns that only the path states (key=value) are added.
 
-    Raises: InputError for a missing column, and for whatever makes the file unreadable while it is open.
+    Raises: InputError for a missing column, and for any error in reading the file while it is open.
     """
     spec = RAW_TABLES[table]
     try:
         scan = pl.scan_parquet(file, hive_partitioning=False, glob=False)
         present = scan.collect_schema()
-        stated = dict(part.split("=", 1) for part in file.relative_to(folder).parts[:-1] if "=" in part)
+        stated = dict(name.split("=", 1) for name in file.relative_to(folder).parts[:-1] if "=" in name)
         scan = scan.with_columns(pl.lit(value).alias(name) for name, value in stated.items() if name not in present)
         missing = [name for name in spec.columns if name not in present and name not in stated]
         if missing:
@@ -296,9 +300,9 @@ def _kinds(spec: RawTable, present: list[str]) -> dict[str, Kind]:
 
 
 def _cast(column: pl.Series, table: str, name: str, kind: Kind, file: Path) -> tuple[pl.Series, int]:
-    """The column as its kind, and how many of its cells were a text for a missing value.
+    """Casts the column to its kind; also returns how many of its cells held a text for a missing value.
 
-    Raises: InputError that names the first value that is neither.
+    Raises: InputError that names the first other text that cannot be cast.
     """
     if column.dtype == pl.Categorical or isinstance(column.dtype, pl.Enum):
         column = column.cast(pl.String)
@@ -310,7 +314,7 @@ def _cast(column: pl.Series, table: str, name: str, kind: Kind, file: Path) -> t
             f"{table}: column {name} in {file} has type {column.dtype}, expected {_EXPECTED[kind]}; convert it"
         )
     if column.dtype != pl.String or result.null_count() == column.null_count():
-        return result, 0  # a value that is no text is lost only where it is NaN
+        return result, 0  # only NaN is lost from a column that is no text
     lost = column.filter(result.is_null() & column.is_not_null()).str.strip_chars()
     wrong = lost.filter(~lost.is_in(NULL_TEXTS))
     if wrong.len():
@@ -331,7 +335,7 @@ def _to_number(column: pl.Series) -> pl.Series | None:
 
 
 def to_date(column: pl.Series) -> pl.Series | None:
-    """The column as Date, null for a text that is none (YYYY-MM-DD, YYYYMMDD); None where its type holds no dates."""
+    """The column as Date, null for text other than YYYY-MM-DD or YYYYMMDD; None where its type holds no dates."""
     if column.dtype == pl.Date:
         return column
     if isinstance(column.dtype, pl.Datetime):

@@ -1,10 +1,10 @@
 """A market in the J-Quants columns whose Bayes-optimal score is known.
 
 Returns are simple and built per session: O_t = C_{t-1} (1 + overnight_t), C_t = O_t (1 + intraday_t), where
-intraday_{t+1} = mu_t + noise and mu_t is fixed by what is public at the close of t. All noise has mean zero and the
-overnight return is noise alone, so E[O_{t+2} / O_{t+1} - 1 | close of t] = mu_t: that is `truth`.
+intraday_{t+1} = mu_t + noise. Only what is public at the close of t decides mu_t. All noise has mean zero, and the
+overnight return is noise alone. So E[O_{t+2} / O_{t+1} - 1 | close of t] = mu_t: that is `truth`.
 
-Every session draws from its own stream, keyed by (seed, kind, session), so a longer market begins with the shorter one.
+Every session draws from its own stream, keyed by (seed, kind, session). So a longer market begins with the shorter one.
 """
 
 from __future__ import annotations
@@ -63,16 +63,18 @@ HARD_WEIGHTS: dict[str, float] = {
 }  # fmt: skip
 """Weights of the terms, each of about unit variance."""
 SIMPLE_STD, HARD_STD = 1.17, 1.0
-"""Measured standard deviation of the weighted sum (weights of unit norm): dividing by it makes both equally strong."""
+"""Measured standard deviation of the weighted sum, for weights of unit norm. Dividing by it makes both markets equally
+strong."""
 
 REGIME_SCALE = (0.8, 1.7)
 REGIME_LEAVE = (1 / 80, 1 / 40)
 MARKET_VOL_SPLIT = 0.0085
-"""Trailing 20-session std of the index return that parts the regimes of the hard market's regime term."""
+"""Trailing 20-session std of the index return: below it, the hard market's regime term takes the market as calm."""
 PEER_SLOPE = 0.4
-"""Measured slope of the peers' mean return on the stock's own: without it the own return would tell half of theirs."""
+"""Measured slope of the peers' mean return on the stock's own. It is subtracted, since otherwise the stock's own return
+would carry half of the peers' signal."""
 TAIL_FREEDOM = 5.0
-"""Degrees of freedom of daily returns' Student t: between the 3 to 4 of single stocks and the 6 of indices."""
+"""Degrees of freedom of the Student t that daily returns follow: single stocks have 3 to 4, indices about 6."""
 STATEMENT_HALF_LIFE_SESSIONS = 15.0
 WARMUP_QUARTERS = 9
 WARMUP_WEEKS = 65
@@ -86,14 +88,14 @@ class SyntheticMarket:
     tables: dict[str, pl.DataFrame]
     """The five raw tables by name, as a J-Quants download has them."""
     truth: pl.DataFrame
-    """Date, Code, expected_target_1d: E[O_{t+2}/O_{t+1} - 1] given the close of t, of common stocks that traded."""
+    """Date, Code, expected_target_1d: E[O_{t+2}/O_{t+1} - 1] given the close of t, for common stocks that traded."""
     groups: pl.DataFrame
     """Code, group: the true peers, which share a return factor that no table names."""
 
 
 @dataclass(frozen=True)
 class _Stocks:
-    """What does not change, one entry per stock."""
+    """Properties of each stock that do not change over time, one entry per stock."""
 
     codes: list[str]
     sector: NDArray[np.int64]
@@ -113,7 +115,7 @@ class _Stocks:
 
 @dataclass
 class _Days:
-    """Columns of the prices table under construction, one [N] array per session each."""
+    """Columns of the prices table under construction: each is a list of one [N] array per session."""
 
     columns: dict[str, list[Array]] = field(default_factory=dict)
 
@@ -139,7 +141,7 @@ def write_market(
     strength: float = 1.0,
     tail_freedom: float = TAIL_FREEDOM,
 ) -> dict[str, Any]:
-    """Write the five raw tables and truth.parquet into `out_dir`; returns rows per table and the market's arguments."""
+    """Writes the five raw tables and truth.parquet into `out_dir`; returns row counts and the market's arguments."""
     arguments: dict[str, Any] = {
         "stocks": stocks, "sessions": sessions, "seed": seed, "hard": hard, "strength": strength,
         "tail_freedom": tail_freedom,
@@ -151,7 +153,7 @@ def write_market(
 
 
 def write_tables(market: SyntheticMarket, out_dir: Path) -> None:
-    """Writes each table of `market` as a file of `out_dir`, whole or not at all; other files there stay."""
+    """Writes each table of `market` as a file of `out_dir`, whole or not at all; leaves other files alone."""
     out_dir.mkdir(parents=True, exist_ok=True)
     for name, table in {**market.tables, "truth": market.truth}.items():
         with replacing(out_dir / f"{name}.parquet") as temporary:
@@ -168,12 +170,12 @@ def generate_market(
     tail_freedom: float = TAIL_FREEDOM,
     first_session: dt.date = FIRST_SESSION,
 ) -> SyntheticMarket:
-    """The market in memory, decided by its arguments alone.
+    """Generates the market in memory; its arguments alone decide every value.
 
-    `hard` adds a term that only a stock's peers carry, a product of two signals, and a term whose sign follows the
-    market's volatility regime, at the same overall strength. `strength` multiplies the expected returns: the truth has
-    a daily IC of about 0.11 times it, and at 0 there is nothing to learn. `tail_freedom`: degrees of freedom of the
-    returns' Student t.
+    `hard` adds three terms at the same overall strength: one that only a stock's peers carry, a product of two signals,
+    and one whose sign follows the market's volatility regime. `strength` multiplies the expected returns: the
+    daily IC of the truth is about 0.11 times it, and at 0 there is nothing to learn. `tail_freedom`: degrees of freedom
+    of the returns' Student t.
 
     Raises: InputError for fewer than 4 or too many stocks, fewer than 2 or too many sessions, a negative seed or
     strength, and for tails without a variance.
@@ -262,7 +264,10 @@ def _simulate(
     strength: float,
     tail_freedom: float,
 ) -> tuple[pl.DataFrame, pl.DataFrame, dict[str, Array]]:
-    """Prices table, truth and the index; `surprise` [T, N] is what statements known at the close of t tell."""
+    """Prices table, truth and index.
+
+    `surprise`: [T, N], the signal of the statements that are public at the close of t.
+    """
     N, T = len(listed.codes), len(days)
     table, truths = _Days(), []
     close, cumulative = listed.price.copy(), np.ones(N)  # close is on the first session's share base
@@ -322,7 +327,7 @@ def _simulate(
 
 @dataclass(frozen=True)
 class _Shocks:
-    """Mean-zero returns of one session: market (overnight, intraday) and, of each stock, everything together [N]."""
+    """Mean-zero returns of one session: the market's (overnight, intraday), and each stock's sum of all factors [N]."""
 
     market: tuple[float, float]
     overnight: Array
@@ -336,8 +341,8 @@ class _Shocks:
             market = 0.01 * scale * market_std * _heavy(rng, 1, freedom)[0]
             sector = 0.01 * scale * sector_std * _heavy(rng, len(SECTORS), freedom)[listed.sector]
             group = 0.01 * scale * group_std * _heavy(rng, len(listed.codes), freedom)[listed.group]
-            own = 0.01 * scale * own_std * listed.vol * _heavy(rng, len(listed.codes), freedom)
-            legs.append((market, listed.beta * market + sector + group + own))
+            idiosyncratic = 0.01 * scale * own_std * listed.vol * _heavy(rng, len(listed.codes), freedom)
+            legs.append((market, listed.beta * market + sector + group + idiosyncratic))
         return _Shocks((legs[0][0], legs[1][0]), legs[0][1], legs[1][1])
 
 
@@ -365,7 +370,7 @@ class _Signals:
         self.volume_shock = volume_shock
 
     def combine(self, surprise: Array, hard: bool) -> Array:
-        """mu in units of its own standard deviation."""
+        """mu, in units of its own standard deviation."""
         weights = HARD_WEIGHTS if hard else SIMPLE_WEIGHTS
         norm = (HARD_STD if hard else SIMPLE_STD) * np.sqrt(sum(w * w for w in weights.values()))
         terms = self.terms(surprise)
@@ -390,7 +395,10 @@ class _Signals:
 
 
 def _volume_shock(state: Array, ret: Array, vol: Array, rng: np.random.Generator) -> tuple[Array, Array]:
-    """Log turnover against its level, higher on days of large moves, and the persistent part that carries over."""
+    """Log turnover relative to its level, and its persistent component, which the next session continues.
+
+    Turnover is higher on days of large moves.
+    """
     state = 0.7 * state + 0.2 * rng.standard_normal(len(ret))
     move = np.minimum(np.abs(ret) / (0.018 * vol), 4.0)
     return state + 0.35 * (move - 0.75) + 0.25 * rng.standard_normal(len(ret)), state
@@ -399,7 +407,7 @@ def _volume_shock(state: Array, ret: Array, vol: Array, rng: np.random.Generator
 def _corporate_action(price: Array, rng: np.random.Generator, *, tradable: NDArray[np.bool_]) -> Array:
     """AdjustmentFactor of the session: splits of expensive stocks, consolidations of cheap ones, else 1.
 
-    Only stocks that trade every session have them: an ex-date without a row would lose the factor.
+    Only stocks that trade every session have such actions: on an ex-date without a row the factor would be lost.
     """
     draw, choice = rng.random(len(price)), rng.integers(0, 3, len(price))
     split = tradable & (price > 1500) & (draw < 6e-4)
@@ -410,7 +418,10 @@ def _corporate_action(price: Array, rng: np.random.Generator, *, tradable: NDArr
 
 
 def _tick(price: Array) -> Array:
-    """Rounded to the exchange's tick: 1 yen to 3,000, 5 to 5,000, 10 above; finer under 300, where 1 yen is much."""
+    """Rounds to the exchange's tick: 1 yen up to 3,000, 5 up to 5,000, 10 above.
+
+    Under 300 the tick is 0.1, because 1 yen would be a large move there.
+    """
     tick = np.select([price < 300, price < 3000, price < 5000], [0.1, 1.0, 5.0], 10.0)
     return np.maximum(np.round(np.round(price / tick) * tick, 1), tick)
 
@@ -421,7 +432,7 @@ def _index_table(market: dict[str, Array], days: NDArray[np.datetime64]) -> pl.D
 
 
 def _fund_prices(index: pl.DataFrame, prices: pl.DataFrame, share: str, seed: int) -> pl.DataFrame:
-    """What a stock universe must leave out: funds that track the index, and a preferred share of one stock."""
+    """Prices that a universe of common stocks must leave out: index funds, and a preferred share of one stock."""
     funds = []
     for i, code in enumerate(_fund_codes()):
         scale = _rng(seed, _STATIC, 1 + i).uniform(1.0, 3.0)
@@ -441,7 +452,7 @@ def _fund_codes() -> list[str]:
 
 
 def _listed_table(listed: _Stocks, days: NDArray[np.datetime64]) -> pl.DataFrame:
-    """Snapshots on each month's first session and on every day of a listing, of what is listed then."""
+    """Snapshots of the listed securities, on each month's first session and on every day of a new listing."""
     months = days.astype("datetime64[M]")
     monthly = [t for t in range(len(days)) if t == 0 or months[t] != months[t - 1]]
     listings = [int(t) for t in listed.first if t < len(days)]
@@ -492,7 +503,7 @@ def _flows(days: NDArray[np.datetime64], index_close: Array, seed: int) -> pl.Da
 
 
 def _week_of_section(total: float, appetite: float, rng: np.random.Generator) -> dict[str, float]:
-    """Sales, purchases, total and balance of each type; foreigners lean with `appetite`, individuals against it."""
+    """Sales, purchases, total and balance of each type; foreigners buy with `appetite`, individuals against it."""
     volumes: dict[str, tuple[float, float]] = {}
     for name, share in INVESTOR_SHARES.items():
         amount = total * 0.9 * share * np.exp(0.1 * rng.standard_normal())
@@ -500,11 +511,11 @@ def _week_of_section(total: float, appetite: float, rng: np.random.Generator) ->
         balance = amount * float(np.clip(lean, -0.9, 0.9))
         volumes[name] = ((amount - balance) / 2, (amount + balance) / 2)
     brokered = tuple(sum(side[i] for side in volumes.values()) for i in (0, 1))
-    # Someone buys whatever is sold: the exchange members' own account is the other side.
-    own = total * 0.1
+    # Every sale has a buyer: the exchange members' own account takes the other side.
+    proprietary = total * 0.1
     gap = brokered[0] - brokered[1]
     volumes["Brokerage"] = (brokered[0], brokered[1])
-    volumes["Proprietary"] = ((own + max(-gap, 0)), (own + max(gap, 0)))
+    volumes["Proprietary"] = ((proprietary + max(-gap, 0)), (proprietary + max(gap, 0)))
     volumes["Total"] = (brokered[0] + volumes["Proprietary"][0], brokered[1] + volumes["Proprietary"][1])
     return {
         f"{name}{column}": float(np.round(value))
@@ -526,9 +537,10 @@ STATEMENT_FIGURES = (
 
 
 def _statements(listed: _Stocks, days: NDArray[np.datetime64], seed: int) -> tuple[pl.DataFrame, Array]:
-    """Quarterly disclosures as strings, and [T, N] of their surprise as known at each close, halving every 15 sessions.
+    """Quarterly disclosures as strings, and their surprise [T, N] as known at each close.
 
-    Figures accumulate within the fiscal year. Year-on-year growth of Profit is 5 % + 25 % of the surprise.
+    The surprise halves every 15 sessions. Figures accumulate within the fiscal year. Profit grows by 5 % + 25 % of the
+    surprise from year to year.
     """
     N, T = len(listed.codes), len(days)
     quarter = days[0].item().year * 4 + (days[0].item().month - 1) // 3 - WARMUP_QUARTERS
@@ -549,9 +561,9 @@ def _statements(listed: _Stocks, days: NDArray[np.datetime64], seed: int) -> tup
             day = _next_weekday(_quarter_end(quarter) + dt.timedelta(days=int(lag[i])))
             time = ("15:00:00", "15:00:00", "15:00:00", "15:30:00", "16:00:00", "15:15:00", "15:40:00", "11:30:00",
                     "13:00:00", "14:00:00")[hour[i]]  # fmt: skip
-            known = _known_from(day, time, days)
-            if known < T:
-                surprise[known:, i] = news[i] * 0.5 ** (age[: T - known] / STATEMENT_HALF_LIFE_SESSIONS)
+            first_close = _known_from(day, time, days)
+            if first_close < T:
+                surprise[first_close:, i] = news[i] * 0.5 ** (age[: T - first_close] / STATEMENT_HALF_LIFE_SESSIONS)
             if day <= days[-1].item():
                 figures = _figures(profit[i], base[i], listed.margin[i], int(period[i]), jitter[:, i])
                 rows.append(_document(code, day, time, quarter, int(period[i]), figures))
@@ -560,7 +572,7 @@ def _statements(listed: _Stocks, days: NDArray[np.datetime64], seed: int) -> tup
 
 
 def _known_from(day: dt.date, time: str, days: NDArray[np.datetime64]) -> int:
-    """First session at whose close the disclosure is public; before the first session counts as the first."""
+    """First session at whose close the disclosure is public; 0 for a disclosure before the first session."""
     t = int(np.searchsorted(days, np.datetime64(day)))
     if t < len(days) and days[t] == np.datetime64(day):
         return t if dt.time.fromisoformat(time) < calendar.close_time("tokyo", day) else t + 1
@@ -576,7 +588,7 @@ def _figures(profit: float, base: float, margin: float, period: int, jitter: Arr
     prefix = "Forecast" if period else "NextYearForecast"
     equity = abs(base) * year * 11 * (1 + 0.02 * jitter[3])
     forecast = {f"{prefix}{name}": value * growth for name, value in actual.items()}
-    # Operating figures and leverage are not the bottom line times a constant: features would copy each other.
+    # Operating figures and leverage vary by themselves: as multiples of the profit, features would copy each other.
     forecast[f"{prefix}OperatingProfit"] *= 1 + 0.04 * jitter[4]
     return actual | {"TotalAssets": equity * (1.6 + 10 * margin), "Equity": equity} | forecast
 

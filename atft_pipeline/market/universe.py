@@ -1,8 +1,8 @@
 """Adjusted prices on the exchange's sessions: which rows are investable, which are quarantined, and why.
 
-Everything of session t is decided from what was public at its close: prices and factors up to t, and `listed` as of t
-(back-filled, and flagged so, where no snapshot precedes). The one exception is marked `mask_target`: a jump that comes
-back later nulls forward returns at the bad row and touches no price, flag or membership.
+Every decision on session t uses only what was public at its close: prices and factors up to t, and `listed` as of t.
+Where no snapshot precedes, a later one is used, and the row is flagged as back-filled. There is one other exception,
+`mask_target`: a jump that reverts later nulls forward returns at the bad row and changes no price, flag or membership.
 
 Adjustment is forward: P~_t = P_t / prod_{s<=t} AdjustmentFactor_s, V~_t = V_t * prod_{s<=t} AdjustmentFactor_s.
 """
@@ -43,24 +43,24 @@ RAW_QUOTES = (*QUOTES, "AdjustmentFactor")
 
 @dataclass(frozen=True)
 class UniverseState:
-    """State after a session: with it, later sessions continue as if all had been passed at once."""
+    """State after a session: from it, later sessions continue as if all had been passed at once."""
 
     sessions: Days
     """All sessions so far."""
     codes: tuple[str, ...]
-    """Every code seen, ascending, whether kept or dropped."""
+    """Every code so far, kept or dropped, ascending."""
     stocks: StockState
     turnover: Matrix
-    """[S, N] of the last sessions, one fewer than the window of its median."""
+    """[S, N] turnover of the last S sessions; S is the window of the median minus one."""
     factors_stated: bool
-    """Whether anybody has stated an AdjustmentFactor."""
+    """Whether any row so far has a stated AdjustmentFactor."""
 
     @staticmethod
     def empty() -> UniverseState:
         return UniverseState(np.empty(0, "datetime64[D]"), (), StockState.of(0), np.empty((0, 0)), False)
 
     def of_codes(self, codes: Sequence[str]) -> UniverseState:
-        """The same for `codes`, which contain those seen."""
+        """Widens the state to `codes`, which contain its own."""
         turnover = np.full((len(self.turnover), len(codes)), np.nan)
         turnover[:, np.isin(codes, self.codes)] = self.turnover
         stocks = self.stocks.aligned(self.codes, codes)
@@ -70,15 +70,15 @@ class UniverseState:
 @dataclass(frozen=True)
 class PricesResult:
     panel: PricePanel
-    """Of the sessions passed now, and of the stocks that have ever traded."""
+    """Cells of the sessions of this pass and of the stocks that have ever traded."""
     quarantine: pl.DataFrame
-    """rule, decision, Date, Code, detail, known_from; one row per hit, per code where the whole code is dropped.
-    known_from is the session at whose close it was decided: after Date where only a later session shows the fault."""
+    """rule, decision, Date, Code, detail, known_from; one row per hit, or per code where the whole code is dropped.
+    known_from: the session at whose close it was decided, after Date where only a later session shows the fault."""
     state: UniverseState
 
     @cached_property
     def prices(self) -> pl.DataFrame:
-        """The panel as the long table, sorted by Date, Code."""
+        """The panel as a long table, sorted by Date and Code."""
         return self.panel.frame()
 
     @cached_property
@@ -102,14 +102,14 @@ def build_prices(
     before: UniverseState | None = None,
     until: dt.date | None = None,
 ) -> PricesResult:
-    """The universe of `tables` (prices, listed, index as `Source.read` gives them).
+    """Builds adjusted prices and universe from `tables`: prices, listed and index as `Source.read` gives them.
 
     Investable at t: common stock, at least `min_history_sessions` traded sessions up to t, last traded close at or
     above the market's price floor, traded within 5 sessions. Liquid: investable, and the median turnover of the
-    trailing 20 sessions at or above the market's floor, untraded sessions left out and two thirds of them needed.
+    trailing 20 sessions at or above the market's floor; the median leaves out untraded sessions and needs two thirds.
 
-    With `before`, the prices are those after its last session, and its state is continued. `until`: the last day whose
-    sessions count, by default the last one of prices or index: the index has sessions in which no stock traded.
+    before: state to continue; the prices are then those after its last session. until: the last day whose sessions
+    count, by default the last day of prices or index, since the index may have sessions without a trade.
 
     Raises: InputError when fewer than two common stocks trade.
     """
@@ -134,8 +134,8 @@ def build_prices(
         price_floor=facts.price_floor,
         min_history_sessions=config.min_history_sessions,
     )
-    known = np.concatenate([before.sessions, sessions])
-    quarantine = pl.concat([closed, *quarantine_rows(hits, known, len(before.sessions), codes, listed)])
+    all_sessions = np.concatenate([before.sessions, sessions])
+    quarantine = pl.concat([closed, *quarantine_rows(hits, all_sessions, len(before.sessions), codes, listed)])
     traded = state.stocks.history > 0
     _require_stocks(np.array(codes)[traded], quarantine)
     turnover = np.concatenate([state.turnover, raw["TurnoverValue"]])
@@ -144,7 +144,7 @@ def build_prices(
         _panel(sessions, codes, raw, passed, is_liquid, listed, traded),
         quarantine.sort("Date", "Code", "rule"),
         UniverseState(
-            sessions=known,
+            sessions=all_sessions,
             codes=tuple(codes),
             stocks=state.stocks,
             turnover=turnover[len(turnover) - min(len(turnover), facts.turnover_window_sessions - 1) :].copy(),
@@ -154,7 +154,7 @@ def build_prices(
 
 
 def last_day(prices: pl.DataFrame, index: pl.DataFrame) -> dt.date:
-    """The last day of either."""
+    """The last day of both tables together."""
     days = pl.concat([prices["Date"], index["Date"]]).max()
     assert isinstance(days, dt.date)
     return days
@@ -182,7 +182,7 @@ def _panel(
     listed: Listed,
     traded: NDArray[np.bool_],
 ) -> PricePanel:
-    """The panel of the stocks that have ever traded: funds and unlisted codes take no columns."""
+    """The panel of the stocks that have ever traded; funds and unlisted codes get no columns."""
 
     columns = np.flatnonzero(traded)
 
@@ -211,22 +211,22 @@ def _panel(
 def _on_exchange_days(
     prices: pl.DataFrame, market: str, before: Days, until: dt.date
 ) -> tuple[Days, NDArray[np.int64], pl.DataFrame]:
-    """Sessions, the session of each row (−1 on a closed day), and a hit per closed day on which there are rows.
+    """Sessions, the session of each row (−1 on a closed day), and a hit per closed day that has rows.
 
-    A session is a day on which anything traded, or one that the exchange's calendar knows, whether or not there are
-    rows: in Tokyo on 2020-10-01 nothing traded. Where the calendar's rules do not reach, the days with a trade are.
+    A session is a day with a trade, or a session of the exchange's calendar, with or without rows: in Tokyo nothing
+    traded on 2020-10-01. Outside the calendar's range only days with a trade are sessions.
 
-    Raises: InputError where something traded on a day that the calendar knows to be closed: it is another market's.
+    Raises: InputError where something traded on a day that the calendar calls closed: the data are another market's.
     """
     volume = pl.col("Volume")
     priced = pl.any_horizontal(pl.col("Open", "High", "Low", "Close").is_finite().fill_null(value=False))
     by_day = prices.group_by("Date").agg(rows=pl.len(), traded=volume.ne(0).fill_null(priced).any()).sort("Date")
     days = day_array(by_day["Date"])
     first = before[-1] + 1 if len(before) else days[0]
-    known = calendar.known_sessions(market, first, until)
+    calendar_sessions = calendar.known_sessions(market, first, until)
     traded = days[by_day["traded"].to_numpy()]
     calendar.require_sessions(market, traded)
-    sessions = np.union1d(traded, known)
+    sessions = np.union1d(traded, calendar_sessions)
     row = np.searchsorted(sessions, days)
     is_session = np.isin(days, sessions)
     closed = by_day.filter(~pl.Series(is_session)).with_columns(Code=pl.lit(""), known_from=pl.col("Date"))

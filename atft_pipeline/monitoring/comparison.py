@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from atft_pipeline.errors import InputError
-from atft_pipeline.runs.reader import Record, open_record
+from atft_pipeline.inspection.reader import Record, open_record
 from atft_pipeline.runs.state import has_crashed
 from atft_pipeline.verdict.milestones import (
     MAX_DEGENERACY_RESETS,

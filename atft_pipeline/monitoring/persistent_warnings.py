@@ -15,8 +15,8 @@ from atft_pipeline.diagnostics.gather import recorded
 from atft_pipeline.diagnostics.rule import Finding, assess
 from atft_pipeline.diagnostics.rule_table import RULES
 from atft_pipeline.errors import InputError
+from atft_pipeline.inspection.reader import open_record, part_epoch
 from atft_pipeline.runs.header import read_run
-from atft_pipeline.runs.reader import open_record, part_epoch
 from atft_pipeline.runs.tables import TABLES
 
 PERSISTENT_EPOCHS = 3

@@ -1,1 +1,1 @@
-"""Files written whole or not at all, artifacts with a manifest, and the hash of the code that made them."""
+"""Files that are written whole or not at all, artifacts with a manifest, and the hash of the code that made them."""

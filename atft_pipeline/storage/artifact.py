@@ -1,7 +1,7 @@
-"""An artifact on disk: parquet file or folder of partitions, with a manifest beside it that is written last.
+"""An artifact on disk: a parquet file or a folder of partitions, with a manifest beside it that is written last.
 
 `PATH` is a parquet file, or a folder of one partition per month; beside it lies `PATH.manifest.json`. Data without a
-manifest are no artifact. The training path reads through this module, so it needs pyarrow and nothing else.
+manifest are no artifact. Training reads through this module, so the module needs pyarrow and nothing else.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ def manifest_path(path: Path) -> Path:
 
 
 def sha256_of(value: Any) -> str:
-    """Hash of a JSON value that does not depend on key order. Raises TypeError for what JSON cannot hold."""
+    """Hash of a JSON value, the same for any key order. Raises TypeError or ValueError for what JSON cannot hold."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 class Manifest(dict[str, Any]):
-    """A manifest as read from `file`; reading an entry that it lacks raises an InputError that names the entry."""
+    """A manifest as read from `file`; reading a missing entry raises an InputError that names the entry."""
 
     def __init__(self, entries: dict[str, Any], file: Path, path: Path) -> None:
         super().__init__(entries)
@@ -74,9 +74,9 @@ def read_manifest(path: Path, kind: str | None = None) -> Manifest:
 def require_replaceable(path: Path, kind: str, sidecars: Sequence[str] = ()) -> None:
     """Refuses an output that would replace something else: a source table, another artifact, a folder of files.
 
-    sidecars: names of what is written beside it, as `PATH.<name>`.
+    sidecars: names of what is written beside the artifact, as `PATH.<name>`.
 
-    Raises: InputError when something lies at `path` and has no manifest of `kind`, or beside it without an artifact.
+    Raises: InputError when `path` exists and has no manifest of `kind`, or when a sidecar exists without an artifact.
     """
     data = resolved(path)
     if not data.exists():
@@ -100,9 +100,9 @@ def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
 
 @contextmanager
 def replacing_artifact(path: Path) -> Iterator[Path]:
-    """`atomic.replacing` for the data of an artifact, file or folder; the earlier manifest goes with its data.
+    """`atomic.replacing` for the data of an artifact, file or folder; the earlier manifest is deleted with its data.
 
-    Without its manifest an artifact does not exist: no kill in between pairs new data with an old one.
+    Without its manifest an artifact does not exist, so no kill can pair new data with an old manifest.
     """
     data = resolved(path)
     with replacing(data) as temporary:
@@ -115,7 +115,7 @@ def replacing_artifact(path: Path) -> Iterator[Path]:
 def read_artifact(path: Path, columns: Sequence[str] | None = None, period: Period | None = None) -> pa.Table:
     """Rows of the artifact at `path` (a file, or a folder of partitions in name order), with `columns` in that order.
 
-    With `period`, only the rows of its days; row groups without such days are skipped.
+    With `period`, it reads only the rows of these days and skips row groups without any.
 
     Raises: InputError when it is missing, not parquet, or lacks a column.
     """
@@ -133,8 +133,8 @@ def read_artifact(path: Path, columns: Sequence[str] | None = None, period: Peri
 
 def write_partition(path: Path, table: pa.Table) -> None:
     """Writes rows to one parquet file."""
-    # Floats are close to incompressible, so dictionaries only cost time; Date and Code shrink a lot. zstd saves 8 % of
-    # lz4's size at three times its time.
+    # Floats hardly compress, so a dictionary only costs time for them; Date and Code compress well. zstd saves 8 % of
+    # lz4's size and takes three times as long.
     pq.write_table(table, path, compression="lz4", use_dictionary=_repetitive(table))
 
 
@@ -143,7 +143,7 @@ def _repetitive(table: pa.Table) -> list[str]:
 
 
 def read_partition(file: Path, columns: list[str] | None = None, period: Period | None = None) -> pa.Table:
-    """Rows of one parquet file, of a period's days. Raises: InputError when it is not readable or lacks a column."""
+    """Rows of one parquet file, all or those of `period`. Raises: InputError if it is unreadable or lacks a column."""
     with readable(file), pq.ParquetFile(file) as parquet:
         missing = sorted(set(columns or ()) - set(parquet.schema_arrow.names))
         if missing:
@@ -158,7 +158,7 @@ def read_partition(file: Path, columns: list[str] | None = None, period: Period 
 
 @contextmanager
 def readable(file: Path) -> Iterator[None]:
-    """Turns what pyarrow raises inside the block, at the footer or at any page, into an InputError about `file`."""
+    """Turns errors that pyarrow raises in the block, at the footer or at any page, into an InputError about `file`."""
     try:
         yield
     except (pa.ArrowInvalid, OSError) as error:

@@ -1,4 +1,4 @@
-"""Atomic replacement of files and folders: readers see the old one or the new one, never a half."""
+"""Atomic replacement of files and folders: readers see the old one or the new one, never a half-written one."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from atft_pipeline.errors import InputError
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` to write a file or folder to; takes `path`'s place when the block ends well.
+    """Gives a temporary name beside `path` for a file or folder, which replaces `path` when the block ends well.
 
-    On an exception, an interrupt included, what was written is removed and `path` stays as it was. A file is replaced
-    in one step; a folder in two, and a kill between them leaves the earlier one under the temporary name.
+    After an exception, interrupts included, the temporary data are removed and `path` stays as it was. A file is
+    replaced in one step. A folder takes two steps; a kill between them leaves the earlier one under the temporary name.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     written = scratch / path.name
     try:
         yield written
-        written.lstat()  # nothing was written: fail before the earlier one is moved
+        written.lstat()  # raises if nothing was written, before the earlier one is moved
         if path.is_dir() and not path.is_symlink():
             path.rename(scratch / "replaced")
         written.replace(path)
@@ -39,9 +39,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def remove_remnants(folder: Path, names: str = "*") -> None:
-    """Removes what killed writers of files in `folder` whose names match `names` left under their temporary names.
+    """Removes temporary data that killed writers left in `folder`, for files whose names match `names`.
 
-    Call it only where no other process writes.
+    Call it only while no other process writes there.
     """
     for scratch in folder.glob(f".{names}.*"):
         if scratch.is_dir():
@@ -52,12 +52,12 @@ def link(file: Path, to: Path) -> None:
     """Gives `file` a second name, without a copy where the file system can."""
     try:
         to.hardlink_to(file)
-    except OSError:  # another file system, or one without hard links
+    except OSError:  # on another file system, or on one without hard links
         shutil.copy2(file, to)
 
 
 def write_json(path: Path, content: Any) -> None:
-    """`content` as JSON at `path`, atomically. NaN is refused: it is not JSON, and a missing number is null."""
+    """Writes `content` as JSON to `path`, atomically. NaN is refused: it is not JSON, and a missing number is null."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
@@ -69,7 +69,7 @@ def relink(link: Path, target: Path) -> None:
 
 
 def save_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
-    """Arrays and texts by name as one file, written without pickling."""
+    """Writes arrays and texts by name to one file, without pickling."""
     named: dict[str, Any] = {name: np.asarray(value) for name, value in arrays.items()}
     np.savez(path, **named)
 

@@ -1,7 +1,8 @@
 """Which code decides a result: a hash of the packages that compute it.
 
-A dataset continued, or a run resumed, by other code would mix two definitions. A word fixed in a report, a dashboard or
-a command decides nothing, so the packages `diagnostics`, `monitoring`, `ensemble` and `cli` count for neither.
+A dataset that other code continues, or a run that other code resumes, would mix two definitions. A word fixed in a
+report, a dashboard or a command decides nothing, so `inspection`, `diagnostics`, `monitoring`, `ensemble` and `cli` are
+not hashed.
 """
 
 from __future__ import annotations
@@ -16,23 +17,24 @@ Result = Literal["dataset", "run"]
 
 PACKAGES: dict[Result, tuple[str, ...]] = {
     "dataset": ("market", "features", "dataset"),
-    "run": ("config", "storage", "dataset", "graph", "batches", "model", "evaluation", "runs", "verdict", "training"),
+    "run": ("dataset", "graph", "batches", "model", "evaluation", "runs", "verdict", "training"),
 }
 """Packages that decide the values of prices and dataset, and those that decide a run on a given dataset and graph.
 
-Configuration is part of both keys by its values, so a new field of training leaves the datasets as they are. A run
-depends on the data layer through the fingerprint of its dataset.
+Configuration enters both keys by its values, so a reworded refusal in `config` changes neither, and a new field of
+training leaves the datasets valid. How `storage` writes a file changes nothing in it. A run depends on the data layer
+through the fingerprint of its dataset.
 """
 
 LIBRARIES: dict[Result, tuple[str, ...]] = {"dataset": ("numpy", "numba", "polars", "exchange_calendars"), "run": ()}
-"""Libraries whose versions decide a result. A run keeps those of its own in run.json and goes on with others."""
+"""Libraries whose versions decide a result. A run records its versions in run.json and may be resumed with others."""
 
 
 @cache
 def code_revision(result: Result, library: Path = Path(__file__).parents[1]) -> str:
-    """Hash of what decides `result`, 16 hex digits: what ran, also where there is no git.
+    """Hash of the code that decides `result`, 16 hex digits; it needs no git.
 
-    Read once per process: files edited later are not the code that this process runs.
+    It is computed once per process, because this process does not run files that are edited later.
     """
     digest = hashlib.sha256()
     for package in PACKAGES[result]:

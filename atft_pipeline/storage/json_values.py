@@ -1,4 +1,4 @@
-"""Values as JSON can hold them: it has no NaN and no infinity."""
+"""Values that JSON can hold: it has no NaN and no infinity."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def finite_or_none(value: float | None) -> float | None:
 
 
 def plain_json(value: Any) -> Any:
-    """`value` with every number that is not finite as None, recursively: JSON has no NaN."""
+    """`value` with every non-finite number replaced by None, recursively."""
     if isinstance(value, Mapping):
         return {str(key): plain_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

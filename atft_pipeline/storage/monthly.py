@@ -1,8 +1,8 @@
 """Artifacts of one partition per month: unchanged months are kept, changed months are written again.
 
-An artifact at PATH is a folder of `YYYY-MM.parquet`; further folders beside it, `PATH.<name>/`, hold one file per month
-too. A new version is written under temporary names, takes unchanged months over as hard links, and replaces the old one
-only when it is whole; its manifest comes last.
+An artifact at PATH is a folder of `YYYY-MM.parquet`; further folders beside it, `PATH.<name>/`, also hold one file per
+month. A new version is written under temporary names, hard-links the unchanged months, and replaces the old version
+only when it is whole. Its manifest comes last.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ def sessions_by_month(sessions: Days) -> dict[str, slice]:
 
 
 def spans(months: Mapping[str, slice], first: str, sessions_at_a_time: int) -> Iterator[list[str]]:
-    """Consecutive months from `first` on, in spans of about `sessions_at_a_time` sessions, one month at least.
+    """Consecutive months from `first` on, in spans of about `sessions_at_a_time` sessions, at least one month each.
 
-    The last month is a span of its own: the next session continues from the state before it.
+    The last month is a span of its own, because the next update continues from the state before it.
     """
     names = [month for month in months if month >= first]
     span: list[str] = []
@@ -62,20 +62,20 @@ def partition_path(folder: Path, month: str, suffix: str = "parquet") -> Path:
 
 
 def beside(path: Path, name: str) -> Path:
-    """The further folder or file `name` of the artifact at `path`; the artifact itself where there is no name."""
+    """The further folder or file `name` of the artifact at `path`; the artifact itself if `name` is empty."""
     data = resolved(path)
     return data.with_name(f"{data.name}.{name}") if name else data
 
 
 @dataclass(frozen=True)
 class PartitionWriter:
-    """Temporary folders of a new version, by name; the artifact's own is ''."""
+    """Temporary folders of a new version, by name; the name of the artifact's own folder is ''."""
 
     folders: Mapping[str, Path]
     previous: Mapping[str, Path]
 
     def take_over(self, month: str, *, but: Sequence[str] = ()) -> None:
-        """The month's files of the previous version, except those in the folders `but`."""
+        """Links the month's files of the previous version, except those in the folders `but`."""
         for name, folder in self.folders.items():
             for file in self.previous[name].glob(f"{month}.*") if name not in but else ():
                 link(file, folder / file.name)
@@ -83,10 +83,10 @@ class PartitionWriter:
 
 @contextmanager
 def writing_partitions(path: Path, folders: Iterable[str], earlier: Earlier) -> Iterator[PartitionWriter]:
-    """Temporary folders that take the place of those at `path` when the block ends well; the manifest is then gone."""
+    """Temporary folders that replace those at `path` when the block ends well; the earlier manifest is then deleted."""
     data, names = resolved(path), [*folders, ""]
     with ExitStack() as stack:
-        # The artifact's own folder is entered last and so replaced first: with it goes the manifest.
+        # The artifact's own folder is entered last, so it is replaced first, and the manifest is deleted with it.
         temporary = {
             name: stack.enter_context(replacing(beside(data, name)) if name else replacing_artifact(data))
             for name in names
@@ -97,11 +97,11 @@ def writing_partitions(path: Path, folders: Iterable[str], earlier: Earlier) -> 
 
 
 def month_digests(frame: pl.DataFrame, date: str) -> dict[str, int]:
-    """By month of the column `date`: a digest of its rows, whatever their order. Digests of disjoint rows add up."""
+    """By month of column `date`, a digest of the rows in any order. Digests of disjoint rows add up."""
     if frame.is_empty():
         return {}
     names = sorted(frame.columns)
-    # A row's hash knows no names: the seed is theirs.
+    # A row's hash does not contain the column names, so the seed is made of them.
     hashes = frame.select(names).hash_rows(seed=zlib.crc32("\n".join(names).encode()))
     rows = pl.DataFrame({"month": frame[date].dt.truncate("1mo"), "digest": hashes})
     sums = rows.group_by("month").agg(pl.col("digest").sum()).sort("month")
@@ -110,16 +110,19 @@ def month_digests(frame: pl.DataFrame, date: str) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Earlier:
-    """An earlier version of a monthly artifact that can be continued; without one, empty."""
+    """An earlier version of a monthly artifact that can be continued; empty if there is none."""
 
     path: Path
     parts: Mapping[str, dict[str, Any]]
-    """By month, what its manifest says of the partition."""
+    """By month, the manifest's entry of the partition."""
     manifest: Mapping[str, Any]
 
     @staticmethod
     def of(previous: Path | None, kind: str, **same: Any) -> Earlier:
-        """The version at `previous`, where it is of this kind and its manifest has the entries `same`."""
+        """The version at `previous` if its manifest has the entries `same`, else an empty one.
+
+        Raises: InputError when the artifact at `previous` is of another kind.
+        """
         if previous is not None and manifest_path(previous).is_file() and resolved(previous).is_dir():
             manifest = read_manifest(previous, kind)
             if "inputs" in manifest and all(manifest.get(name) == value for name, value in same.items()):
@@ -129,8 +132,8 @@ class Earlier:
     def changes(self, inputs: Mapping[str, Mapping[str, Any]], state: str, folders: Sequence[str]) -> Changes:
         """What differs from this version.
 
-        inputs: by name, a digest by month. state: the folder of the states after a month. folders: those that hold a
-        file of every month; a month whose file is damaged counts as changed, by the input `damaged parts`.
+        inputs: by name, a digest by month. state: folder of the states after a month. folders: those that hold a file
+        of every month; a month with a damaged file counts as changed, under the input `damaged parts`.
         """
         first = {}
         before = self.manifest.get("inputs", inputs)
@@ -155,7 +158,7 @@ class Earlier:
 
 
 def is_whole(file: Path, rows: int | None = None) -> bool:
-    """Whether an artifact's file is there and can be opened; a table must have `rows` rows where they are given."""
+    """Whether an artifact's file exists and can be opened; with `rows`, a table must have that many rows."""
     if not file.is_file():
         return False
     if file.suffix != ".parquet":
@@ -169,15 +172,15 @@ def is_whole(file: Path, rows: int | None = None) -> bool:
 
 @dataclass(frozen=True)
 class Changes:
-    """What differs from an earlier version, and which months are kept of it."""
+    """What differs from an earlier version, and which of its months are kept."""
 
     first_by_input: Mapping[str, str]
     """The first month in which each input differs."""
     kept: Sequence[str]
-    """Earlier months that are kept: up to the newest one that has a state and comes before the first that differs."""
+    """Months that are kept: up to the newest one with a state before the first month that differs."""
 
     def record(self, months: Iterable[str]) -> dict[str, Any]:
-        """What the manifest says of it, `months` being all there are now."""
+        """The manifest's entry about the changes; `months`: all months of the new version."""
         return {
             "first_changed_month": dict(self.first_by_input),
             "months_reused": list(self.kept),
@@ -186,7 +189,7 @@ class Changes:
 
 
 def remove_artifact(path: Path) -> None:
-    """Deletes the artifact at `path` with all that lies beside it; there may be none."""
+    """Deletes the artifact at `path` and all that lies beside it; does nothing if there is none."""
     for file in _files_of(resolved(path)):
         if file.is_dir():
             shutil.rmtree(file)
@@ -195,10 +198,10 @@ def remove_artifact(path: Path) -> None:
 
 
 def move_artifact(path: Path, to: Path) -> None:
-    """Gives the artifact at `path`, with all that lies beside it, the name `to`; what was there is replaced."""
+    """Moves the artifact at `path`, with all that lies beside it, to `to`, and replaces an artifact there."""
     old, new = resolved(path), resolved(to)
     manifest_path(new).unlink(missing_ok=True)
-    # The manifest comes last: without it the others are no artifact.
+    # The manifest is moved last: without it the other files are no artifact.
     for file in sorted(_files_of(old), key=lambda file: file.suffix == ".json"):
         target = new.with_name(new.name + file.name.removeprefix(old.name))
         if target.is_dir():

@@ -1,1 +1,1 @@
-"""Faults planted into real runs, and whether the diagnosis names them."""
+"""Faults that are planted into real runs, and whether the diagnosis names them."""

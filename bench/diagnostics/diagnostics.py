@@ -1,14 +1,15 @@
 """Does the diagnosis find the cause? `python -m bench.diagnostics.diagnostics WORK_DIR [--fit] [--document FILE.md]`.
 
-Plants every fault of faults.FAULTS into real runs of the real pipeline, beside healthy ones, runs with two faults and
-faults nobody wrote a rule for, on small synthetic markets; diagnoses each from its directory, all probes made, and
-counts. A plant must bite to count as a fault: it costs expected daily IC against the same run without it (paired by
-session, more than two standard errors) or its report is provably false; otherwise the run counts as healthy. Expected:
-the generator knows each stock's expected return. Realised returns of 180 sessions hide the loss of half the IC.
+Plants every fault of faults.FAULTS into real runs of the pipeline on small synthetic markets. Among the runs are also
+healthy ones, runs with two faults, and faults without a rule. Each is diagnosed from its directory with all probes, and
+the results are counted. A plant counts as a fault only if it bites: it costs expected daily IC compared with the same
+run without it (paired by session, more than two standard errors), or its report is provably false. Otherwise the run
+counts as healthy. The IC is the expected one, from the generator's expected returns, because realised returns of 180
+sessions hide the loss of half the IC.
 
-The quoted set has markets and seeds that nothing was fitted on. `--fit` makes the other set instead, and writes what
-its runs did into `atft_pipeline/diagnostics/likelihoods.json`. Finished runs and diagnoses of the same code in WORK_DIR
-are read again. Prints one JSON line per run and the table of figures, failures included.
+The quoted set has markets and seeds on which nothing was fitted. `--fit` makes the other set instead, and writes the
+counts of its findings into `atft_pipeline/diagnostics/likelihoods.json`. Finished runs and diagnoses of the same code
+in WORK_DIR are read again. Prints one JSON line per run and the table of figures, failures included.
 """
 
 from __future__ import annotations
@@ -40,18 +41,18 @@ from bench.harness import put_between
 
 LIKELIHOODS = Path(__file__).parents[2] / "atft_pipeline" / "diagnostics" / "likelihoods.json"
 SETS = {"fit": (100, 200), "quoted": (300,)}
-"""First seeds of the markets of each set."""
+"""First seeds of each set's markets."""
 BITES = 2.0
-"""Standard errors of the paired expected daily IC."""
+"""A plant bites above this many standard errors of the paired difference in expected daily IC."""
 CONFIDENT = 0.8
 OF_THE_PLANTING = ("replay_differs", "predictions_not_of_checkpoint")
-"""Rules that see the planting and not the fault: what is patched into one process is not there when another computes
-again, while code that is really wrong is wrong again."""
+"""Rules that see the planting and not the fault: a patch in one process is missing when another one computes again,
+whereas code that is really wrong stays wrong."""
 
 
 @dataclass(frozen=True)
 class Judged:
-    """One run and what was said of it."""
+    """One run, its true causes and its diagnosis."""
 
     task: Task
     truth: tuple[str, ...]
@@ -82,7 +83,7 @@ class Judged:
 
 
 def diagnosed(folder: Path, task: Task) -> list[Finding]:
-    """Findings of a run with all probes made, in a process of clean code; stored beside it."""
+    """Findings of a run with all probes, from a process with unchanged code; they are stored in `folder`."""
     stored = folder / "findings" / f"{task.name}.json"
     if not stored.exists():
         make_run(folder, task)
@@ -92,8 +93,10 @@ def diagnosed(folder: Path, task: Task) -> list[Finding]:
 
 
 def bite(folder: Path, task: Task) -> float | None:
-    """t of what the plant costs in expected daily IC, against the same run without it; None where it has none to lose:
-    no scores, or none that differ between stocks."""
+    """t of the expected daily IC that the plant costs compared with the same run without it.
+
+    None where there is no IC: no scores, or none that differ between stocks.
+    """
     twin = twin_of(task)
     make_run(folder, twin)
     without, planted = (_expected_ic(folder, run) for run in (twin, task))
@@ -105,27 +108,30 @@ def bite(folder: Path, task: Task) -> float | None:
 
 
 def _expected_ic(folder: Path, task: Task) -> pl.DataFrame:
-    """Date, ic: what the last scores' IC is on average over the noise of returns, in every session after training:
-    covariance with the market's expected returns, over the standard deviations of scores and of realised targets."""
-    parts = sorted((folder / "runs" / task.name / "predictions").glob("epoch_*.parquet"))
-    if not parts:
+    """Date, ic: the expected IC of the last scores in every session of validation and test.
+
+    It is the covariance with the market's expected returns, over the standard deviations of scores and of realised
+    targets: the IC's mean over the noise of returns.
+    """
+    files = sorted((folder / "runs" / task.name / "predictions").glob("epoch_*.parquet"))
+    if not files:
         return pl.DataFrame(schema={"Date": pl.Date, "ic": pl.Float64})
-    scored = pl.read_parquet(parts[-1])
+    scored = pl.read_parquet(files[-1])
     expected = pl.read_parquet(folder / "markets" / task.market.name / "source" / "truth.parquet")
     score, target = pl.col("score_1d"), pl.col("target_1d")
-    known = scored.filter(pl.col("split").is_in(["validation", "test"]), score.is_finite(), target.is_finite())
+    rows = scored.filter(pl.col("split").is_in(["validation", "test"]), score.is_finite(), target.is_finite())
     ic = pl.cov(score, pl.col("expected_target_1d")) / (score.std() * target.std())
-    return known.join(expected, on=["Date", "Code"]).group_by("Date").agg(ic=ic).filter(pl.col("ic").is_finite())
+    return rows.join(expected, on=["Date", "Code"]).group_by("Date").agg(ic=ic).filter(pl.col("ic").is_finite())
 
 
 def truth_of(folder: Path, task: Task) -> tuple[tuple[str, ...], float | None]:
-    """Causes of the run that count, and the bite of what must cost something."""
+    """The run's causes that count, and the bite (t) where the plant must cost IC to count."""
     if not task.faults:
         return (), None
     if all(FAULTS[fault].only_report for fault in task.faults):
         return tuple(task.causes), None
     lost = bite(folder, task)
-    # Scores that no evaluation ranked are the largest loss there is.
+    # Without scores that can be ranked, all of the IC is lost.
     bitten = lost is None or lost > BITES
     causes = [FAULTS[fault].cause for fault in task.faults if FAULTS[fault].only_report or bitten]
     return tuple(causes), lost
@@ -156,7 +162,7 @@ def wilson(hits: int, of: int) -> tuple[float, float]:
 
 
 def figures(judged: Sequence[Judged]) -> dict[str, tuple[int, int, str]]:
-    """Name -> hits, of how many, what is demanded."""
+    """Name -> hits, number of runs, and the demanded share."""
     single = [j for j in judged if len(j.task.faults) == 1 and j.truth and j.task.faults[0] not in UNKNOWN_FAULTS]
     faulty = [j for j in judged if j.truth]
     healthy = [j for j in judged if not j.truth]
@@ -192,14 +198,14 @@ def figures(judged: Sequence[Judged]) -> dict[str, tuple[int, int, str]]:
 
 
 def calibration_error(judged: Sequence[Judged]) -> float:
-    """Expected calibration error of the first class's probability, five bins."""
+    """Expected calibration error of the first class's probability, with five bins."""
     bins: defaultdict[int, list[tuple[float, bool]]] = defaultdict(list)
     for j in judged:
         truth = set(j.truth) or {HEALTHY}
         if any(fault in UNKNOWN_FAULTS for fault in j.task.faults):
             truth = {UNKNOWN}
         bins[min(int(j.confidence * 5), 4)].append((j.confidence, j.first in truth))
-    return sum(abs(sum(c for c, _ in held) - sum(hit for _, hit in held)) for held in bins.values()) / max(
+    return sum(abs(sum(c for c, _ in members) - sum(hit for _, hit in members)) for members in bins.values()) / max(
         len(judged), 1
     )
 
@@ -215,10 +221,10 @@ def table_of(judged: Sequence[Judged]) -> str:
 
 
 def learn(judged: Sequence[Judged]) -> dict[str, dict[str, list[int]]]:
-    """Rule -> class -> [fired, assessed]; runs with two faults, without effect, or without a rule teach nothing."""
+    """Rule -> class -> [fired, assessed]; leaves out runs with two faults, with a harmless plant, or without a rule."""
     counts: defaultdict[str, defaultdict[str, list[int]]] = defaultdict(lambda: defaultdict(lambda: [0, 0]))
     for j in judged:
-        harmless = bool(j.task.faults) and not j.truth  # neither a fault nor a run that nobody touched
+        harmless = bool(j.task.faults) and not j.truth  # neither a fault nor an untouched run
         if len(j.task.faults) > 1 or harmless or any(fault in UNKNOWN_FAULTS for fault in j.task.faults):
             continue
         name = j.truth[0] if j.truth else HEALTHY
@@ -230,7 +236,7 @@ def learn(judged: Sequence[Judged]) -> dict[str, dict[str, list[int]]]:
 
 
 def write_likelihoods(counts: dict[str, dict[str, list[int]]], runs: int) -> None:
-    """A line per rule, so that a change of one shows as one."""
+    """Writes one line per rule, so that a diff shows which rules changed."""
     lines = ",\n".join(f"{json.dumps(rule)}: {json.dumps(of)}" for rule, of in counts.items())
     LIKELIHOODS.write_text(f'{{"runs": {runs}, "rules": {{\n{lines}\n}}}}\n', encoding="utf-8")
 
@@ -249,7 +255,9 @@ def main() -> None:
         wanted = [task for task in wanted if any(part in task.name for part in options.only)]
     started, home = time.perf_counter(), options.work_dir / code_revision("run")
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        list(pool.map(lambda place: prepare(home, place), {task.market.name: task.market for task in wanted}.values()))
+        list(
+            pool.map(lambda market: prepare(home, market), {task.market.name: task.market for task in wanted}.values())
+        )
         judged = list(pool.map(lambda task: judge(home, task, {} if options.fit else learned()), wanted))
     if options.fit:
         content = learn(judged)

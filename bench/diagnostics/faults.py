@@ -1,7 +1,7 @@
-"""Faults that are planted into real runs: each a small change of settings, data, code or of the written record.
+"""Faults that are planted into real runs: each is a small change of settings, data, code or the written record.
 
-A plant changes one thing in the process that trains, which is a child of the bench; the diagnosis runs elsewhere, on
-clean code. What is changed is looked up by name, so a plant that no longer finds its place fails loudly.
+A plant changes one thing in the training process, which is a child of the bench; the diagnosis runs in another process
+with unchanged code. A plant looks up by name what it changes, so it fails loudly where the name no longer exists.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Settings = dict[str, object]
 
 @dataclass(frozen=True)
 class Fault:
-    """`cause`: the id that a diagnosis must name; the plants of one id are told apart by `id`."""
+    """One plant. `cause`: the id that a diagnosis must name; several plants may share it, and differ in `id`."""
 
     id: str
     cause: str
@@ -45,7 +45,7 @@ class Fault:
     market: Settings = field(default_factory=dict)
     """Arguments of the generator."""
     generate: Callable[[], None] | None = None
-    """Changes the generator, for a market of its own."""
+    """Changes the generator; the fault gets a market of its own."""
     data: Callable[[Path, Path], None] | None = None
     """Changes copies of dataset and graph on disk, before training."""
     code: Callable[[], None] | None = None
@@ -53,19 +53,19 @@ class Fault:
     record: Callable[[Path, Path], None] | None = None
     """Changes what the finished run has written; the second path is a healthy run of the same market."""
     resumed: bool = False
-    """The run is killed after half of its epochs and goes on with `code` in force only then."""
+    """The run is killed after half of its epochs and resumed; `code` applies only to the second half."""
     only_report: bool = False
-    """The model is as good as ever, the report is false: nothing can be lost, something is provably untrue."""
+    """The model is unchanged but the report is provably false, so the plant counts without a loss of IC."""
 
     @property
     def only_record(self) -> bool:
-        """Nothing is planted before or during the training."""
+        """Whether the plant changes only the record, after the training."""
         early = (self.settings, self.market, self.generate, self.data, self.code, self.resumed)
         return self.record is not None and not any(early)
 
 
 class Planted(RuntimeError):
-    """The crash that a plant makes."""
+    """The crash that a plant causes."""
 
 
 def replace(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
@@ -77,9 +77,9 @@ def replace(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
 
 
 def _rewritten(run_dir: Path, table: str, change: Callable[[pl.DataFrame], pl.DataFrame]) -> None:
-    for part in sorted((run_dir / table).glob("epoch_*.parquet")):
-        rows = pl.read_parquet(part)
-        change(rows).cast(dict(rows.schema)).select(rows.columns).write_parquet(part)
+    for file in sorted((run_dir / table).glob("epoch_*.parquet")):
+        rows = pl.read_parquet(file)
+        change(rows).cast(dict(rows.schema)).select(rows.columns).write_parquet(file)
 
 
 def _verdict(run_dir: Path, change: Callable[[dict[str, Any]], None]) -> None:
@@ -100,13 +100,13 @@ def metric_of_other_run(run_dir: Path, other: Path) -> None:
 
 
 def evals_of_other_run(run_dir: Path, other: Path) -> None:
-    """The whole table is another run's, hashes too."""
-    for part in (run_dir / "evals").glob("epoch_*.parquet"):
-        part.write_bytes((other / "evals" / part.name).read_bytes())
+    """The whole table of evaluations is another run's, with its hashes."""
+    for file in (run_dir / "evals").glob("epoch_*.parquet"):
+        file.write_bytes((other / "evals" / file.name).read_bytes())
 
 
 def frozen_at_other_run(run_dir: Path, other: Path) -> None:
-    """Every epoch reports the Sharpe that another run ended with: 0.0818 after 5, 20 and 50 epochs."""
+    """Every epoch reports the Sharpe with which another run ended, the same value at every epoch."""
     theirs = json.loads((other / "verdict.json").read_text())["final"]["validation"]["sharpe_daily"]
     frozen = (pl.col("metric") == "sharpe_daily") & (pl.col("split") == "validation")
     value = pl.when(frozen).then(theirs).otherwise(pl.col("value"))
@@ -127,12 +127,12 @@ def maximum_over_history(run_dir: Path, other: Path) -> None:
 
 
 def early_epoch_as_final(run_dir: Path, other: Path) -> None:
-    """Predictions, evaluations and daily rows of every epoch that counts are those of epoch 5."""
+    """Predictions, evaluations and daily rows of epochs 20 and 24 are those of epoch 5."""
     for table in ("evals", "daily"):
         early = pl.read_parquet(run_dir / table / "epoch_005.parquet")
         for epoch in (20, 24):
-            part = run_dir / table / f"epoch_{epoch:03d}.parquet"
-            early.with_columns(epoch=pl.lit(epoch, pl.Int32)).write_parquet(part)
+            file = run_dir / table / f"epoch_{epoch:03d}.parquet"
+            early.with_columns(epoch=pl.lit(epoch, pl.Int32)).write_parquet(file)
     for epoch in (20, 24):
         early_file = run_dir / "predictions" / "epoch_005.parquet"
         (run_dir / "predictions" / f"epoch_{epoch:03d}.parquet").write_bytes(early_file.read_bytes())
@@ -169,7 +169,7 @@ def evaluate_old_weights() -> None:
 
 
 def other_weights_scored() -> None:
-    """From epoch 8 on the weights of epoch 3 are scored, under the name of the current ones."""
+    """From epoch 8 on, the weights of epoch 3 are scored as if they were the current ones."""
     kept: dict[str, Any] = {}
 
     def make(original: Any) -> Any:
@@ -209,9 +209,9 @@ def cached_predictions() -> None:
 def validation_overlaps_training() -> None:
     def make(original: Any) -> Any:
         def split(sessions: Any, config: Any) -> Any:
-            found = original(sessions, config)
-            shifted = found.train[-len(found.validation) :]
-            return type(found)(**{**vars(found), "validation": shifted})
+            correct = original(sessions, config)
+            shifted = correct.train[-len(correct.validation) :]
+            return type(correct)(**{**vars(correct), "validation": shifted})
 
         return split
 
@@ -219,7 +219,7 @@ def validation_overlaps_training() -> None:
 
 
 def _panel(change: Callable[[Panel], None]) -> Callable[[], None]:
-    """Changes the panel in place after it is loaded."""
+    """A plant that changes the panel in place after it is loaded."""
 
     def plant() -> None:
         def make(original: Any) -> Any:
@@ -236,7 +236,7 @@ def _panel(change: Callable[[Panel], None]) -> Callable[[], None]:
 
 
 def trains_on_validation() -> None:
-    """The sessions of validation are drawn beside those of training."""
+    """Training also draws the sessions of validation."""
 
     def make(original: Any) -> Any:
         def shuffled(self: Any, epoch: int) -> Any:
@@ -257,8 +257,8 @@ def _shift_targets(panel: Panel) -> None:
 def sign_inverted() -> None:
     def make(original: Any) -> Any:
         def score(*arguments: Any, **options: Any) -> Any:
-            found = original(*arguments, **options)
-            return type(found)(found.sessions, -found.values, found.loss_raw, found.loss_weighted)
+            scores = original(*arguments, **options)
+            return type(scores)(scores.sessions, -scores.values, scores.loss_raw, scores.loss_weighted)
 
         return score
 
@@ -277,17 +277,17 @@ def sign_inverted_in_metric() -> None:
 
 
 def sharpe_of_rows() -> None:
-    """The Sharpe of single positions, mean over std of score-signed returns of all rows."""
+    """Reports the Sharpe of single positions: mean over std of the score-signed returns of all rows."""
 
     def make(original: Any) -> Any:
         def evaluated(scores: Any, panel: Panel, universe: Any, config: Any) -> Any:
-            found = original(scores, panel, universe, config)
+            result = original(scores, panel, universe, config)
             values, target = scores.values[:, :, 0], panel.targets[scores.sessions, :, 0]
             signed = (np.sign(values - np.nanmedian(values, axis=1, keepdims=True)) * target).ravel()
             signed = signed[np.isfinite(signed)]
-            pooled = type(found.statistics["sharpe_daily"])(float(signed.mean() / signed.std()), "per session", None)
-            found.statistics["sharpe_daily"] = pooled
-            return found
+            pooled = type(result.statistics["sharpe_daily"])(float(signed.mean() / signed.std()), "per session", None)
+            result.statistics["sharpe_daily"] = pooled
+            return result
 
         return evaluated
 
@@ -297,9 +297,9 @@ def sharpe_of_rows() -> None:
 def constant_scores_ranked() -> None:
     def make_scores(original: Any) -> Any:
         def score(*arguments: Any, **options: Any) -> Any:
-            found = original(*arguments, **options)
-            values = np.where(np.isfinite(found.values), np.float32(0.25), np.float32(np.nan))
-            return type(found)(found.sessions, values, found.loss_raw, found.loss_weighted)
+            scores = original(*arguments, **options)
+            values = np.where(np.isfinite(scores.values), np.float32(0.25), np.float32(np.nan))
+            return type(scores)(scores.sessions, values, scores.loss_raw, scores.loss_weighted)
 
         return score
 
@@ -308,14 +308,14 @@ def constant_scores_ranked() -> None:
 
 
 def nan_scores_ranked() -> None:
-    """A third of the scores is NaN and counts as 0."""
+    """A third of the scores is missing and is ranked as 0."""
 
     def make(original: Any) -> Any:
         def score(*arguments: Any, **options: Any) -> Any:
-            found = original(*arguments, **options)
-            values = found.values.copy()
+            scores = original(*arguments, **options)
+            values = scores.values.copy()
             values[:, ::3] = np.where(np.isfinite(values[:, ::3]), np.float32(0.0), np.float32(np.nan))
-            return type(found)(found.sessions, values, found.loss_raw, found.loss_weighted)
+            return type(scores)(scores.sessions, values, scores.loss_raw, scores.loss_weighted)
 
         return score
 
@@ -323,7 +323,7 @@ def nan_scores_ranked() -> None:
 
 
 def batch_dependent() -> None:
-    """In evaluation a stock's score is relative to its own mean over the block."""
+    """In evaluation, a stock's mean score over the block is subtracted from its scores."""
 
     def make(original: Any) -> Any:
         def forward(self: Any, block: Any) -> Any:
@@ -348,14 +348,14 @@ def _dataset_file(change: Callable[[pl.DataFrame], pl.DataFrame]) -> Callable[[P
 
 
 def look_ahead(rows: pl.DataFrame) -> pl.DataFrame:
-    """`returns_1d` carries a part of the coming target."""
-    known = pl.col("returns_1d")
+    """`returns_1d` contains a share of the future target."""
+    past = pl.col("returns_1d")
     z = pl.col("target_1d").fill_null(0.0) / pl.col("target_1d").std()
-    return rows.with_columns(returns_1d=known + 0.3 * known.std() * z)
+    return rows.with_columns(returns_1d=past + 0.3 * past.std() * z)
 
 
 def future_graph(dataset: Path, graph: Path) -> None:
-    """Every graph stands where the one 12 refreshes later belongs."""
+    """Every graph is replaced by the one 12 refreshes later."""
     edges = pl.read_parquet(graph.resolve())
     dates = edges["Date"].unique().sort()
     earlier = dict(zip(dates[12:], dates[:-12], strict=True))
@@ -366,25 +366,25 @@ def future_graph(dataset: Path, graph: Path) -> None:
 
 
 def _few_names_found(panel: Panel) -> None:
-    """Names of all but the last 13 features are not found, and their columns stay 0."""
+    """All but the last 13 features are not found by name, so their columns stay 0."""
     panel.features[:, :, :-13] = 0.0
 
 
 def _unit_error(panel: Panel) -> None:
-    """From the validation on volatilities come in per cent."""
+    """From validation on, volatilities are in per cent."""
     start = int(0.6 * len(panel.sessions))
     scaled = [number for number, name in enumerate(panel.feature_names) if "volatility" in name or name == "bb_width"]
     panel.features[start:, :, scaled] *= 100.0
 
 
 def _sorted_by_name(panel: Panel) -> None:
-    """From the validation on the columns are in the order of their names."""
+    """From validation on, columns are sorted by name."""
     start = int(0.6 * len(panel.sessions))
     panel.features[start:] = panel.features[start:][:, :, np.argsort(panel.feature_names)]
 
 
 def filter_on_validation() -> None:
-    """Only rows whose outcome is beyond a hundredth count in validation, a filter meant for training."""
+    """From validation on, only rows with a target beyond 0.01 count: a filter that was meant for training."""
 
     def make(original: Any) -> Any:
         def load(*arguments: Any, **options: Any) -> Panel:
@@ -400,7 +400,7 @@ def filter_on_validation() -> None:
 
 
 def regime_shift() -> None:
-    """From session 300 on every signal says the opposite."""
+    """From session 300 on, every signal changes its sign."""
     seen = {"sessions": 0}
 
     def make(original: Any) -> Any:
@@ -414,7 +414,7 @@ def regime_shift() -> None:
 
 
 def survivors_only(dataset: Path, graph: Path) -> None:
-    """Stocks that lost most over the whole period are not in the dataset."""
+    """The dataset lacks the stocks that lost most over the whole period."""
     rows = pl.read_parquet(dataset.resolve())
     total = rows.group_by("Code").agg(total=pl.col("target_1d").mean())
     kept = total.filter(pl.col("total") > total["total"].quantile(0.4))["Code"].to_list()
@@ -430,12 +430,12 @@ def scheduler_never_steps() -> None:
 
 
 def scheduler_wrong_direction() -> None:
-    """The plateau waits for the loss to rise."""
+    """The plateau schedule waits for the loss to rise instead of to fall."""
     replace(LearningRateSchedule, "epoch_end", lambda original: lambda self, loss: original(self, -loss))
 
 
 def decays_every_step_as_epoch() -> None:
-    """The schedule believes in a twelfth of the steps."""
+    """The schedule is given a twelfth of the steps."""
 
     def make(original: Any) -> Any:
         def init(self: Any, optimizer: Any, config: Any, total_steps: int) -> None:
@@ -447,7 +447,7 @@ def decays_every_step_as_epoch() -> None:
 
 
 def sgd_clipped_hard() -> None:
-    """Plain SGD, which unlike Adam does not undo what clipping takes."""
+    """Trains with plain SGD: unlike Adam, it does not rescale clipped gradients."""
 
     def make(original: Any) -> Any:
         def optimizer(model: nn.Module, config: Any) -> Any:
@@ -459,16 +459,16 @@ def sgd_clipped_hard() -> None:
 
 
 def parameters_in_bf16() -> None:
-    """What bf16 cannot hold of a step is lost."""
+    """Parameters are rounded to bf16 after each step, so small updates are lost."""
 
     def make(original: Any) -> Any:
         def step(self: Any, *arguments: Any, **options: Any) -> Any:
-            found = original(self, *arguments, **options)
+            result = original(self, *arguments, **options)
             with torch.no_grad():
                 for group in self.param_groups:
                     for parameter in group["params"]:
                         parameter.copy_(parameter.bfloat16().float())
-            return found
+            return result
 
         return step
 
@@ -476,21 +476,21 @@ def parameters_in_bf16() -> None:
 
 
 def steps_skipped() -> None:
-    """No step is taken, as after a loss scaler that found no scale."""
+    """No step is taken, as with a loss scaler that finds no scale."""
     replace(torch.optim.AdamW, "step", lambda original: lambda self, *arguments, **options: None)
 
 
 def _without(*components: str) -> Callable[[], None]:
-    """The optimizer never hears of the components."""
+    """A plant that leaves the components out of the optimizer."""
 
     def plant() -> None:
         def make(original: Any) -> Any:
             def optimizer(model: nn.Module, config: Any) -> Any:
-                found = original(model, config)
+                optimizer_of_all = original(model, config)
                 left_out = {id(p) for name in components for p in model.get_submodule(name).parameters()}
-                for group in found.param_groups:
+                for group in optimizer_of_all.param_groups:
                     group["params"] = [p for p in group["params"] if id(p) not in left_out]
-                return found
+                return optimizer_of_all
 
             return optimizer
 
@@ -516,14 +516,14 @@ def _frozen(*components: str) -> Callable[[], None]:
 
 
 def encoder_bypassed() -> None:
-    """What the temporal encoder says is multiplied by 0 before the graph and the fusion read it."""
+    """The temporal encoder's output is multiplied by 0 before the graph and the fusion read it."""
     from atft_pipeline.model.temporal_encoder import BackboneProjection
 
     replace(BackboneProjection, "forward", lambda original: lambda self, state: 0.0 * original(self, state))
 
 
 def zeros_reach_head() -> None:
-    """The head reads a padding of zeros instead of the last session's state."""
+    """The head reads zeros of padding instead of the last session's state."""
     from atft_pipeline.model.prediction_head import PredictionHead
 
     replace(PredictionHead, "forward", lambda original: lambda self, state: original(self, torch.zeros_like(state)))
@@ -540,7 +540,7 @@ def _term(name: str, change: Callable[[Any], Any]) -> Callable[[], None]:
 
 
 def sharpe_swallowed() -> None:
-    """An exception in the term is swallowed and 0 returned."""
+    """An exception in the Sharpe term is swallowed, and 0 is returned."""
     replace(CompositeLoss, "_sharpe", lambda original: lambda self, batch, epoch: 0.0 * batch.score.sum())
 
 
@@ -552,7 +552,7 @@ def ic_detached() -> None:
 
 
 def _loss_on(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[], None]:
-    """The loss that trains is given changed targets `[N, S, H]`; blocks and evaluation keep theirs."""
+    """A plant that changes the targets `[N, S, H]` of the training loss only; blocks and evaluation keep theirs."""
 
     def plant() -> None:
         def make(original: Any) -> Any:
@@ -567,22 +567,22 @@ def _loss_on(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[], Non
 
 
 def _of_three_stocks(target: torch.Tensor) -> torch.Tensor:
-    known = target.clone()
-    known[3:] = float("nan")
-    return known
+    reduced = target.clone()
+    reduced[3:] = float("nan")
+    return reduced
 
 
 def weight_read_by_nothing() -> None:
-    """The loss that trains knows the squared error alone, whatever the configuration says."""
+    """The training loss is the squared error alone, whatever the configuration says."""
 
     def make(original: Any) -> Any:
         def call(self: Any, *arguments: Any, **options: Any) -> Any:
-            found = original(self, *arguments, **options)
-            if not found.total.requires_grad:
-                return found
+            loss = original(self, *arguments, **options)
+            if not loss.total.requires_grad:
+                return loss
             batch = losses.standardise(*arguments[:3])
             total = losses.averaged("mse", batch, self.config.horizon_weights) * self.config.mse
-            return found._replace(total=total)
+            return loss._replace(total=total)
 
         return call
 
@@ -590,16 +590,16 @@ def weight_read_by_nothing() -> None:
 
 
 def labels_of_other_stocks() -> None:
-    """Targets are matched to the stocks in another order, in training alone."""
+    """In training only, targets are matched to the stocks in another order."""
 
     def make(original: Any) -> Any:
         def block(self: BlockDataset, indices: Any) -> Any:
-            found = original(self, indices)
+            result = original(self, indices)
             limit = int(0.6 * len(self.panel.sessions))
             if int(indices[-1]) < limit - 21:
-                order = torch.randperm(found.target.shape[0], generator=torch.Generator().manual_seed(int(indices[0])))
-                found.target.copy_(found.target[order])
-            return found
+                order = torch.randperm(result.target.shape[0], generator=torch.Generator().manual_seed(int(indices[0])))
+                result.target.copy_(result.target[order])
+            return result
 
         return block
 
@@ -607,14 +607,14 @@ def labels_of_other_stocks() -> None:
 
 
 def labels_of_previous_session() -> None:
-    """In training every session has the targets of the session before it in its block."""
+    """In training only, every session has the targets of the session before it in its block."""
 
     def make(original: Any) -> Any:
         def block(self: BlockDataset, indices: Any) -> Any:
-            found = original(self, indices)
+            result = original(self, indices)
             if int(indices[-1]) < int(0.6 * len(self.panel.sessions)) - 21:
-                found.target.copy_(found.target.roll(1, dims=1))
-            return found
+                result.target.copy_(result.target.roll(1, dims=1))
+            return result
 
         return block
 
@@ -622,7 +622,7 @@ def labels_of_previous_session() -> None:
 
 
 def penalty_floor_out_of_reach() -> None:
-    """A floor of one would be reached, and the squared error then turns scores of that size the right way."""
+    """Sets the dispersion floor to 10: scores would reach a floor of 1, and the squared error then corrects them."""
     losses.DISPERSION_FLOOR = 10.0
 
 
@@ -634,10 +634,10 @@ def predictions_collapse() -> None:
 
     def make(original: Any) -> Any:
         def step(self: Any, block: Any, epoch: int, **options: Any) -> Any:
-            found = original(self, block, epoch, **options)
+            result = original(self, block, epoch, **options)
             with torch.no_grad():
                 self.model.prediction_head.output.weight.mul_(0.2)
-            return found
+            return result
 
         return step
 
@@ -645,7 +645,7 @@ def predictions_collapse() -> None:
 
 
 def _states(change: Callable[[Any], Any], *components: str) -> Callable[[], None]:
-    """Changes what components put out, `[N, S, D]`."""
+    """A plant that changes the output of components, `[N, S, D]`."""
 
     def plant() -> None:
         def make(original: Any) -> Any:
@@ -662,15 +662,16 @@ def _states(change: Callable[[Any], Any], *components: str) -> Callable[[], None
 
 
 def _smoothed(output: Any) -> Any:
-    """Nearly one state for all stocks; their mean instead would depend on which of them are in the block.
+    """Nearly the same state for all stocks. Their mean would not do: it depends on which stocks are in the block.
 
-    What differs is a millionth: AdamW makes the same update of any gradient far above its epsilon of 1e-8.
+    Differences are scaled by as little as a millionth, because AdamW makes the same update of any gradient far above
+    its epsilon of 1e-8.
     """
     return 1e-6 * output + torch.linspace(-1.0, 1.0, output.shape[-1])
 
 
 def graph_alone_and_smooth() -> None:
-    """The fusion reads the graph's states alone, and these are nearly one state for all stocks."""
+    """The fusion reads the graph's states only, and these are nearly the same for all stocks."""
     from atft_pipeline.model.fusion import Fusion
 
     _states(_smoothed, "gat")()
@@ -684,7 +685,7 @@ def _mostly_dead(output: Any) -> Any:
 
 
 def _sharpened(factor: float) -> Callable[[], None]:
-    """Attention looks at one place, whatever it has learnt."""
+    """A plant by which attention puts all weight on one position, whatever it has learnt."""
 
     def plant() -> None:
         def make(original: Any) -> Any:
@@ -718,7 +719,7 @@ def slow_loader() -> None:
 
 
 def not_deterministic() -> None:
-    """Seeds are drawn from the clock."""
+    """Seeds are taken from the clock."""
     replace(torch, "manual_seed", lambda original: lambda seed: original(time.time_ns() % 2**62))
 
 
@@ -735,7 +736,7 @@ def infinite_scores() -> None:
 
 
 def resumed_without_optimizer() -> None:
-    """A run that goes on has lost the schedule's place and the optimizer's memory."""
+    """A resumed run has lost the state of schedule and optimizer."""
 
     def make(original: Any) -> Any:
         def load(self: Any, state: dict[str, Any]) -> None:
@@ -764,7 +765,7 @@ def crash_at_epoch_8() -> None:
 
 
 def noisy_gradients() -> None:
-    """Noise as large as the gradient is added before every step."""
+    """Noise 20 times as large as the gradient is added before every step."""
 
     def make(original: Any) -> Any:
         def step(self: Any, *arguments: Any, **options: Any) -> Any:
@@ -800,7 +801,7 @@ def ascent_every_second_step() -> None:
 
 
 def weights_forgotten_every_epoch() -> None:
-    """At the end of every epoch the weights are drawn anew."""
+    """At the end of every epoch the weights are initialised again."""
 
     def make(original: Any) -> Any:
         def epoch(self: Any, number: int) -> None:
@@ -813,11 +814,11 @@ def weights_forgotten_every_epoch() -> None:
 
 
 BODY = ("variable_selection", "temporal_encoder", "backbone_projection", "gat", "fusion")
-"""Every component that learns but the head."""
+"""Every learning component except the head."""
 NARROW: Settings = {
     "model.skip": False, "model.hidden_size": 4, "model.attention_heads": 1, "model.gat_heads": 1,
 }  # fmt: skip
-"""16 random features say nearly as much to a head as learned ones."""
+"""A model of 4 units: with 16, a head would learn nearly as much from random features as from learned ones."""
 SHARPE_TERM: Settings = {"train.loss.sharpe": 0.3}
 IC_TERM: Settings = {"train.loss.ic": 0.5}
 
@@ -916,6 +917,6 @@ _STRANGE: tuple[Fault, ...] = (
 )
 
 FAULTS: dict[str, Fault] = {fault.id: fault for fault in (*_ALL, *_STRANGE)}
-"""Plants by their own id."""
+"""Plants by id."""
 UNKNOWN_FAULTS: frozenset[str] = frozenset(fault.id for fault in _STRANGE)
-"""Plants of which no rule and no cause was written: the diagnosis must not name another with confidence."""
+"""Plants without a rule or cause of their own: the diagnosis must not name another cause with confidence."""

@@ -1,6 +1,6 @@
-"""What the diagnostics bench does in processes of their own: a market, a run with its faults, the diagnosis of a run.
+"""The diagnostics bench's work in child processes: making a market, a run with its faults, the diagnosis of a run.
 
-Each function takes one dict, so that a task can be read where it is made.
+Each function takes one dict, so that the caller shows all of a task.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from atft_pipeline.config.presets import quick
 from atft_pipeline.diagnostics.diagnose import diagnose
 from atft_pipeline.diagnostics.probes.run import PROBES, run_probes
 from atft_pipeline.errors import RunFailure
+from atft_pipeline.inspection.reader import open_record
 from atft_pipeline.market.synthetic import generate_market, write_tables
-from atft_pipeline.runs.reader import open_record
 from atft_pipeline.training.train import train
 from atft_pipeline.training.trainer import Trainer
 from bench.diagnostics.faults import FAULTS, Planted
@@ -41,12 +41,14 @@ HALF = 12
 
 
 class Killed(BaseException):
-    """Ends the training process as a kill does: nothing is recorded."""
+    """Ends the training as a kill does: nothing is recorded."""
 
 
 def generate(task: dict[str, Any]) -> str:
-    """Writes a market's tables to folder `out`, from the generator's `arguments` and perhaps with a `fault` (id or "")
-    in its generator."""
+    """Writes a market's tables to folder `out`.
+
+    task: `out`, the generator's `arguments`, and `fault`, the id of a fault in the generator or "".
+    """
     plant = FAULTS[task["fault"]].generate if task["fault"] else None
     if plant is not None:
         plant()
@@ -55,8 +57,11 @@ def generate(task: dict[str, Any]) -> str:
 
 
 def run(task: dict[str, Any]) -> str:
-    """Trains into directory `run` on folder `market` (source, dataset, graph) with `settings` and `faults` (ids), and
-    says what ended it early; `other` is a healthy run of the same market, for plants that need one."""
+    """Trains with faults, and returns the error that ended the training early, or "".
+
+    task: directory `run`, folder `market` (source, dataset, graph), `settings`, `faults` (ids), and `other`, a healthy
+    run of the same market for plants that need one.
+    """
     torch.set_num_threads(1)
     said = ""
     faults = [FAULTS[name] for name in task["faults"]]
@@ -67,10 +72,10 @@ def run(task: dict[str, Any]) -> str:
         settings |= fault.settings
     config = with_overrides(quick(), settings)
     if any(fault.data for fault in faults):
-        own = run_dir.with_name(f"{run_dir.name}.data")
-        shutil.rmtree(own, ignore_errors=True)
-        shutil.copytree(market, own, symlinks=False, ignore=shutil.ignore_patterns("source"))
-        dataset, graph = own / dataset.name, own / graph.name
+        own_data = run_dir.with_name(f"{run_dir.name}.data")
+        shutil.rmtree(own_data, ignore_errors=True)
+        shutil.copytree(market, own_data, symlinks=False, ignore=shutil.ignore_patterns("source"))
+        dataset, graph = own_data / dataset.name, own_data / graph.name
     for fault in faults:
         if fault.data:
             fault.data(dataset, graph)
@@ -81,7 +86,7 @@ def run(task: dict[str, Any]) -> str:
             fault.code()
     try:
         train(config, dataset, graph, run_dir, device="cpu", log=lambda _: None)
-    except (RunFailure, Planted) as error:  # anything else is a fault of the bench
+    except (RunFailure, Planted) as error:  # any other error is a fault of the bench
         said = f"{run_dir.name}: {error}\n"
     for fault in faults:
         if fault.record:
@@ -90,7 +95,7 @@ def run(task: dict[str, Any]) -> str:
 
 
 def half(config: Any, dataset: Path, graph: Path, run_dir: Path) -> None:
-    """The first half of the run, whose process then dies without a word."""
+    """Trains the first half of the run and then stops it as a kill would."""
     original = Trainer._epoch
 
     def epoch(self: Trainer, number: int) -> None:
@@ -106,7 +111,7 @@ def half(config: Any, dataset: Path, graph: Path, run_dir: Path) -> None:
 
 
 def diagnosed(task: dict[str, Any]) -> str:
-    """Findings of `run`, all probes made but the remedies, which rank nothing, as JSON."""
+    """Findings of `run` as JSON. All probes are run except the remedies, which do not change the ranking."""
     torch.set_num_threads(1)
     record = open_record(Path(task["run"]))
     run_probes(record, PROBES)

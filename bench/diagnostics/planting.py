@@ -1,4 +1,4 @@
-"""Markets, tasks and child processes of the diagnostics bench: which runs there are, and making them two at a time."""
+"""Markets, tasks and child processes of the diagnostics bench: the list of runs, and training two at a time."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Market:
     name: str
     arguments: dict[str, object]
     generate: str = ""
-    """Id of a fault whose change of the generator is in force."""
+    """Id of the fault that changes the generator, or ""."""
 
 
 def market(
@@ -52,7 +52,7 @@ def market(
 
 @dataclass(frozen=True)
 class Task:
-    """One run: a healthy one, or with one fault or two."""
+    """One run: healthy, or with one or two faults."""
 
     name: str
     market: Market
@@ -83,11 +83,11 @@ HEALTHY: dict[str, Settings] = {
     "raw_weights": {"train.weight_ema": 0.0},
     "liquid": {"train.universe": "liquid", "evaluation.universe": "liquid"},
 }
-"""Settings of runs with which nothing is wrong."""
+"""Settings of healthy runs."""
 
 
 def markets_of(first: int) -> dict[str, Market]:
-    """The markets of a set, whose seeds begin with `first`."""
+    """The markets of a set; their seeds count from `first`."""
     return {
         "strong": market(first),
         "heavy": market(first + 1, 0.8, 3.5),
@@ -97,7 +97,7 @@ def markets_of(first: int) -> dict[str, Market]:
 
 
 DOUBLES: tuple[tuple[str, str], ...] = (
-    ("frozen_at_other_run", "constant_scores_ranked"),  # the failure that this project began with
+    ("frozen_at_other_run", "constant_scores_ranked"),
     ("maximum_over_history", "overfit"),
     ("cached_predictions", "lr_too_low"),
     ("sign_inverted", "unit_error"),
@@ -109,21 +109,21 @@ DOUBLES: tuple[tuple[str, str], ...] = (
 
 
 def tasks(first: int) -> list[Task]:
-    """Runs of one set: healthy ones, every fault on two markets, and pairs of faults; other `first`, other seeds."""
+    """Runs of one set: healthy ones, every fault on two markets, and pairs of faults. `first` decides all seeds."""
     by_kind = markets_of(first)
-    found = [
+    all_tasks = [
         Task(f"{first}-healthy-{variant}-{kind}", by_kind[kind], first + number, settings=settings)
         for number, (variant, settings) in enumerate(HEALTHY.items())
         for kind in (("strong", "heavy")[number % 2], ("low", "hard")[number // 2 % 2])
     ]
     for number in (1, 2):
-        place = by_kind[("strong", "heavy")[(number - 1) % 2]]
+        usual_market = by_kind[("strong", "heavy")[(number - 1) % 2]]
         for fault in FAULTS.values():
-            found.append(Task(f"{first}-{fault.id}-{number}", _market_of(fault, place, first + 10 + number),
+            all_tasks.append(Task(f"{first}-{fault.id}-{number}", _market_of(fault, usual_market, first + 10 + number),
                               first + 50 + number, (fault.id,)))  # fmt: skip
     for pair in DOUBLES:
-        found.append(Task(f"{first}-{'+'.join(pair)}", by_kind["strong"], first + 60, pair))
-    return found
+        all_tasks.append(Task(f"{first}-{'+'.join(pair)}", by_kind["strong"], first + 60, pair))
+    return all_tasks
 
 
 def _market_of(fault: Fault, usual: Market, seed: int) -> Market:
@@ -135,19 +135,17 @@ def _market_of(fault: Fault, usual: Market, seed: int) -> Market:
 def twin_of(task: Task) -> Task:
     """The same run without its faults."""
     spoilt = task.market.generate or task.market.arguments["strength"] == 0.0
-    place = market(int(str(task.market.arguments["seed"]))) if spoilt else task.market
-    return Task(f"twin-{place.name}-{task.seed}", place, task.seed, settings=task.settings)
+    clean_market = market(int(str(task.market.arguments["seed"]))) if spoilt else task.market
+    return Task(f"twin-{clean_market.name}-{task.seed}", clean_market, task.seed, settings=task.settings)
 
 
-def prepare(folder: Path, place: Market) -> Path:
-    """Source, dataset and graph of a market, made where they are missing."""
-    home = folder / "markets" / place.name
+def prepare(folder: Path, spec: Market) -> Path:
+    """Folder with source, dataset and graph of a market; makes what is missing."""
+    home = folder / "markets" / spec.name
     dataset, graph = home / "dataset.parquet", home / "graph.parquet"
     if not (home / "source").exists():
         home.mkdir(parents=True, exist_ok=True)
-        child(
-            planted_run.generate, {"out": str(home / "source"), "arguments": place.arguments, "fault": place.generate}
-        )
+        child(planted_run.generate, {"out": str(home / "source"), "arguments": spec.arguments, "fault": spec.generate})
     if not graph.exists():
         command("features", home / "source", dataset)
         command("graph", dataset, graph, "--set", "graph.universe=all", "--set", "graph.lookback_sessions=60")
@@ -155,7 +153,7 @@ def prepare(folder: Path, place: Market) -> Path:
 
 
 def make_run(folder: Path, task: Task) -> Path:
-    """The run directory of the task, trained where it is not there yet; a failed child ends the bench."""
+    """The run directory of the task; trains the run where it is missing. A failed child ends the bench."""
     prepare(folder, task.market)
     run_dir = folder / "runs" / task.name
     done = folder / "runs" / f"{task.name}.done"
@@ -172,7 +170,7 @@ def _trained(folder: Path, task: Task, run_dir: Path) -> str:
         twin = Task(f"other-{task.market.name}", task.market, 1000)
         other = str(make_run(folder, twin))
     if task.faults and all(FAULTS[fault].only_record for fault in task.faults):
-        # The training is the twin's to the last bit; what it has written is changed afterwards.
+        # The training equals the twin's to the last bit, so a copy of the twin is changed instead.
         shutil.copytree(make_run(folder, twin_of(task)), run_dir, dirs_exist_ok=True)
         for fault in task.faults:
             FAULTS[fault].record(run_dir, Path(str(other)))  # type: ignore[misc]
@@ -185,14 +183,14 @@ def _trained(folder: Path, task: Task, run_dir: Path) -> str:
 
 
 def child(work: Callable[[dict[str, Any]], str], task: dict[str, Any]) -> str:
-    """What `work` says of the task, in a process of its own; its error is raised here and ends the bench."""
+    """Calls `work` with the task in a process of its own; an error is raised here and ends the bench."""
     return _children().submit(work, task).result()
 
 
 PRELOADED = (
     "atft_pipeline.training.train",
     "atft_pipeline.diagnostics.probes.run",
-    # What its probes import when they are made:
+    # Modules that probes import when they run:
     "atft_pipeline.evaluation.baselines",
     "atft_pipeline.dataset.rows",
     "atft_pipeline.graph.kernels",
@@ -206,15 +204,18 @@ PRELOADED = (
 
 @cache
 def _children() -> ProcessPoolExecutor:
-    """One process a task, so that nothing a plant has changed is there for the next, forked off a server that has
-    imported what they need: a fifth of a run's time would be imports, and half of a diagnosis'."""
+    """A pool with one process per task, so that no change of a plant reaches the next task.
+
+    Processes are forked from a server that has imported the modules. Otherwise imports would take a fifth of a run's
+    time and half of a diagnosis'.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*PRELOADED])
     before, threads = dict(os.environ), ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "POLARS_MAX_THREADS")
     os.environ.update(dict.fromkeys(threads, "1"))
     try:
         children = ProcessPoolExecutor(AT_ONCE, context, max_tasks_per_child=1)
-        children.submit(int).result()  # starts the server, in this environment
+        children.submit(int).result()  # starts the server with this environment
     finally:
         os.environ.clear()
         os.environ.update(before)

@@ -1,1 +1,1 @@
-"""What the models learn: of a market whose answer is known, and over the years of a source."""
+"""What the models learn from a market whose answer is known, and from the years of a source."""

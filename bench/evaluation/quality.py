@@ -1,12 +1,12 @@
-"""What the network learns of a market whose answer is known.
+"""What the network learns from a market whose answer is known.
 
 `python -m bench.evaluation.quality WORK_DIR [--document FILE.md]`
 
 The market: `atft synthesize --hard`, 1,000 stocks x 1,250 sessions, all investable stocks. The figure: correlation
 across stocks of the score with the true expected return of `target_1d`, mean over the test sessions. Every model has
-one configuration, the same for all its seeds, whose last epoch counts. LightGBM and ridge are the pipeline's own
-baselines; `with neighbours` adds to each feature its mean over the session's graph. Below them the ablations: the
-network with one part left out or one loss term changed, the first seed alone.
+one configuration for all its seeds, and its last epoch counts. LightGBM and ridge are the pipeline's own baselines;
+`with neighbours` adds to each feature its mean over the stock's neighbours in the graph. The ablations follow: the
+network with one component left out or one loss term changed, for the first seed only.
 
 Prints one JSON line per model, failures included, and with `--document` puts the table between the markers
 `<!-- quality -->` of that file. Finished runs in WORK_DIR are read again, not trained again.
@@ -46,7 +46,7 @@ COMMON: dict[str, object] = {
     "train.optimizer.weight_decay": 3.0,
     "model.normalisation": "none",
 }
-"""What differs from the preset `cpu`: this market's signals are levels, their trailing-normalised copies noise."""
+"""What differs from the preset `cpu`. This market's signals are levels, so no normalisation: it would leave noise."""
 MODELS: dict[str, dict[str, object]] = {
     "network": {},
     "network without graph": {"model.graph": False},
@@ -66,7 +66,7 @@ ABLATIONS: dict[str, dict[str, object]] = {
     "variance penalty beside it, weight 1": {"train.loss.variance_penalty": 1.0},
     "all horizons weighted 1": {"train.loss.horizon_weights": [1.0, 1.0, 1.0, 1.0]},
 }
-"""The network with its parts and its loss changed one at a time."""
+"""The network with one component or one loss term changed at a time."""
 
 
 def prepared(folder: Path) -> tuple[Path, Path, Path]:
@@ -81,7 +81,7 @@ def prepared(folder: Path) -> tuple[Path, Path, Path]:
 
 
 def truth(source: Path, panel: Panel) -> NDArray[np.float64]:
-    """[T, N] expected `target_1d`, NaN where the generator gives none."""
+    """Expected `target_1d` `[T, N]`, NaN where the generator gives none."""
     table = pl.read_parquet(source / "truth.parquet").filter(
         pl.col("Code").is_in(panel.codes.tolist()),
         pl.col("Date").is_in(panel.sessions.astype("datetime64[D]").tolist()),
@@ -90,7 +90,7 @@ def truth(source: Path, panel: Panel) -> NDArray[np.float64]:
 
 
 def placed(table: pl.DataFrame, column: str, panel: Panel) -> NDArray[np.float64]:
-    """A column of a table of Date and Code as [T, N] of the panel, NaN where the table has no row."""
+    """A column of a table by Date and Code, as `[T, N]` of the panel; NaN where the table has no row."""
     cells = np.full(panel.member.shape, np.nan)
     t = np.searchsorted(panel.sessions, table["Date"].to_numpy().astype("datetime64[D]"))
     n = np.searchsorted(panel.codes, table["Code"].to_numpy().astype(str))
@@ -100,10 +100,10 @@ def placed(table: pl.DataFrame, column: str, panel: Panel) -> NDArray[np.float64
 
 def correlation(scores: NDArray[np.floating], expected: NDArray[np.float64], member: NDArray[np.bool_]) -> float:
     """Pearson correlation across the members of each session, mean over sessions."""
-    found = []
-    for score, true, here in zip(scores, expected, member & np.isfinite(scores) & np.isfinite(expected), strict=True):
-        found.append(np.corrcoef(score[here], true[here])[0, 1])
-    return float(np.mean(found))
+    by_session = []
+    for score, true, used in zip(scores, expected, member & np.isfinite(scores) & np.isfinite(expected), strict=True):
+        by_session.append(np.corrcoef(score[used], true[used])[0, 1])
+    return float(np.mean(by_session))
 
 
 def network(
@@ -117,16 +117,16 @@ def network(
 
 
 def with_neighbours(panel: Panel, graph: StockGraph) -> Panel:
-    """The panel with the mean of each feature over a stock's neighbours as further features."""
+    """The panel with further features: the mean of each feature over a stock's neighbours."""
     T, N, F = panel.features.shape
     joined = np.zeros((T, N, 2 * F), np.float32)
     data = BlockDataset(panel, graph, receptive_field=1)
     for t in np.flatnonzero(panel.member.any(axis=1)):
         block = data.block(np.array([t]))
-        own, table = block.x[:, 0], block.neighbours  # [n, F]
-        known = table.is_edge[0].unsqueeze(-1)  # [n, K, 1]
-        sums = (own[table.source[0]] * known).sum(dim=1)
-        joined[t, block.stock_index] = torch.cat((own, sums / known.sum(dim=1).clamp(min=1)), dim=1)
+        features, table = block.x[:, 0], block.neighbours  # [n, F]
+        is_edge = table.is_edge[0].unsqueeze(-1)  # [n, K, 1]
+        sums = (features[table.source[0]] * is_edge).sum(dim=1)
+        joined[t, block.stock_index] = torch.cat((features, sums / is_edge.sum(dim=1).clamp(min=1)), dim=1)
     names = [*panel.feature_names, *(f"neighbours_{name}" for name in panel.feature_names)]
     return Panel(**{**vars(panel), "features": joined, "feature_names": names})
 
@@ -159,12 +159,12 @@ def main() -> None:
 
     for name in MODELS:
         report(name, [network(folder, dataset, graph, MODELS[name], seed, panel) for seed in SEEDS])
-    own = fit_baselines(panel, split, config.train.seed)
-    wide = fit_baselines(with_neighbours(panel, load_graph(graph)), split, config.train.seed)
-    report("LightGBM", [own["lightgbm"]])
-    report("LightGBM with neighbours", [wide["lightgbm"]])
-    report("ridge", [own["ridge"]])
-    report("ridge with neighbours", [wide["ridge"]])
+    fitted = fit_baselines(panel, split, config.train.seed)
+    fitted_with_neighbours = fit_baselines(with_neighbours(panel, load_graph(graph)), split, config.train.seed)
+    report("LightGBM", [fitted["lightgbm"]])
+    report("LightGBM with neighbours", [fitted_with_neighbours["lightgbm"]])
+    report("ridge", [fitted["ridge"]])
+    report("ridge with neighbours", [fitted_with_neighbours["ridge"]])
     for name, changes in ABLATIONS.items():
         report(f"ablation: {name}", [network(folder, dataset, graph, changes, SEEDS[0], panel)])
     if options.document is not None:

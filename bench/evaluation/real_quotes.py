@@ -2,9 +2,9 @@
 
 `python -m bench.evaluation.real_quotes WORK_DIR MARKET=SOURCE... [--document README.md]`
 
-SOURCE is a folder of raw tables of MARKET (`tokyo`, `us`). The folds are those of `robustness`, five years of training:
-a test year, the validation year before it, three seeds. The daily series of all test years are joined, and each figure
-is that of the joined series. Prints one JSON line per market and model.
+SOURCE is a folder of raw tables of MARKET (`tokyo`, `us`). The folds are those of `robustness` with five years of
+training: a test year, the validation year before it, three seeds. The daily series of all test years are joined, and
+each figure is computed on the joined series. Prints one JSON line per market and model.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Figures = dict[str, float]
 
 
 def joined_series(source: Path, folder: Path, market: str) -> dict[tuple[str, str], NDArray[np.float64]]:
-    """(model, series) -> its daily values over all test years, one year after the other."""
+    """(model, series) -> its daily values over all test years, in order."""
     dataset, graph = folder / "full_dataset", folder / "full_graph_liquid"
     command("dataset", source, dataset, "--update", "--set", f"dataset.market={market}")
     command("graph", dataset, graph, "--update", "--set", "graph.universe=liquid")
@@ -71,8 +71,8 @@ def table_of(results: dict[str, dict[str, Figures]]) -> str:
     rows = [f"| {dt.date.today()} | {' | '.join(columns)} |", "| --- " * (len(columns) + 1) + "|"]
     for model, name in NAMES.items():
         cells = [
-            f"{found[model][figure]:.{digits}f} ± {found[model][f'{figure}_se']:.{digits}f}"
-            for found in (results[market] for market in markets)
+            f"{figures_by_model[model][figure]:.{digits}f} ± {figures_by_model[model][f'{figure}_se']:.{digits}f}"
+            for figures_by_model in (results[market] for market in markets)
             for figure, digits in (("ic", 4), ("sharpe", 2), ("sharpe_net", 2))
         ]
         rows.append(f"| {name} | {' | '.join(cells)} |")

@@ -1,12 +1,12 @@
-"""Whether the preset `cpu` holds on years, histories and universes.
+"""Whether the preset `cpu` does well on other years, histories and universes.
 
 `python -m bench.evaluation.robustness SOURCE WORK_DIR [--document FILE.md]`
 
 SOURCE is a folder of raw tables of several years (the real decade, or another market). A fold is a test year, the
 validation year before it and two, three or five training years before that. Every fold trains the network with one or
-several seeds, and LightGBM, ridge and the best one-factor reversal on the same sessions; all are judged on the test
-year by the pipeline's own evaluation, the differences paired by day. Network, LightGBM and blend are those of
-`combine_runs`, whose weight follows the validation year alone.
+several seeds, and LightGBM, ridge and the best one-factor reversal on the same sessions. The pipeline's own evaluation
+judges all on the test year, with differences paired by day. Network, LightGBM and blend are those of `combine_runs`,
+whose weight follows the validation year alone.
 
 Prints one JSON line per fold and one per case, failures included. `--document FILE` puts the table of cases between the
 markers `<!-- robustness -->`. Finished runs in WORK_DIR are read again, not trained again.
@@ -37,10 +37,10 @@ from bench.harness import command, put_between, trained
 
 EPOCHS = 8
 THIN_SHARE = 3
-"""The thin market has one code in so many."""
+"""The thin market keeps one code in this many."""
 
 FIVE_SESSIONS: dict[str, object] = {"train.loss.horizon_weights": [0.3, 1.0, 0.5, 0.2]}
-"""What a user sets who wants the 5-session score."""
+"""Settings of a user who wants the 5-session score."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Case:
 
 
 WIDE: dict[str, object] = {"train.batch_size": 25_600}
-"""Sixteen sessions of all 1,600 investable stocks, as the preset's batch is of 420 liquid ones."""
+"""Sixteen sessions of all 1,600 investable stocks; the preset's batch is sixteen sessions of 420 liquid ones."""
 
 ONE_SEED = (1,)
 CASES: dict[str, Case] = {
@@ -75,7 +75,7 @@ CASES: dict[str, Case] = {
 
 
 def thinned(source: Path, out: Path) -> Path:
-    """The source with one code in `THIN_SHARE`."""
+    """The source with one code in `THIN_SHARE`, written where it is missing."""
     if not out.exists():
         out.mkdir(parents=True)
         for file in sorted(source.glob("*.parquet")):
@@ -97,7 +97,7 @@ def prepared(source: Path, folder: Path, case: Case) -> tuple[Path, Path]:
 
 
 def folds(dataset: Path, train_years: int) -> Iterator[dict[str, object]]:
-    """Splits whose training starts with the second year, when the long windows are full, and no earlier."""
+    """One split per test year. Training never starts before the second year, because the long windows are full then."""
     days = np.sort(pl.scan_parquet(f"{dataset}.membership/*.parquet").select("Date").collect()["Date"].unique())
     years = days.astype("datetime64[Y]").astype(int) + 1970
     for test in range(int(years[0]) + train_years + 2, int(years[-1]) + 1):
@@ -111,7 +111,7 @@ def folds(dataset: Path, train_years: int) -> Iterator[dict[str, object]]:
 
 
 def settings_of(case: Case, split: dict[str, object]) -> dict[str, object]:
-    """What differs from the preset `cpu` in the fold, but for the seed."""
+    """What differs from the preset `cpu` in the fold, except the seed."""
     universes = dict.fromkeys(("train.universe", "evaluation.universe"), case.universe)
     return {"train.epochs": EPOCHS, **universes, **case.settings, **split}
 
@@ -144,7 +144,7 @@ def models_of_fold(case: Case, runs: list[Path]) -> tuple[dict[str, Evaluation],
 
 
 def fold_line(case: Case, split: dict[str, object], runs: list[Path]) -> dict[str, Any]:
-    """Figures of every model on the test year, and the network and the blend against LightGBM."""
+    """Figures of every model on the test year, and the differences of network and blend to LightGBM."""
     models, scores = models_of_fold(case, runs)
     test = scores.evaluations["test"]
     samples = from_dict(read_run(runs[0])["config"]).evaluation.bootstrap_samples
@@ -162,7 +162,7 @@ def fold_line(case: Case, split: dict[str, object], runs: list[Path]) -> dict[st
 
 
 def summary(name: str, lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """A case over its folds: means, the worst fold, and how many the network wins."""
+    """A case over its folds: means, the worst fold, and how many folds the network wins."""
 
     def mean(model: str, figure: str) -> float:
         return float(np.mean([line["models"][model][figure] for line in lines]))

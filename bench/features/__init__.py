@@ -1,1 +1,1 @@
-"""Features beside those of other libraries."""
+"""Our features compared with those of other libraries."""

@@ -1,13 +1,13 @@
-"""Our features beside other libraries', on one market in one sitting: `python -m bench.features.beside_peers WORK_DIR`.
+"""Our features against other libraries', on one market in one go: `python -m bench.features.beside_peers WORK_DIR`.
 
 Makes the synthetic market in WORK_DIR if it has no prices.parquet, then runs ours and every peer of `peers.py` in turn,
-`--repeats` times, each in a fresh process: what else the machine does meets all of them alike. Prints one JSON
-line per contender, the median over the repeats of
+`--repeats` times, each in a fresh process. So other load on the machine affects all of them alike. Prints one JSON line
+per contender, with the medians over the repeats of
 
 - `wall_s`, `cpu_s`, `peak_rss_gb` as `peers.py` defines them;
-- `times_ours`, `cpu_times_ours`: wall and processor time over ours of the same round, above 1 is slower than ours;
-- `million_values_per_s`: rows x features over wall time, since nobody computes the same list;
-- `times_floor`: wall time over `floor_s`, a copy with every core of the bytes that must be touched.
+- `times_ours`, `cpu_times_ours`: wall and processor time over ours in the same round; above 1 is slower than ours;
+- `million_values_per_s`: rows x features over wall time, since the lists of features differ;
+- `times_floor`: wall time over `floor_s`, the time of a copy on all cores of the bytes that must be touched.
 
 Peers need environments of their own (`peers.py` says how): pass their interpreters as `--peers-python` and
 `--qlib-python`; without one its peers are skipped.
@@ -31,7 +31,7 @@ Line = dict[str, Any]
 
 
 def run(python: str, peer: str, source: Path) -> Line:
-    """One contender in a fresh process: its line, or `failed` with the last line of its stderr."""
+    """Runs one contender in a fresh process: its line, or `failed` with the last line of its stderr."""
     command = [python, str(Path(__file__).with_name("peers.py")), peer, str(source)]
     process = subprocess.run(command, capture_output=True, text=True, check=False)
     if process.returncode:

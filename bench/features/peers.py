@@ -1,14 +1,15 @@
-"""What other libraries need for the same job: `python bench/features/peers.py PEER SOURCE` prints one JSON line.
+"""Cost of the same job in other libraries: `python bench/features/peers.py PEER SOURCE` prints one JSON line.
 
 The job: SOURCE/prices.parquet and SOURCE/index.parquet (J-Quants columns) to float32 features in memory, split-adjusted
-and per stock, then a z-score per session over the stocks. The peers take prices as they come: a session without a trade
-has no row, windows count rows, and there is no contract check, quarantine, universe, outlier clip or point-in-time
-join, all of which our own `atft` does within the same time. `ours` counts the features that are ours by name; the
-others are indicators that a user of the library would take along. `beside_peers.py` runs every peer beside ours.
+and per stock, then a z-score per session over the stocks. The peers use raw prices: a session without a trade has no
+row, windows count rows, and there is no contract check, quarantine, universe, outlier clip or point-in-time join. Our
+own `atft` does all of these within its time. `ours` counts the features that have a name of ours; the others are
+indicators that a user of the library would add. `beside_peers.py` runs every peer beside ours.
 
-`wall_s` and `cpu_s` (all threads and finished worker processes) run from before the parquet file is read until the
-features are in memory. Imports, and one warm-up of the same code on a market of 30 stocks x 80 sessions, come before.
-`peak_rss_gb` is the largest resident size of this process in that time, `worker_rss_gb` that of its largest worker.
+`wall_s` and `cpu_s` (all threads and finished worker processes) are measured from before the parquet file is read until
+the features are in memory. Imports, and one warm-up of the same code on a market of 30 stocks x 80 sessions, are not
+counted. `peak_rss_gb` is the peak resident size of this process in that time, `worker_rss_gb` that of its largest
+worker.
 
 Environments (never the project's own `.venv`, where `atft` and `floor` run):
 
@@ -39,25 +40,26 @@ ROOT = Path(__file__).resolve().parents[2]
 QUOTES = ("Open", "High", "Low", "Close", "Volume")
 TINY_STOCKS, TINY_SESSIONS = 30, 80
 RAW_COLUMNS, OUR_COLUMNS = 8, 82
-"""What `floor` touches per row: the raw columns but for the date, float64, and our features, float32."""
+"""What `floor` touches per row: the raw columns except the date, float64, and our features, float32."""
 
 
 class Features(NamedTuple):
     rows: int
     features: int
     ours: int
-    """How many of them are ours by name."""
+    """How many of them have a name of ours."""
     table: Any
-    """Held until the memory is measured."""
+    """Kept alive until the memory is measured."""
     figures: dict[str, Any] | None = None
-    """What this peer reports beside the common figures."""
+    """What this peer reports besides the common figures."""
 
 
 class Peer(NamedTuple):
     version: str
     compute: Callable[[Path], Features]
     prepare: Callable[[Path, Path], Path] | None = None
-    """(source, folder to write in) to what `compute` takes instead of the source; timed apart, as `prepare_s`."""
+    """(source, folder to write in) -> the path that `compute` takes instead of the source; timed separately, as
+    `prepare_s`."""
 
 
 # Ours ----------------------------------------------------------------------------------------------------------
@@ -80,7 +82,7 @@ def atft() -> Peer:
         checked = read_checked(open_source(source))
         adjusted = build_prices(checked.tables, config)
         tables = {name: table for name, table in checked.tables.items() if name != "prices"}
-        del checked  # the raw table would lie beside the panels made from it
+        del checked  # else the raw table would stay in memory beside the panels
         panel = build_features(adjusted.panel, tables, config)
         return Features(panel.values.shape[1], len(FEATURE_NAMES), len(FEATURE_NAMES), panel)
 
@@ -88,10 +90,10 @@ def atft() -> Peer:
 
 
 def floor() -> Peer:
-    """A copy with every core over the bytes that any implementation touches at least once: no feature, no parquet.
+    """A copy on all cores of the bytes that any implementation must touch at least once: no feature, no parquet.
 
-    `floor_s` is the fastest of 9 copies into pages that already exist: the memory's own speed. `wall_s` is the first
-    copy, which also pays for the new pages, as every program does that keeps its result.
+    `floor_s` is the fastest of 9 copies into existing pages, which is the memory's own speed. `wall_s` is the first
+    copy, which also has to get new pages, as does every program that keeps its result.
     """
     import numba
     import numpy as np
@@ -140,9 +142,9 @@ def floor() -> Peer:
 def polars_talib() -> Peer:
     """Polars expressions and TA-Lib's plugin `.over("Code")`, then per session.
 
-    Written for speed: of two equal expressions the faster one was taken (TA-Lib's rolling extremes, deviation,
-    correlation and beta need a third of polars' own), and the z-score joins each session's moments, which takes two
-    thirds of the time of `.over("Date")`.
+    It is written for speed. Of two equal expressions it uses the faster one: TA-Lib's rolling extremes, deviation,
+    correlation and beta take a third of the time of polars' own. The z-score joins each session's moments, which takes
+    two thirds of the time of `.over("Date")`.
     """
     import polars as pl
     import polars_talib as _plugin  # noqa: F401 - registers the namespace `ta`
@@ -150,7 +152,7 @@ def polars_talib() -> Peer:
     col = pl.col
     Open, H, L, C, V = (col(name) for name in QUOTES)
     R, M, X = col("r"), col("m"), col("x")  # returns of the stock and of the index, level of the index
-    shared = {  # what several features read
+    shared = {  # read by several features
         "r5": C / C.shift(5) - 1, "ema5": C.ta.ema(5), "ema20": C.ta.ema(20), "ema200": C.ta.ema(200),
         "sma20": C.ta.sma(20), "std20": C.ta.stddev(20), "beta": X.ta.beta(C, 60),
     }  # fmt: skip
@@ -406,7 +408,7 @@ def talib_pandas() -> Peer:
 def qlib_alpha158() -> Peer:
     """Alpha158's expressions through qlib's own engine, one worker process per core, then its `CSZScoreNorm`.
 
-    qlib reads its own binary files: writing them is `prepare_s`, and the timed part begins there. Its caches are off.
+    qlib reads its own binary files. Writing them is timed separately as `prepare_s`. qlib's caches are off.
     """
     import numpy as np
     import pandas as pd
@@ -515,7 +517,8 @@ def _prepared(peer: Peer, source: Path, folder: Path) -> Path:
 
 
 def _tiny_market(name: str, folder: Path) -> Path:
-    """A source for the warm-up: the synthetic market for our own, which reads five tables; a random walk for peers."""
+    """A source for the warm-up: the synthetic market for our own features, which read five tables; a random walk for
+    peers."""
     if name == "atft":
         from atft_pipeline.market.synthetic import generate_market, write_tables
 

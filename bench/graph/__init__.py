@@ -1,1 +1,1 @@
-"""A refresh of the graph against brute force."""
+"""A refresh of the graph compared with brute force."""

@@ -1,12 +1,12 @@
 """Time of one refresh of the stock graph against brute force and the matmul ceiling: `python -m bench.graph.refresh`.
 
-Prints one JSON line per case, each measured in a fresh process on synthetic returns. `median_ms` and `best_ms` are of
-one refresh computed alone from its window, sector means and edge attributes included, over several sessions and
-repetitions, `cpu_ms` its processor time on all threads; `long_build_ms` is per refresh of a build of many.
-`brute_force_ms` is the definition as plain numpy (standardise, full product, common counts, argpartition). `ceiling` is
-the time of that float32 product by numpy's BLAS on all cores over the median: 1 would be a graph for the price of the
-product. Times are of one machine on one day; quote them with both. `--increment DIR` times one session appended to ten
-years of 4,000 stocks instead.
+Prints one JSON line per case, each measured in a fresh process on synthetic returns. `median_ms` and `best_ms` are the
+time of one refresh alone from its window, with sector means and edge attributes, over several sessions and repetitions.
+`cpu_ms` is its processor time on all threads. `long_build_ms` is the time per refresh in a build of many.
+`brute_force_ms` is the definition in plain numpy (standardise, full product, common counts, argpartition). `ceiling` is
+the time of that float32 product by numpy's BLAS on all cores, over the median: at 1 the graph would cost no more than
+the product. Times hold for one machine on one day; quote them with both. `--increment DIR` instead times one session
+appended to ten years of 4,000 stocks.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ REFRESHES, REPETITIONS = 5, 5
 
 
 def returns_of(stocks: int, sessions: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Returns with a market and sector factors, one in fifty missing; member, sector, market, all `[T, N]`."""
+    """Returns with market and sector factors, one in fifty missing; member, sector and market; all `[T, N]`."""
     rng = np.random.default_rng(0)
     sector = np.tile((np.arange(stocks) % SECTORS).astype(np.int32), (sessions, 1))
     returns = rng.normal(size=(sessions, stocks)).astype(np.float32)
@@ -58,7 +58,7 @@ def milliseconds(work: Callable[[], Any]) -> float:
 
 
 def brute_force(window: np.ndarray, neighbours: int) -> tuple[np.ndarray, np.ndarray]:
-    """Correlations `[n, n]` of already demeaned returns, -inf for pairs that may not be, and each row's best."""
+    """Correlations `[n, n]` of already demeaned returns, -inf for pairs without an edge, and each row's best."""
     has = np.isfinite(window)
     z = (window - np.nanmean(window, axis=0)) / np.nanstd(window, axis=0)
     z = np.where(has, np.clip(z, -CLIP, CLIP), np.float32(0.0))
@@ -74,11 +74,11 @@ def brute_force(window: np.ndarray, neighbours: int) -> tuple[np.ndarray, np.nda
 def identical(graph: StockGraph, corr: np.ndarray, best: np.ndarray) -> bool:
     """Whether the graph has brute force's neighbours, up to pairs that differ by less than 1e-6."""
     expected = np.sort(np.take_along_axis(corr, best, axis=1), axis=1)[:, ::-1]
-    found = np.full_like(expected, -np.inf)
+    actual = np.full_like(expected, -np.inf)
     rank = np.arange(len(graph.target)) - np.searchsorted(graph.target, graph.target)
-    found[graph.target, rank] = corr[graph.target, graph.source]
+    actual[graph.target, rank] = corr[graph.target, graph.source]
     with np.errstate(invalid="ignore"):
-        return bool(((found == expected) | (np.abs(found - expected) < 1e-6)).all())
+        return bool(((actual == expected) | (np.abs(actual - expected) < 1e-6)).all())
 
 
 def build(rows: tuple[np.ndarray, ...], days: np.ndarray, codes: np.ndarray, config: GraphConfig) -> StockGraph:
@@ -136,17 +136,17 @@ def case(stocks: int, window: int, neighbours: int) -> dict[str, Any]:
 
 
 def write_dataset_months(path: Path, rows: tuple[np.ndarray, ...], days: np.ndarray, only: set[str] | None) -> None:
-    """The membership parts of the months `only`, or of all, and the manifest of all."""
+    """Writes the membership partitions of the months `only`, or of all months, and the manifest of all."""
     folder = path.with_name(f"{path.name}.membership")
     folder.mkdir(parents=True, exist_ok=True)
     returns, member, sector, market = rows
     codes = pa.array([f"{i:05}" for i in range(returns.shape[1])])
     month_at = days.astype("datetime64[M]")
-    parts = {}
+    partitions = {}
     for month in np.unique(month_at):
         inside = np.flatnonzero(month_at == month)
         digest = hashlib.sha256(returns[inside].tobytes()).hexdigest()
-        parts[str(month)] = {"rows": int(returns[inside].size), "membership_sha256": digest}
+        partitions[str(month)] = {"rows": int(returns[inside].size), "membership_sha256": digest}
         if only is None or str(month) in only:
             table = {
                 "Date": pa.array(np.repeat(days[inside], returns.shape[1]), pa.date32()),
@@ -163,14 +163,14 @@ def write_dataset_months(path: Path, rows: tuple[np.ndarray, ...], days: np.ndar
             "kind": "ml_dataset",
             "fingerprint": f"{len(days)}",
             "source": {"path": "made here"},
-            "parts": parts,
+            "parts": partitions,
             "session_dates": days.astype(str).tolist(),
         },
     )
 
 
 def increment(folder: Path, stocks: int, sessions: int, neighbours: int) -> dict[str, Any]:
-    """Seconds of a full build by month, and of one session more, on which a refresh falls."""
+    """Seconds of a full build by month, and of one more session, which is a refresh."""
     config = GraphConfig(neighbours=neighbours)
     sessions -= (sessions - 1) % config.refresh_sessions
     days = np.busday_offset("2015-01-05", np.arange(sessions))

@@ -2,8 +2,8 @@
 
 `python -m bench.pipeline.stages SOURCE WORK_DIR`
 
-Runs the `atft` commands one after another in fresh processes and prints one JSON line per stage; the training stage
-also carries what the run was judged. Times are of one machine on one day; quote them with both.
+Runs the `atft` commands one after another in fresh processes and prints one JSON line per stage. The line of training
+also has the run's evaluation. Times hold for one machine on one day; quote them with both.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Full build and appended session of a source in parts: `python -m bench.pipeline.update SOURCE WORK_DIR`.
+"""Full build and appended session of a source in several files: `python -m bench.pipeline.update SOURCE WORK_DIR`.
 
-Splits the source's prices into a file per year and a last session of its own, builds prices, dataset and graph from all
-but that session, then brings them up to date. Each stage is an `atft` command in a fresh process and prints one JSON
-line; the first line is what start-up alone takes of each of them.
+Splits the source's prices into one file per year and one for the last session, builds prices, dataset and graph without
+that session, then updates them with it. Each stage is an `atft` command in a fresh process and prints one JSON line;
+the first line is the start-up time that each of them contains.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ DATES = {"listed": "Date", "index": "Date", "investor_flows": "PublishedDate", "
 
 
 def split(source: Path, folder: Path) -> tuple[Path, Path]:
-    """The source as it was before its last session, and that session's own file of prices."""
-    before, parts = folder / "source", folder / "source" / "prices"
-    parts.mkdir(parents=True)
+    """Writes the source as it was before its last session, and the prices of that session as a file of their own."""
+    before, prices_folder = folder / "source", folder / "source" / "prices"
+    prices_folder.mkdir(parents=True)
     prices = pl.scan_parquet(source / "prices.parquet")
     last = prices.select(pl.col("Date").max()).collect().item()
     first = prices.select(pl.col("Date").min()).collect().item()
     for year in range(first.year, last.year + 1):
         of_year = prices.filter(pl.col("Date").dt.year() == year, pl.col("Date") < last).collect()
         if of_year.height:
-            of_year.write_parquet(parts / f"{year}.parquet")
+            of_year.write_parquet(prices_folder / f"{year}.parquet")
     newest = folder / f"{last}.parquet"
     prices.filter(pl.col("Date") == last).collect().write_parquet(newest)
     for table, date in DATES.items():
@@ -45,7 +45,7 @@ def split(source: Path, folder: Path) -> tuple[Path, Path]:
 
 
 def start_up() -> dict[str, Any]:
-    """Python, its libraries and the compiled kernels' loading, of a command that builds features."""
+    """Time to start Python and to load libraries and compiled kernels, for a command that builds features."""
     started = time.perf_counter()
     subprocess.run(
         [sys.executable, "-c", "import atft_pipeline.market.price_store, atft_pipeline.dataset.store"], check=True

@@ -1,1 +1,1 @@
-"""Speed of training, on this machine and on a GPU, and what its record costs."""
+"""Speed of training, on this machine and on a GPU, and the cost of its record."""

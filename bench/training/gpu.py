@@ -1,14 +1,14 @@
 """50 epochs of the preset `production` on one GPU: `python -m bench.training.gpu`, one JSON line.
 
-4,000 stocks x 1,220 sessions x 82 features, hidden 256, window 60, bf16-mixed, validation every epoch: random walks and
-random features, written as a dataset first (that time is not counted), trained by the same call as `atft train`. Needs
-numpy, pyarrow and torch alone.
+4,000 stocks x 1,220 sessions x 82 features, hidden 256, window 60, bf16-mixed, validation every epoch. Random walks and
+random features are written as a dataset first (that time is not counted) and trained by the same call as `atft train`.
+The bench needs numpy, pyarrow and torch only.
 
-Beside seconds and utilisation stand the work of a step and the machine's ceilings, both measured: floating point
-operations by PyTorch's own counter, bytes as if every operation read its inputs and wrote its outputs once, a bf16
-product of 8192 x 8192 matrices, and a copy of 1 GB. `expected_s` is what the work needs at the ceilings, the slower of
-the two; `--ceilings 790e12 4.0e12` gives it for a machine that is not at hand, without training. `--profile FILE`
-writes the operations of a few steps by device time.
+The line also has the work of an epoch and the machine's ceilings, both measured. Work: floating point operations by
+PyTorch's own counter, and bytes as if every operation read its inputs and wrote its outputs once. Ceilings: a bf16
+product of 8192 x 8192 matrices, and a copy of 1 GB. `expected_s` is the time that the work needs at the slower of the
+two ceilings; `--ceilings 790e12 4.0e12` computes it for another machine, without training. `--profile FILE` writes the
+operations of a few steps by device time.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ FEATURES = 82
 
 
 def random_dataset(path: Path, stocks: int, sessions: int) -> None:
-    """Independent random walks and features; the targets are the walks' own."""
+    """Writes a dataset of independent random walks and features; the targets are the walks' forward returns."""
     rng = np.random.default_rng(0)
     names = [f"feature_{f:02}" for f in range(FEATURES - 2)] + ["returns_1d", "returns_5d"]
     days = [date(2010, 1, 4) + timedelta(days=t) for t in range(sessions)]
@@ -89,7 +89,7 @@ def random_dataset(path: Path, stocks: int, sessions: int) -> None:
 
 
 def random_graph(path: Path, dataset: Path, stocks: int, sessions: int, config: PipelineConfig) -> None:
-    """Every 5 sessions `neighbours` random stocks for each."""
+    """Writes a graph with `neighbours` random neighbours of each stock at every refresh."""
     rng = np.random.default_rng(1)
     neighbours = min(config.graph.neighbours, stocks - 1)
     refreshes = np.datetime64("2010-01-04") + np.arange(0, sessions, config.graph.refresh_sessions)
@@ -119,7 +119,7 @@ def random_graph(path: Path, dataset: Path, stocks: int, sessions: int, config: 
 
 
 class BytesCounter(TorchDispatchMode):
-    """Bytes of all tensors that operations take and return, views left out."""
+    """Counts the bytes of all tensors that operations take and return, except views."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -153,7 +153,7 @@ def work(trainer: Trainer) -> dict[str, float]:
 
 
 def ceilings(device: torch.device) -> tuple[float, float]:
-    """Operations a second of a bf16 product, bytes a second of a copy (read and written)."""
+    """Operations per second of a bf16 product, and bytes per second of a copy (read and written)."""
     n, size = (8192, 2**30) if device.type == "cuda" else (1024, 2**27)
     a = torch.randn(n, n, device=device, dtype=torch.bfloat16)
     source = torch.empty(size // 4, device=device).normal_()
@@ -176,21 +176,21 @@ def _seconds(call: Any, device: torch.device, repetitions: int = 20) -> float:
 
 @contextmanager
 def utilisation(device: torch.device) -> Iterator[list[float]]:
-    """Samples of the device's utilisation, five a second; none where NVIDIA's management library is absent."""
-    found: list[float] = []
+    """Samples the device's utilisation five times a second; no samples where NVIDIA's management library is absent."""
+    samples: list[float] = []
     done = threading.Event()
 
     def watch() -> None:
         while not done.wait(0.2):
             try:
-                found.append(torch.cuda.utilization(device) / 100)
+                samples.append(torch.cuda.utilization(device) / 100)
             except ModuleNotFoundError:
                 return
 
     watcher = threading.Thread(target=watch, daemon=True)
     if device.type == "cuda":
         watcher.start()
-    yield found
+    yield samples
     done.set()
 
 
@@ -237,7 +237,7 @@ def main() -> None:
 
 
 def measured(run: Path, seconds: float, at_ceilings: Any, samples: list[float]) -> dict[str, Any]:
-    """Of a finished run: seconds of its epochs and of all, the ceilings' shares of the former, steady utilisation."""
+    """Of a finished run: its seconds, those of its epochs, their shares at the ceilings, and the median utilisation."""
     rows = read_table(run, "series").to_pylist()
     epochs = sum(row["value"] for row in rows if row["metric"] in ("epoch_s", "validation_s"))
     memory = [row["value"] for row in rows if row["metric"] == "gpu_memory_bytes"]
@@ -257,11 +257,11 @@ def profile(trainer: Trainer) -> str:
     if trainer.device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     blocks = trainer.data.sessions_per_block(trainer.split.train, trainer.config.train.batch_size)[:3]
-    with torch.profiler.profile(activities=activities) as found:
+    with torch.profiler.profile(activities=activities) as profiler:
         for sessions in blocks:
             trainer.try_block(sessions)
     order = "self_cuda_time_total" if trainer.device.type == "cuda" else "self_cpu_time_total"
-    return str(found.key_averages().table(sort_by=order, row_limit=30, max_name_column_width=60))
+    return str(profiler.key_averages().table(sort_by=order, row_limit=30, max_name_column_width=60))
 
 
 if __name__ == "__main__":

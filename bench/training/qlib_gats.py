@@ -1,7 +1,7 @@
 """Samples per second in training of qlib's own GATs_ts, for bench/training/throughput.py; runs in qlib's environment.
 
-qlib's class, optimizer and training epoch as they are, GRU of two layers, hidden 64, on daily batches that lie in
-memory: its data loader is left out, which favours it. One JSON line.
+It uses qlib's class, optimizer and training epoch unchanged: GRU of two layers, hidden 64, on daily batches in memory.
+Its data loader is left out, which favours it. Prints one JSON line.
 """
 
 from __future__ import annotations

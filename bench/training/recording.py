@@ -1,8 +1,8 @@
 """What recording costs: `python -m bench.training.recording DATASET GRAPH [--preset cpu --epochs 3 --set FIELD=VALUE]`.
 
-Trains in a temporary directory with one thread and adds up the processor time of everything that exists for the record
-alone: series, evaluations and their daily rows written, effective weights, updates, activations, sampled inputs. Prints
-one JSON line; `share` is of the time of training and scoring together.
+Trains in a temporary directory with one thread and adds up the processor time of all code that serves the record alone:
+writing series, evaluations and their daily rows, gradient contributions, updates, activations, sampled inputs. Prints
+one JSON line; `share` is relative to the time of training and scoring together.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ RECORDING: tuple[tuple[Any, str], ...] = (
     (RunRecord, "close_epoch"),
     (RunRecord, "log_evaluation"),
 )
-"""What is only there to be read afterwards."""
+"""Functions that exist only for the record."""
 
 
 def timed(owner: Any, name: str, spent: defaultdict[str, float]) -> None:

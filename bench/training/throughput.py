@@ -1,15 +1,15 @@
 """Samples per second in training and scoring: `python -m bench.training.throughput DATASET GRAPH`.
 
 Prints one JSON line per case. Each case is a run of two epochs by `atft train` in a fresh process; the second epoch
-counts, the first warms up. A sample is a stock in a session. `samples_per_s` is a training epoch as the run records it:
-blocks made, forward, loss, backward, clipping, update, averaged weights. `scored_per_s` is the scoring of validation
-and test without gradients. `--wide GRAPH` adds the case that needs a graph of 20 neighbours. `--qlib PYTHON` adds
-qlib's GATs_ts, in an environment of its own (bench/features/requirements-qlib.txt). Times are of one machine on one
-day.
+counts, the first warms up. A sample is a stock in a session. `samples_per_s` is measured over a training epoch as the
+run records it: making blocks, forward, loss, backward, clipping, update, averaged weights. `scored_per_s` is measured
+over the scoring of validation and test without gradients. `--wide GRAPH` adds the case that needs a graph of 20
+neighbours. `--qlib PYTHON` adds qlib's GATs_ts, in an environment of its own (bench/features/requirements-qlib.txt).
+Times hold for one machine on one day.
 
-`--large DATASET GRAPH` runs instead the cases of a market that should not need the memory it takes (`atft synthesize
---stocks 4150 --sessions 2500 --seed 3`, graph with `graph.universe=all`): one epoch, the panel in memory or in a memory
-map, under a hard limit of 8 GB of anonymous memory, the kind that no disk can take over.
+`--large DATASET GRAPH` instead runs the cases of a market whose panel should not have to fit into memory (`atft
+synthesize --stocks 4150 --sessions 2500 --seed 3`, graph with `graph.universe=all`). They train one epoch, with the
+panel in memory or in a memory map, under a hard limit of 8 GB of anonymous memory, which no file can back.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ CASES: dict[str, tuple[int, dict[str, object]]] = {
     "cpu": (1, {}),
     "cpu, hidden 64, window 60, 20 neighbours": (2, {"model.hidden_size": 64, "model.window_sessions": 60}),
 }
-"""Threads, and what differs from the preset `cpu`, by name."""
+"""By name: threads, and what differs from the preset `cpu`."""
 WIDE = "cpu, hidden 64, window 60, 20 neighbours"
 
 MARKET = {"train.universe": "all", "train.batch_size": 8 * 4150}
@@ -50,13 +50,13 @@ LARGE: dict[str, tuple[int, dict[str, object]]] = {
     "large, last year, in memory": (1, YEAR | {"train.panel": "memory"}),
     "large, last year, in memory, 2 loaders": (1, YEAR | {"train.panel": "memory", "train.loader_workers": 2}),
 }
-"""The whole panel is loaded in each; all but the first train on its last year."""
+"""Each case loads the whole panel; all but the first train on its last year."""
 LIMIT_BYTES = 8 * 2**30
-"""Of anonymous memory that a large case may ask for."""
+"""Limit of the anonymous memory of a large case."""
 
 
 def measured(name: str, dataset: Path, graph: Path) -> dict[str, Any]:
-    """One run; the figures of its last epoch, and the process's largest memory, resident and thereof anonymous."""
+    """Trains one run; figures of its last epoch, and the process's peak memory, resident and its anonymous share."""
     large = name in LARGE
     threads, overrides = (LARGE if large else CASES)[name]
     epochs = 1 if large else 2
@@ -76,11 +76,11 @@ def measured(name: str, dataset: Path, graph: Path) -> dict[str, Any]:
         )
         anonymous_kb = 0
         while (ended := os.wait4(process.pid, os.WNOHANG))[0] == 0:
-            found = re.search(r"RssAnon:\s+(\d+)", Path(f"/proc/{process.pid}/status").read_text())
-            anonymous_kb = max(anonymous_kb, int(found[1]) if found else 0)
+            anonymous = re.search(r"RssAnon:\s+(\d+)", Path(f"/proc/{process.pid}/status").read_text())
+            anonymous_kb = max(anonymous_kb, int(anonymous[1]) if anonymous else 0)
             time.sleep(0.05)
         _, status, usage = ended
-        if not (run / "verdict.json").exists():  # exit code 1 is also a criterion that is not met
+        if not (run / "verdict.json").exists():  # exit code 1 alone may mean that the criterion was not met
             said.seek(0)
             reason = said.read().strip().rpartition("\n")[2]
             return {"case": name, "exit_code": os.waitstatus_to_exitcode(status), "reason": reason}

@@ -25,7 +25,7 @@ from assets.definitions import defs
 from assets.diagnosis.commands import DAGSTER
 from assets.diagnosis.experiments import EXPERIMENTS
 from atft_pipeline.diagnostics.diagnose import diagnose
-from atft_pipeline.runs.paired import EXPERIMENT_IDS, read_experiment_results
+from atft_pipeline.inspection.paired import EXPERIMENT_IDS, read_experiment_results
 
 pytestmark = pytest.mark.slow(reason="assets made in this process")
 

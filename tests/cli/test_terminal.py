@@ -98,11 +98,13 @@ def status(runs: Path, **variables: str) -> str:
     return in_a_terminal([sys.executable, "-m", "atft_pipeline.cli", "status", "--runs", str(runs)], **variables)
 
 
+@pytest.mark.process(reason="the command in a pseudo terminal")
 def test_a_terminal_shows_states_in_colour(runs: Path) -> None:
     assert "\x1b[36mfinished" in status(runs)
     assert f"{RED}killed" in status(runs)
 
 
+@pytest.mark.process(reason="the command in a pseudo terminal")
 @pytest.mark.parametrize("variables", [{"NO_COLOR": "1"}, {"TERM": "dumb"}])
 def test_who_wants_no_colour_sees_none(variables: dict[str, str], runs: Path) -> None:
     text = status(runs, **variables)

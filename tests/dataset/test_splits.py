@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from skfolio.model_selection import CombinatorialPurgedCV, WalkForward
 
 from atft_pipeline.config.schema import SplitConfig
 from atft_pipeline.dataset.splits import PURGE_SESSIONS, Split, make_split
@@ -26,6 +25,7 @@ def parts(split: Split) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_purged_fold_shares_no_label_with_training(config: SplitConfig) -> None:
+
     split = make_split(SESSIONS, config)
     for earlier, later in [(split.train, split.validation), (split.validation, split.test)]:
         read_by_earlier = {t + lag for t in earlier for lag in range(PURGE_SESSIONS + 1)}
@@ -48,6 +48,8 @@ def test_indices_of_two_parts_differ_by_more_than_purge_and_embargo(config: Spli
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_gap_before_validation_and_before_test_is_the_one_skfolio_purges(config: SplitConfig) -> None:
     """One walk-forward fold per boundary. Embargo is part of the gap: nothing here trains on what follows a test."""
+    from skfolio.model_selection import WalkForward  # seconds, which other tests need not wait for
+
     split = make_split(SESSIONS, config)
     for earlier, later in [(split.train, split.validation), (split.validation, split.test)]:
         rows = np.arange(earlier[0], later[-1] + 1)
@@ -60,6 +62,8 @@ def test_gap_before_validation_and_before_test_is_the_one_skfolio_purges(config:
 
 
 def test_training_sessions_are_those_that_combinatorial_purging_leaves_before_the_held_out_folds() -> None:
+    from skfolio.model_selection import CombinatorialPurgedCV  # seconds, which other tests need not wait for
+
     # 60/20/20 as five folds of which the last two are held out. skfolio has no fold between the two, so the gap that we
     # also take from the end of validation has no counterpart there.
     sessions = SESSIONS[:400]

@@ -33,7 +33,7 @@ from atft_pipeline.diagnostics.diagnose import diagnose
 from atft_pipeline.diagnostics.report.sections import to_markdown
 from atft_pipeline.diagnostics.signal import Value
 from atft_pipeline.diagnostics.topics import dataset as dataset_topic
-from atft_pipeline.runs.reader import open_record
+from atft_pipeline.inspection.reader import open_record
 from atft_pipeline.storage.artifact import read_manifest, write_manifest
 
 pytestmark = pytest.mark.slow(reason="trained runs, spoilt")

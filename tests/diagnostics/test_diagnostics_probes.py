@@ -36,11 +36,11 @@ from atft_pipeline.diagnostics.report.sections import to_markdown
 from atft_pipeline.diagnostics.run_inputs import RunInputs
 from atft_pipeline.errors import InputError
 from atft_pipeline.graph.store import build_graph_file
+from atft_pipeline.inspection.reader import open_record
 from atft_pipeline.market.contracts import read_checked
 from atft_pipeline.market.sources import open_source
 from atft_pipeline.market.synthetic import write_market
 from atft_pipeline.market.universe import build_prices
-from atft_pipeline.runs.reader import open_record
 from atft_pipeline.storage.artifact import read_manifest, write_manifest
 
 pytestmark = pytest.mark.slow(reason="trained runs, probed")

@@ -26,7 +26,7 @@ from atft_pipeline.diagnostics.report.markdown import table, to_html
 from atft_pipeline.diagnostics.report.sections import sections, to_markdown
 from atft_pipeline.diagnostics.rule import assess
 from atft_pipeline.diagnostics.rule_table import RULES
-from atft_pipeline.runs.reader import open_record
+from atft_pipeline.inspection.reader import open_record
 
 SECTIONS = [
     "Key finding",

@@ -32,7 +32,7 @@ from atft_pipeline.diagnostics.report.sections import to_markdown
 from atft_pipeline.diagnostics.rule import Rule, assess, status_of
 from atft_pipeline.diagnostics.rule_table import RULES
 from atft_pipeline.errors import InputError
-from atft_pipeline.runs.reader import open_record
+from atft_pipeline.inspection.reader import open_record
 
 WITH_SHARPE_TERM = {"train.loss.sharpe": 0.5}
 

@@ -18,7 +18,7 @@ from training_runs import header
 from atft_pipeline.diagnostics.conclude import plan_experiment
 from atft_pipeline.diagnostics.experiments.plan import EXPERIMENTS
 from atft_pipeline.errors import InputError
-from atft_pipeline.runs.paired import (
+from atft_pipeline.inspection.paired import (
     EXPERIMENT_IDS,
     Difference,
     compare_runs,

@@ -13,7 +13,7 @@ from run_directories import BASE_LR, EPOCHS, healthy
 
 from atft_pipeline.config.schema import ScheduleConfig
 from atft_pipeline.diagnostics.topics.learning_rate import lr_to_plan, planned_lr, plateau_against_losses
-from atft_pipeline.runs.reader import Record, open_record
+from atft_pipeline.inspection.reader import Record, open_record
 from atft_pipeline.training.schedule import SHAPES, LearningRateSchedule
 
 KINDS = get_args(get_type_hints(ScheduleConfig)["name"])

@@ -15,7 +15,7 @@ from atft_pipeline.diagnostics.report.sections import sections
 from atft_pipeline.diagnostics.rule import Rule, all_of
 from atft_pipeline.diagnostics.rule_table import REPORT_ORDER, RULES, TOPICS, table_of
 from atft_pipeline.diagnostics.signal import SignalTable
-from atft_pipeline.runs.reader import Record
+from atft_pipeline.inspection.reader import Record
 
 SLEEPY = Rule(
     id="sleepy",

@@ -156,6 +156,7 @@ def test_too_few_stocks_for_a_leg_have_an_ic_and_no_sharpe():
     assert "5 stocks" in result.notes[0]
 
 
+@pytest.mark.process(reason="a fresh interpreter")
 def test_the_training_path_imports_nothing_heavy():
     code = (
         "import sys, atft_pipeline.verdict.criterion, atft_pipeline.evaluation.evaluate;"

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 from scipy import stats
-from skfolio.measures import deflated_sharpe_ratio, expected_max_sharpe_ratio, probabilistic_sharpe_ratio
 
 from atft_pipeline.evaluation.metrics import (
     bootstrap_interval,
@@ -107,31 +107,40 @@ SAMPLES = {
 }
 
 
+@pytest.fixture(scope="module")
+def skfolio() -> Any:
+    import skfolio.measures  # seconds, which other tests need not wait for
+
+    return skfolio.measures
+
+
 @pytest.mark.parametrize("benchmark", [0.0, 0.03, -0.2])
 @pytest.mark.parametrize("x", SAMPLES.values(), ids=SAMPLES)
-def test_psr_equals_skfolio(x, benchmark):
-    assert probabilistic_sharpe(x, benchmark) == pytest.approx(probabilistic_sharpe_ratio(x, benchmark), abs=1e-12)
+def test_psr_equals_skfolio(x, benchmark, skfolio):
+    assert probabilistic_sharpe(x, benchmark) == pytest.approx(
+        skfolio.probabilistic_sharpe_ratio(x, benchmark), abs=1e-12
+    )
 
 
 @pytest.mark.parametrize("trials", [1, 2, 7, 1000])
-def test_the_expected_best_of_worthless_trials_equals_skfolio(trials):
-    expected = expected_max_sharpe_ratio(trials, 0.07)
+def test_the_expected_best_of_worthless_trials_equals_skfolio(trials, skfolio):
+    expected = skfolio.expected_max_sharpe_ratio(trials, 0.07)
     assert expected_best_sharpe(trials, 0.07) == pytest.approx(expected, rel=1e-12, abs=1e-15)
 
 
 @pytest.mark.parametrize("x", SAMPLES.values(), ids=SAMPLES)
 @pytest.mark.parametrize("trials", [1, 2, 30])
-def test_deflated_sharpe_equals_skfolio_given_the_sharpes_of_the_trials(x, trials):
+def test_deflated_sharpe_equals_skfolio_given_the_sharpes_of_the_trials(x, trials, skfolio):
     tried = np.random.default_rng(6).normal(0.02, 0.07, trials)
     spread = float(tried.std(ddof=1)) if trials > 1 else 0.0
-    assert deflated_sharpe(x, trials, spread) == pytest.approx(deflated_sharpe_ratio(x, tried), abs=1e-12)
+    assert deflated_sharpe(x, trials, spread) == pytest.approx(skfolio.deflated_sharpe_ratio(x, tried), abs=1e-12)
 
 
 @pytest.mark.parametrize("benchmark", [0.0, 0.03])
-def test_error_and_minimum_track_record_are_those_inside_the_psr_of_skfolio(benchmark):
+def test_error_and_minimum_track_record_are_those_inside_the_psr_of_skfolio(benchmark, skfolio):
     # skfolio 1.12 has neither; both follow from its PSR: z = (SR - benchmark) / error, and z grows with sqrt(n - 1).
     x = returns(mean=0.002)
-    z = stats.norm.ppf(probabilistic_sharpe_ratio(x, benchmark))
+    z = stats.norm.ppf(skfolio.probabilistic_sharpe_ratio(x, benchmark))
     assert (sharpe(x) - benchmark) / sharpe_standard_error(x) == pytest.approx(z, abs=1e-9)
     needed = 1 + (len(x) - 1) * (stats.norm.ppf(0.95) / z) ** 2
     assert minimum_track_record(x, benchmark) == pytest.approx(needed, rel=1e-9)

@@ -144,7 +144,7 @@ def changed(name: str, **fields: Any) -> tuple[Feature, ...]:
         ("flow_smart_idx", {"lag_sessions": 0}, "flow_smart_idx: lag of 0 sessions, but investor_flows counts from"),
         ("returns_5d", {"lag_sessions": -1}, "returns_5d: lag of -1 sessions, but prices counts from"),
         ("returns_5d", {"expression": lambda m: lag(m.ret(5), -1)}, "returns_5d: lag looks 1 sessions ahead"),
-        ("returns_5d", {"expression": lambda m: np.roll(m.ret(5), 3)}, "returns_5d: .*in the words of expressions.py"),
+        ("returns_5d", {"expression": lambda m: np.roll(m.ret(5), 3)}, "returns_5d: .*in the words of vocabulary/"),
     ],
 )
 def test_registry_row_is_held_to_its_own_expression(name: str, fields: dict[str, Any], message: str) -> None:

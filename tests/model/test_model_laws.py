@@ -8,7 +8,6 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 import torch
-from torch_geometric.nn import GATv2Conv
 
 from atft_pipeline.batches.block import Block, NeighbourTable
 from atft_pipeline.config.schema import HORIZONS, LossConfig, ModelConfig
@@ -533,6 +532,8 @@ def test_reset_output_redraws_the_last_layer_from_the_generator() -> None:
 @pytest.mark.parametrize("at_once", [1, 3, 4, 9])
 def test_attention_over_the_table_is_pygs_over_the_edges(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the number of sessions attended to at once."""
+    from torch_geometric.nn import GATv2Conv  # seconds, which other tests need not wait for
+
     torch.manual_seed(0)
     stocks, days, width, most = 30, 4, 8, 5
     monkeypatch.setattr(gat_module, "ATTENDED_AT_ONCE", at_once * stocks * most * width)

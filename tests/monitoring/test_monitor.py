@@ -23,6 +23,7 @@ from atft_process import ATFT, atft_here, content, environment
 from run_directories import BASE_LR, EPOCHS, Tables, healthy
 
 from atft_pipeline.diagnostics.diagnose import diagnose
+from atft_pipeline.inspection.reader import open_record
 from atft_pipeline.monitoring import monitor
 from atft_pipeline.monitoring import persistent_warnings as warned
 from atft_pipeline.monitoring.dashboard import plain, screen, sparkline
@@ -30,7 +31,6 @@ from atft_pipeline.monitoring.number_format import duration
 from atft_pipeline.monitoring.persistent_warnings import PersistentWarning, complete_epochs, persistent_warnings
 from atft_pipeline.monitoring.progress import RunProgress, read_progress
 from atft_pipeline.runs.lock import exclusive
-from atft_pipeline.runs.reader import open_record
 from atft_pipeline.training.distributed import interrupts
 
 NOW_S = 2e9

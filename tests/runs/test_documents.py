@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from atft_pipeline.errors import InputError
+from atft_pipeline.inspection.reader import open_record
 from atft_pipeline.runs.documents import read_document, read_validity, read_verdict
 from atft_pipeline.runs.header import read_run
 from atft_pipeline.runs.paths import UnreadableFile
-from atft_pipeline.runs.reader import open_record
 
 
 @pytest.mark.parametrize(

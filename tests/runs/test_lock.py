@@ -14,6 +14,7 @@ from atft_pipeline.runs import lock
 from atft_pipeline.runs.lock import exclusive, is_held
 
 
+@pytest.mark.process(reason="a second writer")
 def test_a_second_process_is_refused_while_the_first_writes(tmp_path):
     script = (
         "import sys; from pathlib import Path; from atft_pipeline.runs.lock import exclusive\n"

@@ -10,11 +10,11 @@ import pytest
 from run_directories import healthy
 
 from atft_pipeline.diagnostics.diagnose import diagnose
+from atft_pipeline.inspection.reader import open_record
 from atft_pipeline.monitoring.comparison import compare
 from atft_pipeline.monitoring.progress import read_progress
 from atft_pipeline.runs.header import read_run
 from atft_pipeline.runs.lock import exclusive
-from atft_pipeline.runs.reader import open_record
 from atft_pipeline.runs.state import has_crashed, run_state, with_earlier_end
 
 STATES = {

@@ -9,7 +9,7 @@ from typing import Any
 from atft_pipeline.diagnostics.changes import Change, Settings, plan_changes, raised, switched, values_of
 from atft_pipeline.diagnostics.commands import CommandStyle
 from atft_pipeline.diagnostics.rule import Finding, Rule
-from atft_pipeline.runs.reader import Record
+from atft_pipeline.inspection.reader import Record
 
 
 @dataclass(frozen=True)

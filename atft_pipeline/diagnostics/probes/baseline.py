@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from atft_pipeline.diagnostics.probes.figures import Figures
 from atft_pipeline.diagnostics.run_inputs import RunInputs
 from atft_pipeline.evaluation.metrics import information_coefficient, mean_and_error
-from atft_pipeline.runs.reader import Record
+from atft_pipeline.inspection.reader import Record
 
 SIGNALS = ("baseline_ic", "baseline_ic_t", "baseline_train_ic", "over_baseline_t")
 

@@ -13,7 +13,7 @@ from atft_pipeline.diagnostics.probes.figures import Figures
 from atft_pipeline.diagnostics.run_inputs import RunInputs
 from atft_pipeline.errors import InputError
 from atft_pipeline.evaluation.metrics import information_coefficient, mean_and_error
-from atft_pipeline.runs.reader import read_scores
+from atft_pipeline.inspection.reader import read_scores
 
 SIGNALS = ("rescored_gap", "rescored_correlation", "rescored_epoch", "rescored_ic")
 

@@ -24,7 +24,7 @@ from atft_pipeline.diagnostics.probes.remedy import remedy
 from atft_pipeline.diagnostics.run_inputs import RunInputs
 from atft_pipeline.diagnostics.signal import Value
 from atft_pipeline.errors import InputError, RunFailure
-from atft_pipeline.runs.reader import Record
+from atft_pipeline.inspection.reader import Record
 from atft_pipeline.storage.atomic import write_json
 
 MODULES: dict[str, ModuleType] = {

@@ -14,7 +14,7 @@ from matplotlib.ticker import FuncFormatter
 
 from atft_pipeline.diagnostics.report.attribution_tables import money
 from atft_pipeline.diagnostics.report.plots import INTERVAL_SE, SIZE_INCHES, pictures
-from atft_pipeline.evaluation.attribution import (
+from atft_pipeline.inspection.attribution import (
     PARTICIPATIONS,
     Attribution,
     Capacity,

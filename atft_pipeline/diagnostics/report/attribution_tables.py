@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 from atft_pipeline.diagnostics.report.markdown import NOT_MEASURED
-from atft_pipeline.evaluation.attribution import (
+from atft_pipeline.inspection.attribution import (
     PARTICIPATIONS,
     TURNOVER_WINDOW_SESSIONS,
     Attribution,

@@ -12,8 +12,8 @@ from atft_pipeline.diagnostics.experiments.plan import ExperimentAdvice
 from atft_pipeline.diagnostics.posterior import Ranking
 from atft_pipeline.diagnostics.rule import Finding, Rule
 from atft_pipeline.diagnostics.signal import Signals
-from atft_pipeline.evaluation.attribution import Attribution, Missing
-from atft_pipeline.runs.reader import Record
+from atft_pipeline.inspection.attribution import Attribution, Missing
+from atft_pipeline.inspection.reader import Record
 
 STATUS_WORDS = {"fired": "yes", "not_fired": "no", "not_assessable": "not assessable"}
 SHOWN_CAUSES, SHOWN_PROBABILITY = 3, 0.02

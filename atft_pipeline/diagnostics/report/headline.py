@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from atft_pipeline.diagnostics.posterior import Ranking
 from atft_pipeline.diagnostics.rule import Finding
 from atft_pipeline.diagnostics.signal import Signals
-from atft_pipeline.runs.reader import Record
+from atft_pipeline.inspection.reader import Record
 
 
 def headline(record: Record, signals: Signals, findings: Sequence[Finding], ranking: Ranking) -> str:

@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from atft_pipeline.diagnostics.topics.curves import loss_curve
 from atft_pipeline.diagnostics.topics.learning_rate import planned_lr
-from atft_pipeline.runs.reader import Record
+from atft_pipeline.inspection.reader import Record
 
 INTERVAL_SE = 1.96
 SIZE_INCHES = (7.2, 3.2)

@@ -14,7 +14,7 @@ from atft_pipeline.diagnostics.report.diagnosis import SHOWN_CAUSES, SHOWN_PROBA
 from atft_pipeline.diagnostics.report.markdown import figure, table, table_of
 from atft_pipeline.diagnostics.rule import Group, Rule
 from atft_pipeline.diagnostics.signal import Signals
-from atft_pipeline.evaluation.attribution import Attribution, Missing
+from atft_pipeline.inspection.attribution import Attribution, Missing
 
 FINAL_FIGURES = (
     "sharpe_daily", "sharpe_se", "sharpe_daily_net", "sharpe_annualised", "ic_mean", "rank_ic_mean", "rank_icir",

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from atft_pipeline.runs.reader import Record
+from atft_pipeline.inspection.reader import Record
 
 SHOWN = 6
 

@@ -12,7 +12,7 @@ from atft_pipeline.diagnostics.curve_statistics import (
 )
 from atft_pipeline.diagnostics.rule import SHARPE_IS_LOW, Rule, all_of
 from atft_pipeline.diagnostics.signal import SignalTable
-from atft_pipeline.runs.reader import Curve, Record
+from atft_pipeline.inspection.reader import Curve, Record
 
 SIGNALS = SignalTable()
 

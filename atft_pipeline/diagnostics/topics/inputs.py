@@ -12,7 +12,7 @@ from atft_pipeline.diagnostics import questions
 from atft_pipeline.diagnostics.rule import Rule, all_of
 from atft_pipeline.diagnostics.run_inputs import RunInputs
 from atft_pipeline.diagnostics.signal import Audit, SignalTable, Value
-from atft_pipeline.runs.reader import Record
+from atft_pipeline.inspection.reader import Record
 
 SIGNALS = SignalTable()
 

@@ -13,7 +13,7 @@ from atft_pipeline.diagnostics.curve_statistics import (
 )
 from atft_pipeline.diagnostics.rule import SHARPE_IS_LOW, Rule, all_of
 from atft_pipeline.diagnostics.signal import SignalTable, count_of, listed
-from atft_pipeline.runs.reader import Record, as_number
+from atft_pipeline.inspection.reader import Record, as_number
 
 SIGNALS = SignalTable()
 

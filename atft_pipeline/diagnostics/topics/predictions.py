@@ -17,7 +17,7 @@ from atft_pipeline.diagnostics.rule import Rule, all_of
 from atft_pipeline.diagnostics.run_inputs import RunInputs
 from atft_pipeline.diagnostics.signal import Audit, SignalTable, Value
 from atft_pipeline.evaluation.portfolio import long_short
-from atft_pipeline.runs.reader import Record, read_scores
+from atft_pipeline.inspection.reader import Record, read_scores
 
 SIGNALS = SignalTable()
 

@@ -8,7 +8,7 @@ from atft_pipeline.diagnostics import questions
 from atft_pipeline.diagnostics.rule import Rule, all_of
 from atft_pipeline.diagnostics.run_inputs import RunInputs
 from atft_pipeline.diagnostics.signal import Audit, SignalTable, Value, listed
-from atft_pipeline.runs.reader import Record, as_number
+from atft_pipeline.inspection.reader import Record, as_number
 
 SIGNALS = SignalTable()
 

@@ -9,7 +9,7 @@ from atft_pipeline.diagnostics.changes import lowered, raised
 from atft_pipeline.diagnostics.experiments.plan import BY_ID as EXPERIMENTS_BY_ID
 from atft_pipeline.diagnostics.rule import SHARPE_IS_LOW, Rule, all_of
 from atft_pipeline.diagnostics.signal import SignalTable
-from atft_pipeline.runs.reader import Record
+from atft_pipeline.inspection.reader import Record
 
 SIGNALS = SignalTable()
 

@@ -15,7 +15,7 @@ from atft_pipeline.diagnostics.curve_statistics import (
 from atft_pipeline.diagnostics.rule import Rule, all_of
 from atft_pipeline.diagnostics.signal import SignalTable
 from atft_pipeline.diagnostics.topics.learning_rate import planned_lr
-from atft_pipeline.runs.reader import Record, as_number
+from atft_pipeline.inspection.reader import Record, as_number
 
 SIGNALS = SignalTable()
 

@@ -14,7 +14,7 @@ from atft_pipeline.diagnostics.curve_statistics import (
 )
 from atft_pipeline.diagnostics.rule import Rule, all_of
 from atft_pipeline.diagnostics.signal import SignalTable, count_of, listed
-from atft_pipeline.runs.reader import Record
+from atft_pipeline.inspection.reader import Record
 
 SIGNALS = SignalTable()
 

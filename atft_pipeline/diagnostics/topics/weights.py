@@ -9,7 +9,7 @@ from atft_pipeline.diagnostics.changes import switched
 from atft_pipeline.diagnostics.rule import Rule, all_of
 from atft_pipeline.diagnostics.signal import SignalTable
 from atft_pipeline.diagnostics.topics.reported_figures import RECOMPUTED_TOLERANCE
-from atft_pipeline.runs.reader import Record
+from atft_pipeline.inspection.reader import Record
 
 SIGNALS = SignalTable()
 

@@ -1,4 +1,4 @@
-"""Functions of numbers, applied value by value to matrices, series and constants: ratios, changes, comparisons."""
+"""Functions of numbers, applied to each value of matrices, series and constants: ratios, changes, comparisons."""
 
 from __future__ import annotations
 
@@ -14,23 +14,25 @@ from atft_pipeline.features.trace import word
 from atft_pipeline.market.price_panel import Matrix
 
 FLAT = 1e-12
-"""Relative difference below which two prices are the same price: dividing by a split's factor leaves about 1e-16,
-while one tick is at least 1e-7."""
+"""Relative difference below which two prices count as equal: dividing by a split's factor leaves about 1e-16, while one
+tick is at least 1e-7."""
 STILL = 1e-6
-"""Average move per session, relative to the price, that is none. Gains and losses of a price that stands still decay
-at one pace, so their ratio would remember for ever what was before; a tick is at least 1e-5 of a price."""
+"""Average move per session, relative to the price, below which a price counts as still. Averaged gains and losses of a
+still price decay at the same pace, so their ratio would keep its last value for ever. A tick is at least 1e-5 of a
+price."""
 
 
 def min_observations(window: int) -> int:
-    """Observations that a window of `window` sessions needs: two thirds, rounded up."""
+    """Fewest observations for a statistic over `window` sessions: two thirds, rounded up."""
     return -(-2 * window // 3)
 
 
 def elementwise(scalar: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes a function of numbers one of panels, series and constants, broadcast against each other.
+    """Turns a function of numbers into one of panels, series and constants, broadcast against each other.
 
-    As numba's `vectorize`, whose cache keeps no wrappers: making those anew costs a twentieth of a second a word at
-    every start. The loop is compiled from text because its cache tells functions apart by file, name and line.
+    It replaces numba's `vectorize`, whose cache keeps no wrappers: rebuilding them would cost a twentieth of a second a
+    word at every start. The loop is compiled from text, because numba's cache tells functions apart by file, name and
+    line.
     """
     name, operands = scalar.__name__, list(signature(scalar).parameters)
     values = ", ".join(f"{operand}[i]" for operand in operands)
@@ -70,7 +72,7 @@ def change(new: Any, old: Any) -> Any:
 @word()
 @elementwise
 def growth(new: Any, old: Any) -> Any:
-    """(new − old) / abs(old): the sign is that of the improvement, also from a loss."""
+    """(new − old) / abs(old): positive for an improvement, also from a loss; null where old is zero."""
     return (new - old) / abs(old) if old != 0.0 else np.nan
 
 
@@ -84,7 +86,7 @@ def exceeds(x: Any, threshold: Any) -> Any:
 @word()
 @elementwise
 def reaches(x: Any, threshold: Any) -> Any:
-    """1 where x is at the threshold or above it, 0 elsewhere, null where either is."""
+    """1 where x is at or above the threshold, 0 elsewhere, null where either is."""
     return np.nan if x != x or threshold != threshold else (1.0 if x >= threshold else 0.0)
 
 
@@ -120,14 +122,14 @@ def positive(x: Any) -> Any:
 @word()
 @elementwise
 def either(x: Any, otherwise: Any) -> Any:
-    """x, the other where x is null."""
+    """x, or `otherwise` where x is null."""
     return x if x == x else otherwise
 
 
 @word()
 @elementwise
 def rise(new: Any, old: Any) -> Any:
-    """new − old where it is positive, else 0, null where either is; a rise by rounding is none."""
+    """new − old where it is positive, else 0, null where either is; a rise within rounding counts as 0."""
     step = new - old
     return step if step != step else (step if step >= FLAT * new else 0.0)
 
@@ -135,7 +137,7 @@ def rise(new: Any, old: Any) -> Any:
 @word()
 @elementwise
 def strength(gain: Any, loss: Any, price: Any) -> Any:
-    """100 · gain / (gain + loss), 50 where both together are under `STILL` of the price: it has stood still."""
+    """100 · gain / (gain + loss), 50 where their sum is within `STILL` of the price: it has not moved."""
     total = gain + loss
     return 50.0 if total <= STILL * price else 100.0 * gain / total
 
@@ -143,7 +145,7 @@ def strength(gain: Any, loss: Any, price: Any) -> Any:
 @word()
 @elementwise
 def unit_position(x: Any, low: Any, high: Any) -> Any:
-    """(x − low) / (high − low), in the middle, 0.5, where low and high are the same price."""
+    """(x − low) / (high − low); 0.5, the middle, where low and high are the same price."""
     width = high - low
     if width <= FLAT * abs(high):
         return 0.5 if x == x else np.nan
@@ -172,5 +174,5 @@ def log_ratio(numerator: Matrix, denominator: Matrix) -> Matrix:
 
 
 def band_width(middle: Matrix, std: Matrix) -> Matrix:
-    """Distance between the bands over the middle."""
+    """Distance between the bands, over the middle."""
     return ratio(4.0 * std, middle)

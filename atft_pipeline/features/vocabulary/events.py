@@ -17,7 +17,7 @@ SESSIONS_IN_WEEK = 5
 
 @word(lambda weeks: (weeks - 1) * SESSIONS_IN_WEEK)
 def weekly_mean(history: Matrix, weeks: int) -> Matrix:
-    """Mean of the newest `weeks` of each history `[E, W]`, newest last; two thirds of them non-null, else null."""
+    """Mean of the newest `weeks` of each history `[E, W]`, newest last; null unless two thirds of them are non-null."""
     window = history[:, -weeks:]
     count = np.sum(~np.isnan(window), axis=1)
     return np.where(count >= min_observations(weeks), np.nansum(window, axis=1) / np.maximum(count, 1), np.nan)
@@ -25,7 +25,7 @@ def weekly_mean(history: Matrix, weeks: int) -> Matrix:
 
 @word(lambda weeks, newest: (weeks + newest - 2) * SESSIONS_IN_WEEK)
 def weekly_zscores(history: Matrix, weeks: int, newest: int) -> Matrix:
-    """z-score (ddof 1) of each of the `newest` last weeks within the `weeks` that end with it, `[E, newest]`."""
+    """z-score (ddof 1) of each of the last `newest` weeks within the `weeks` that end with it, `[E, newest]`."""
     W = history.shape[1]
     columns = []
     for end in range(W - newest + 1, W + 1):
@@ -40,7 +40,7 @@ def weekly_zscores(history: Matrix, weeks: int, newest: int) -> Matrix:
 
 @word()
 def of_event(values: Matrix, latest: NDArray[np.int32]) -> Matrix:
-    """`[E]` values of the latest event, in the shape of `latest`, null where it is −1: there is none yet."""
+    """`[E]` values of the latest event, in the shape of `latest`; null where it is −1, before the first event."""
     return np.where(latest >= 0, values[np.maximum(latest, 0)] if len(values) else np.nan, np.nan)
 
 
@@ -51,17 +51,17 @@ def _in_force(values: Any, day: Any, latest: Any, sessions: Any, expiry: Any, ou
         events, result = latest[t], out[t]
         for j in range(N):
             e = events[j]
-            known = e >= 0 and sessions[t] - day[e] <= expiry
-            result[j] = values[e] if known else np.nan
+            is_in_force = e >= 0 and sessions[t] - day[e] <= expiry
+            result[j] = values[e] if is_in_force else np.nan
 
 
 @word()
 def document_in_force(
     values: Matrix, day: Matrix, latest: NDArray[np.int32], sessions: Matrix, expiry_days: int
 ) -> Matrix:
-    """`[E]` values of the latest document known at each close, `[T, N]`, null once its `day` is over `expiry_days` ago.
+    """`[E]` values of the latest document known at each close, `[T, N]`; null once its `day` is over `expiry_days` ago.
 
-    day: `[E]` and sessions: `[T]`, in days since 1970, NaN where a document says nothing of the kind.
+    day: `[E]`, NaN where a document states no such figure; sessions: `[T]`; both in days since 1970.
     """
     out = np.empty(latest.shape)
     _in_force(np.ascontiguousarray(values), day, latest, sessions, expiry_days, out)

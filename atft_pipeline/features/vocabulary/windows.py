@@ -12,9 +12,9 @@ from atft_pipeline.features.vocabulary.elementwise import FLAT, change, min_obse
 from atft_pipeline.market.price_panel import Matrix
 
 CARRY_SESSIONS = 5
-"""Sessions for which the last close stands in for a missing one, to form a return and for nothing else."""
+"""Sessions for which the last close replaces a missing one; used for returns only."""
 TS_WINDOW, TS_MIN_OBSERVATIONS = 252, 60
-"""Sessions of a trailing z-score, and the observations it needs."""
+"""Sessions of a trailing z-score, and its fewest observations."""
 
 _TILE = 64
 """Stocks per tile: the longest window, 252 sessions x 64 stocks x 8 bytes, stays in the second-level cache."""
@@ -46,9 +46,9 @@ def _carry(x: Any, longest: Any, out: Any) -> None:
     for t in range(T):
         row, result, before = x[t], out[t], out[max(t - 1, 0)]
         for j in range(N):
-            there = row[j] == row[j]
-            age[j] = 0 if there else age[j] + 1
-            result[j] = row[j] if there else (before[j] if age[j] <= longest and t > 0 else np.nan)
+            has_value = row[j] == row[j]
+            age[j] = 0 if has_value else age[j] + 1
+            result[j] = row[j] if has_value else (before[j] if age[j] <= longest and t > 0 else np.nan)
 
 
 @word(CARRY_SESSIONS)
@@ -62,7 +62,7 @@ def carry(x: Matrix) -> Matrix:
 
 @word(lambda sessions: sessions)
 def returns(close: Matrix, carried: Matrix, sessions: int) -> Matrix:
-    """R_h: the close over the one `sessions` earlier, minus 1, both carried; R_1 is null on an untraded session."""
+    """R_h: the close over the one `sessions` earlier, minus 1, both carried. R_1 is null on an untraded session."""
     out = np.full_like(close, np.nan)
     new = close if sessions == 1 else carried
     change(new[sessions:], carried[: max(len(close) - sessions, 0)], out=out[sessions:])
@@ -73,7 +73,7 @@ def returns(close: Matrix, carried: Matrix, sessions: int) -> Matrix:
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _moments(x: Any, window: Any, least: Any, ddof: Any, two_pass: Any, mean: Any, std: Any) -> None:
+def _moments(x: Any, window: Any, min_count: Any, ddof: Any, two_pass: Any, mean: Any, std: Any) -> None:
     T, N = x.shape
     total, seen, centre = np.empty(_TILE), np.empty(_TILE), np.empty(_TILE)
     for first in range(0, N, _TILE):
@@ -85,13 +85,13 @@ def _moments(x: Any, window: Any, least: Any, ddof: Any, two_pass: Any, mean: An
             for s in range(oldest, t + 1):
                 row = x[s, first : first + width]
                 for j in range(width):
-                    there = row[j] == row[j]
-                    total[j] += row[j] if there else 0.0
-                    seen[j] += 1.0 if there else 0.0
+                    has_value = row[j] == row[j]
+                    total[j] += row[j] if has_value else 0.0
+                    seen[j] += 1.0 if has_value else 0.0
             result = mean[t, first : first + width]
             for j in range(width):
                 centre[j] = total[j] / seen[j]
-                result[j] = centre[j] if seen[j] >= least else np.nan
+                result[j] = centre[j] if seen[j] >= min_count else np.nan
             if not two_pass:
                 continue
             total[:] = 0.0
@@ -103,16 +103,16 @@ def _moments(x: Any, window: Any, least: Any, ddof: Any, two_pass: Any, mean: An
             result = std[t, first : first + width]
             for j in range(width):
                 spread = np.sqrt(total[j] / (seen[j] - ddof)) if seen[j] > ddof else np.nan
-                # Equal values leave rounding of their mean: that is no spread.
+                # Equal values deviate from their mean by rounding alone: that is no spread.
                 spread = 0.0 if spread <= FLAT * abs(centre[j]) else spread
-                result[j] = spread if seen[j] >= least else np.nan
+                result[j] = spread if seen[j] >= min_count else np.nan
 
 
-def _rolling(x: Matrix, window: int, least: int, ddof: int, *, two_pass: bool) -> tuple[Matrix, Matrix]:
+def _rolling(x: Matrix, window: int, min_count: int, ddof: int, *, two_pass: bool) -> tuple[Matrix, Matrix]:
     panel = as_matrix(x)
     mean = np.empty_like(panel)
     std = np.empty_like(panel) if two_pass else np.empty((0, 0))
-    _moments(panel, window, least, ddof, two_pass, mean, std)
+    _moments(panel, window, min_count, ddof, two_pass, mean, std)
     return mean.reshape(x.shape), std.reshape(x.shape) if two_pass else std
 
 
@@ -161,7 +161,7 @@ def _count(x: Any, window: Any, out: Any) -> None:
 
 
 def _counted(x: Matrix, window: int) -> Matrix:
-    """Non-null values in the window; whole numbers, which a running count adds exactly."""
+    """Number of non-null values in the window; a running count is exact, since they are whole numbers."""
     panel = as_matrix(x)
     out = np.empty_like(panel)
     _count(panel, window, out)
@@ -169,7 +169,10 @@ def _counted(x: Matrix, window: int) -> Matrix:
 
 
 def _extreme(x: Matrix, window: int, larger: Any) -> Matrix:
-    """`larger` of two is that of their windows: each doubling of the width is one pass, and two cover the rest."""
+    """Extreme of each window, where `larger` takes the extreme of two values.
+
+    One pass doubles the width, since two adjacent windows make one; in the last pass the two windows overlap.
+    """
     top, width = x, 1
     while width < window:
         step = min(width, window - width)
@@ -192,7 +195,7 @@ def rolling_min(x: Matrix, window: int) -> Matrix:
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _regress(y: Any, x: Any, window: Any, least: Any, beta: Any, corr: Any, residual: Any) -> None:
+def _regress(y: Any, x: Any, window: Any, min_count: Any, beta: Any, corr: Any, residual: Any) -> None:
     T, N = y.shape
     n, mx, my = np.empty(_TILE), np.empty(_TILE), np.empty(_TILE)
     sxx, sxy, syy, slope = np.empty(_TILE), np.empty(_TILE), np.empty(_TILE), np.empty(_TILE)
@@ -206,10 +209,10 @@ def _regress(y: Any, x: Any, window: Any, least: Any, beta: Any, corr: Any, resi
             for s in range(oldest, t + 1):
                 a, b = x[s, first : first + width], y[s, first : first + width]
                 for j in range(width):
-                    there = (a[j] == a[j]) & (b[j] == b[j])
-                    n[j] += 1.0 if there else 0.0
-                    mx[j] += a[j] if there else 0.0
-                    my[j] += b[j] if there else 0.0
+                    has_both = (a[j] == a[j]) & (b[j] == b[j])
+                    n[j] += 1.0 if has_both else 0.0
+                    mx[j] += a[j] if has_both else 0.0
+                    my[j] += b[j] if has_both else 0.0
             for j in range(width):
                 mx[j] /= n[j]
                 my[j] /= n[j]
@@ -220,19 +223,19 @@ def _regress(y: Any, x: Any, window: Any, least: Any, beta: Any, corr: Any, resi
                 a, b = x[s, first : first + width], y[s, first : first + width]
                 for j in range(width):
                     dx, dy = a[j] - mx[j], b[j] - my[j]
-                    there = (dx == dx) & (dy == dy)
-                    sxx[j] += dx * dx if there else 0.0
-                    sxy[j] += dx * dy if there else 0.0
-                    syy[j] += dy * dy if there else 0.0
+                    has_both = (dx == dx) & (dy == dy)
+                    sxx[j] += dx * dx if has_both else 0.0
+                    sxy[j] += dx * dy if has_both else 0.0
+                    syy[j] += dy * dy if has_both else 0.0
             betas, corrs = beta[t, first : first + width], corr[t, first : first + width]
             for j in range(width):
                 moved = sxx[j] > n[j] * (FLAT * mx[j]) ** 2
-                slope[j] = sxy[j] / sxx[j] if moved and n[j] >= least else np.nan
+                slope[j] = sxy[j] / sxx[j] if moved and n[j] >= min_count else np.nan
                 both = moved and syy[j] > n[j] * (FLAT * my[j]) ** 2
-                found = sxy[j] / np.sqrt(sxx[j] * syy[j])
+                correlation = sxy[j] / np.sqrt(sxx[j] * syy[j])
                 betas[j] = slope[j]
-                corrs[j] = min(max(found, -1.0), 1.0) if both and slope[j] == slope[j] else np.nan
-            # The residuals are summed themselves: syy − slope * sxy cancels when the fit is close.
+                corrs[j] = min(max(correlation, -1.0), 1.0) if both and slope[j] == slope[j] else np.nan
+            # The residuals are summed directly, because syy − slope * sxy cancels when the fit is close.
             syy[:] = 0.0
             for s in range(oldest, t + 1):
                 a, b = x[s, first : first + width], y[s, first : first + width]

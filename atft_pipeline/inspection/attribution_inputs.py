@@ -18,7 +18,10 @@ from atft_pipeline.config.schema import EvaluationConfig
 from atft_pipeline.config.slices import Slice
 from atft_pipeline.dataset.layout import read_membership
 from atft_pipeline.errors import InputError
-from atft_pipeline.evaluation.attribution import (
+from atft_pipeline.evaluation.evaluate import SPLITS
+from atft_pipeline.evaluation.predictions_table import ScorePanel, score_panel
+from atft_pipeline.evaluation.slices import marked_slice
+from atft_pipeline.inspection.attribution import (
     TURNOVER_WINDOW_SESSIONS,
     Array,
     Attribution,
@@ -28,9 +31,6 @@ from atft_pipeline.evaluation.attribution import (
     attribute,
     trailing_median,
 )
-from atft_pipeline.evaluation.evaluate import SPLITS
-from atft_pipeline.evaluation.predictions_table import ScorePanel, score_panel
-from atft_pipeline.evaluation.slices import marked_slice
 from atft_pipeline.storage.artifact import Period, read_artifact, read_manifest, resolved
 
 # From files ------------------------------------------------------------------------------------------------------

@@ -28,7 +28,9 @@ from atft_pipeline.diagnostics.report.attribution_tables import attribution_tabl
 from atft_pipeline.diagnostics.report.plots import PLOTS, by_epoch, figure
 from atft_pipeline.diagnostics.report.sections import to_markdown
 from atft_pipeline.errors import InputError
-from atft_pipeline.evaluation.attribution import (
+from atft_pipeline.evaluation.portfolio import Book, long_short, long_short_book
+from atft_pipeline.evaluation.predictions_table import ScorePanel
+from atft_pipeline.inspection.attribution import (
     Attribution,
     Capacity,
     MarketExposure,
@@ -45,11 +47,9 @@ from atft_pipeline.evaluation.attribution import (
     size_tilt,
     trailing_median,
 )
-from atft_pipeline.evaluation.attribution_inputs import _Context, attribute_predictions
-from atft_pipeline.evaluation.portfolio import Book, long_short, long_short_book
-from atft_pipeline.evaluation.predictions_table import ScorePanel
+from atft_pipeline.inspection.attribution_inputs import _Context, attribute_predictions
+from atft_pipeline.inspection.reader import open_record
 from atft_pipeline.market.market_facts import market_facts
-from atft_pipeline.runs.reader import open_record
 from atft_pipeline.storage.artifact import manifest_path, read_artifact, read_manifest
 
 NAN = np.nan
