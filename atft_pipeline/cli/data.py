@@ -66,7 +66,7 @@ def _synthesize(options: argparse.Namespace) -> Reply:
             write_tables(market, temporary)
     rows = {name: table.height for name, table in market.tables.items()}
     content = {"path": str(options.out), **arguments, "rows": rows, "truth_rows": market.truth.height}
-    says = facts(
+    block = facts(
         ("source", options.out),
         *((name.replace("_", " "), value) for name, value in arguments.items()),
         ("rows", _counts(rows)),
@@ -74,7 +74,7 @@ def _synthesize(options: argparse.Namespace) -> Reply:
         ("next", f"atft dataset {quote(str(options.out))} OUT"),
         timed=True,
     )
-    return Reply(content, [says])
+    return Reply(content, [block])
 
 
 # dataset ----------------------------------------------------------------------------------------------------------

@@ -63,10 +63,10 @@ def _train(options: argparse.Namespace) -> Reply:
                 outcome = train_in_processes(layout, *inputs, threads=threads, **how)
             else:
                 outcome = train(*inputs, **how)
-        leads = processes.is_leader
+        is_leader = processes.is_leader
     code = 0 if outcome.verdict["status"] in PASSING else 1
     content = {"run_dir": str(outcome.run_dir), "reused": outcome.reused, **outcome.verdict}
-    return Reply(content, verdict_blocks(content), code) if leads else Reply({}, code=code)
+    return Reply(content, verdict_blocks(content), code) if is_leader else Reply({}, code=code)
 
 
 def verdict_blocks(content: Mapping[str, Any]) -> list[Block]:
@@ -142,7 +142,7 @@ def _experiment(options: argparse.Namespace) -> Reply:
         "report_html": str(concluded.report.html),
     }
     row = next(row for row in experiment_rows(options.run_dir) if row["experiment"] == options.experiment)
-    says = facts(
+    block = facts(
         ("experiment", f"{options.experiment} of {options.run_dir}"),
         *((name, text) for name, text in row.items() if name not in ("experiment", "run")),
         ("verdict", Cell(content["verdict"], verdict_colour(outcome.verdict["status"], content["verdict"]))),
@@ -151,4 +151,4 @@ def _experiment(options: argparse.Namespace) -> Reply:
         ("report", concluded.report.html),
         timed=True,
     )
-    return Reply(content, [says])
+    return Reply(content, [block])

@@ -162,10 +162,10 @@ def _nearest_preset(record: Record) -> tuple[str | None, dict[str, Any]]:
     config = record.run.get("config")
     if not isinstance(config, dict):
         return None, {}
-    mine = leaves({section: config[section] for section in TRAINING_SECTIONS if section in config})
+    run_fields = leaves({section: config[section] for section in TRAINING_SECTIONS if section in config})
     differences = {}
     for name, build in PRESETS.items():
-        theirs = leaves(to_dict(build()))
-        differences[name] = {field: value for field, value in mine.items() if theirs.get(field) != value}
+        preset_fields = leaves(to_dict(build()))
+        differences[name] = {field: value for field, value in run_fields.items() if preset_fields.get(field) != value}
     best = min(differences, key=lambda name: len(differences[name]))
     return best, differences[best]

@@ -64,7 +64,7 @@ class Ranking:
     conclusion: Conclusion
     """`cause` names the first of `causes`; `unknown`: something is wrong and no known cause fits."""
     causes: tuple[RankedCause, ...]
-    """By probability; the classes `healthy` and `unknown` are not among them."""
+    """Causes in the order of their probability, without the classes `healthy` and `unknown`."""
     healthy: float
     unknown: float
     missing: tuple[str, ...]

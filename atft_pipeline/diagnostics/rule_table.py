@@ -78,9 +78,9 @@ def table_of(topics: Sequence[ModuleType]) -> RuleTable:
     signals = {name: measure for topic in topics for name, measure in topic.SIGNALS.items()}
     measured = [name for topic in topics for name in topic.SIGNALS] + [name for audit in audits for name in audit.names]
     for names in ([rule.id for rule in rules], measured):
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(f"two topics define {twice[0]!r}")
+        duplicates = sorted({name for name in names if names.count(name) > 1})
+        if duplicates:
+            raise ValueError(f"two topics define {duplicates[0]!r}")
     position = {id: number for number, id in enumerate(REPORT_ORDER)}
     return RuleTable(tuple(sorted(rules, key=lambda rule: position.get(rule.id, len(position)))), signals, audits)
 

@@ -213,7 +213,7 @@ def compare(
 
 
 def read_baselines(path: Path) -> dict[str, Any]:
-    """What the asset `baselines` stored. Raises InputError for another file."""
+    """Reads what the asset `baselines` stored. Raises InputError for another file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

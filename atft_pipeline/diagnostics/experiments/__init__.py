@@ -1,1 +1,1 @@
-"""The experiments A to D, and the commands that a diagnosis names."""
+"""The experiments A to D: what each changes, and whether a run's evidence asks for it."""

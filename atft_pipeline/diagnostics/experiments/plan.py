@@ -106,7 +106,7 @@ def _judge(findings: Sequence[Finding], asking: Sequence[Finding], settings: Set
     observed = [f.cause for f in asking if f.status == "fired"]
     if observed:
         return False, f"seen, but the Sharpe is not low: {'; '.join(observed)}"
-    blind = [f for f in asking if f.status == "not_assessable"]
-    if blind:
-        return None, "; ".join(f"{f.cause}: {f.evidence}" for f in blind)
+    unassessed = [f for f in asking if f.status == "not_assessable"]
+    if unassessed:
+        return None, "; ".join(f"{f.cause}: {f.evidence}" for f in unassessed)
     return False, f"not seen in the record: {'; '.join(f.cause for f in asking)}"

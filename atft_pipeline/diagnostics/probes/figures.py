@@ -1,4 +1,4 @@
-"""What a probe measures."""
+"""The type of what a probe measures."""
 
 from __future__ import annotations
 

@@ -21,11 +21,11 @@ def headline(record: Record, signals: Signals, findings: Sequence[Finding], rank
     ended = [f for f in findings if f.status == "fired" and f.severity == "failure"]
     if ended and ended[0].evidence not in conclusion:
         conclusion = f"{ended[0].cause[0].upper()}{ended[0].cause[1:]}: {ended[0].evidence}. {conclusion}"
-    blind = _blind(sum(f.status == "not_assessable" for f in findings))
+    unassessed = _unassessed(sum(f.status == "not_assessable" for f in findings))
     if proven:
         invalid = f"Invalid: the Sharpe must not be read: {proven[0].cause} ({proven[0].evidence})."
-        return f"{state}{invalid} {conclusion}{blind}"
-    return f"{state}{figures} {conclusion}{blind}"
+        return f"{state}{invalid} {conclusion}{unassessed}"
+    return f"{state}{figures} {conclusion}{unassessed}"
 
 
 def _state(record: Record) -> str:
@@ -55,5 +55,5 @@ def _figures(signals: Signals, record: Record) -> str:
     )
 
 
-def _blind(count: int) -> str:
+def _unassessed(count: int) -> str:
     return f" {count} rules could not be assessed." if count else ""

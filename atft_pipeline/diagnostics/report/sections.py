@@ -159,13 +159,13 @@ def _answer(question: Question, rules: Sequence[Rule], diagnosis: Diagnosis) -> 
     observations = {rule.id for rule in rules if rule.severity == "observation"}
     findings = [f for f in diagnosis.findings if f.rule in of_question]
     fired = [f for f in findings if f.status == "fired" and f.rule not in observations]
-    blind = [f for f in findings if f.status == "not_assessable"]
+    unassessed = [f for f in findings if f.status == "not_assessable"]
     if fired:
         veto = "" if any(f.decisive for f in fired) else ", not decisive"
         return question.fired + veto, "; ".join(f.evidence for f in fired)
-    if len(blind) == len(findings):
-        return "not assessable", "; ".join(dict.fromkeys(f.evidence for f in blind))
-    partly = f" ({len(blind)} of {len(findings)} rules not assessable)" if blind else ""
+    if len(unassessed) == len(findings):
+        return "not assessable", "; ".join(dict.fromkeys(f.evidence for f in unassessed))
+    partly = f" ({len(unassessed)} of {len(findings)} rules not assessable)" if unassessed else ""
     return question.quiet + partly, "; ".join(f.evidence for f in findings if f.status != "not_assessable")
 
 

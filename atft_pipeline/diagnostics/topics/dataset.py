@@ -1,4 +1,4 @@
-"""Whether the run used what its source gives: sessions, targets, rows, features and graph."""
+"""Whether sessions, targets, rows, features and graph of the run follow from its source and configuration."""
 
 from __future__ import annotations
 
