@@ -198,7 +198,7 @@ def misplaced_markers(texts: list[str]) -> list[str]:
 
 def benches_elsewhere(makefile: str) -> list[str]:
     """Documents into which the Makefile lets a bench write, and that do not hold its table."""
-    written = re.findall(r"bench/(?:\w+/)*(\w+)\.py .*?([\w/-]+\.md)", makefile)
+    written = re.findall(r"-m bench\.(?:\w+\.)*(\w+) .*?([\w/-]+\.md)", makefile)
     return [file for name, file in written if f"<!-- {name} -->" not in (ROOT / file).read_text("utf-8")]
 
 
@@ -364,7 +364,7 @@ def test_generated_tables_are_what_their_generators_write(document: Path) -> Non
 
 def test_benches_of_the_makefile_write_where_their_tables_are() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    assert "bench/" in makefile
+    assert "-m bench." in makefile
     assert benches_elsewhere(makefile) == []
 
 
@@ -478,8 +478,10 @@ def test_a_marker_that_is_lost_or_doubled_is_found() -> None:
 
 
 def test_a_bench_that_writes_into_another_document_is_found() -> None:
-    assert benches_elsewhere("python bench/quality.py output --readme docs/synthetic-market.md") == []
-    assert benches_elsewhere("python bench/quality.py output --readme docs/glossary.md") == ["docs/glossary.md"]
+    assert benches_elsewhere("python -m bench.evaluation.quality output --document docs/synthetic-market.md") == []
+    assert benches_elsewhere("python -m bench.evaluation.quality output --document docs/glossary.md") == [
+        "docs/glossary.md"
+    ]
 
 
 def test_a_long_readme_is_found() -> None:

@@ -440,7 +440,7 @@ BAD_PREDICTIONS: dict[str, tuple[Callable[[Path], object], list[str], tuple[str,
     "missing column": (lambda p: pq.write_table(predictions(score=None), p), [], ("column score is missing",)),
     "column twice": (
         lambda p: pq.write_table(predictions().append_column("score", pa.array(np.ones(300))), p), [],
-        ("column score is there more than once",),
+        ("column score appears more than once",),
     ),
     "wrong type": (lambda p: pq.write_table(predictions(target=["up"] * 300), p), [], ("target has type string",)),
     "no rows": (lambda p: pq.write_table(predictions().slice(0, 0), p), [], ("the table has no rows",)),
