@@ -137,6 +137,7 @@ def test_plateau_lowers_no_rate_of_the_warm_up() -> None:
     assert seen == pytest.approx([0.25, 0.5, 0.75, 1.0, 0.25, 0.25])
 
 
+@pytest.mark.process(reason="a fresh interpreter")
 def test_the_plan_needs_no_torch() -> None:
     code = "import sys; import atft_pipeline.training.schedule; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
