@@ -22,7 +22,7 @@ from atft_pipeline.runs.tables import TABLES, read_table
 pytestmark = pytest.mark.process(reason="trainings in forks, killed at any moment")
 
 SEED = 20240105
-KILLS, IN_EACH_PHASE = 50, 8
+KILLS, IN_EACH_PHASE = 32, 8
 EPOCHS = 4
 LONGEST_DELAY_S = {"starting": 0.3, "training": 0.02, "evaluating": 0.03, "writing": 0.001}
 """About how long one entry of each phase lasts: a delay up to it meets any moment of the phase."""

@@ -266,7 +266,7 @@ def test_graph_that_is_another_by_now_is_not_held_against_the_run(run: Path, dat
     build_graph_file(data.dataset, graph, GraphConfig(lookback_sessions=20, neighbours=3, universe="all"))
     change_header(run, graph_path=str(graph))
     for name in ("rescore", "graph", "ablate", "replay"):
-        assert "not the graph that the run was made on" in stored(name, run)["not_made"]
+        assert "not the graph that the run was trained on" in stored(name, run)["not_made"]
 
 
 def test_baseline_is_held_against_the_run_session_by_session(run: Path) -> None:

@@ -119,7 +119,7 @@ def test_experiment_of_a_phased_run_changes_the_phases_that_name_the_sharpe_term
     ]
     diagnosis = diagnose(healthy(0.0, {"train.loss.phases": phases}).write(tmp_path / "run"))
     config = with_overrides(quick(), next(e for e in diagnosis.experiments if e.id == "B").overrides)
-    assert [config.train.loss.weights_at(epoch)["sharpe"] for epoch in (1, 6)] == [0.3, 0.3]
+    assert [config.train.loss.weights_at(epoch)["sharpe"] for epoch in (1, 6)] == [0.0, 0.3]
 
 
 def test_evidence_decides_which_experiments_are_asked_for(failed: Diagnosis, tmp_path: Path) -> None:
