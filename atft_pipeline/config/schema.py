@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from atft_pipeline.config.slices import Slice
+from atft_pipeline.config.slices import DEFAULT_SLICE, Slice
 from atft_pipeline.errors import InputError
 
 HORIZONS: tuple[int, ...] = (1, 5, 10, 20)
@@ -69,7 +69,7 @@ class GraphConfig:
     sector_demeaned: bool = True
     shrinkage: float = 0.1
     """Weight of the zero matrix: edge_attr corr = (1 - shrinkage) * sample correlation."""
-    universe: Slice = "liquid"
+    universe: Slice = DEFAULT_SLICE
 
     def __post_init__(self) -> None:
         require(self.lookback_sessions >= 20, "graph.lookback_sessions: expected at least 20")
@@ -282,7 +282,7 @@ class TrainConfig:
     seed: int = 1
     batch_size: int = 4096
     """Stock-session samples per batch: the most whole sessions that fit, at least one."""
-    universe: Slice = "liquid"
+    universe: Slice = DEFAULT_SLICE
     precision: Precision = "float32"
     weight_ema: float = 0.995
     """Decay of the averaged weights that are evaluated and kept; 0 evaluates the raw weights."""
@@ -317,7 +317,7 @@ class EvaluationConfig:
     cost_bps: float = 10.0
     quantile: float = 0.2
     """Share of the stocks in each leg: floor(n * quantile)."""
-    universe: Slice = "liquid"
+    universe: Slice = DEFAULT_SLICE
     criterion_sharpe: float = 0.10
     criterion_epoch: int = 20
     bootstrap_samples: int = 1000

@@ -8,5 +8,6 @@ from __future__ import annotations
 from typing import Literal
 
 Slice = Literal["all", "liquid"]
+DEFAULT_SLICE: Slice = "liquid"
 SLICES: dict[Slice, str] = {"all": "is_investable", "liquid": "is_liquid"}
 """Column of a predictions table that marks the rows of a slice."""

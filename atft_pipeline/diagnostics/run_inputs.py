@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from atft_pipeline.config.overrides import from_dict
 from atft_pipeline.config.schema import HORIZONS, PipelineConfig
+from atft_pipeline.config.slices import SLICES
 from atft_pipeline.dataset.layout import membership_path
 from atft_pipeline.dataset.splits import Split, make_split
 from atft_pipeline.errors import InputError
@@ -89,7 +90,7 @@ class RunInputs:
     @property
     def universe(self) -> str:
         """Column of the membership that marks the stocks the run is trained on."""
-        return "is_liquid" if self.config.train.universe == "liquid" else "is_investable"
+        return SLICES[self.config.train.universe]
 
     @cached_property
     def sessions(self) -> NDArray[np.datetime64]:

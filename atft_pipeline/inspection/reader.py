@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from atft_pipeline.config.slices import DEFAULT_SLICE
 from atft_pipeline.errors import InputError
 from atft_pipeline.runs.documents import read_document
 from atft_pipeline.runs.header import located
@@ -114,7 +115,7 @@ class Record:
     def slice(self) -> str:
         """The slice that the criterion reads, as the verdict says, else the configuration."""
         recorded = self.criterion.get("slice") or self.config("evaluation.universe")
-        return str(recorded) if recorded else "liquid"
+        return str(recorded) if recorded else DEFAULT_SLICE
 
     @property
     def criterion_epoch(self) -> int:

@@ -16,6 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from atft_pipeline.config.slices import DEFAULT_SLICE
 from atft_pipeline.errors import InputError, unusable_path
 from atft_pipeline.runs.documents import read_document
 from atft_pipeline.runs.header import read_run
@@ -234,7 +235,7 @@ def _evaluation(evals: Mapping[CurveKey, Curve], universe: str) -> dict[str, Any
 
 def _slice(header: Mapping[str, Any]) -> str:
     evaluation = _section(_section(header, "config"), "evaluation")
-    return str(evaluation.get("universe") or "liquid")
+    return str(evaluation.get("universe") or DEFAULT_SLICE)
 
 
 def _section(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
