@@ -22,11 +22,6 @@ LATER_SIGNALS: tuple[str, ...] = (*(n for names in PROBE_SIGNALS.values() for n 
 """Signals of probes and experiments: not measured until these have run."""
 
 
-def signal_names(table: RuleTable = TABLE) -> frozenset[str]:
-    """Names of all signals that a rule may read."""
-    return frozenset({*table.signals, *audited_names(table), *LATER_SIGNALS})
-
-
 def audited_names(table: RuleTable = TABLE) -> tuple[str, ...]:
     """Names of the signals that need the run's input files, above all its dataset."""
     return tuple(name for audit in table.audits for name in audit.names)
